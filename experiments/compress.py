@@ -1,0 +1,57 @@
+"""Compress, evaluate and record: one run, or with -m a sweep.
+
+    python experiments/compress.py method=io_svd ratio=0.6
+    python experiments/compress.py -m experiment=demo
+
+Every run of a sweep is composed and checked before the first one starts. A run that is complete is
+skipped, one that fails stops no other; the exit status is 1 if any is missing at the end, 2 if
+the command itself is wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from iosvd.config import expand, label, to_run
+from iosvd.errors import IosvdError
+from iosvd.execution import execute
+from iosvd.records import METRICS, run_folder
+
+CONF = "../conf"
+
+
+@hydra.main(config_path=CONF, config_name="config", version_base="1.3")
+def job(composed: DictConfig) -> None:
+    """Carry out one run of Hydra's."""
+    hydra_config = HydraConfig.get()
+    name = label(hydra_config.runtime.choices.get("method"), hydra_config.overrides.task)
+    execute(to_run(composed, name))
+
+
+def main() -> int:
+    """Check everything, run everything, and say what is missing."""
+    arguments = get_args_parser().parse_args()
+    if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
+        job()
+        return 0
+    try:
+        runs = expand(arguments.overrides, arguments.multirun)
+        folders = [run_folder(run) for run in runs]
+    except IosvdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    job()
+    missing = [folder for folder in folders if not (folder / METRICS).exists()]
+    if missing:
+        logging.getLogger(__name__).error("%d of %d runs failed", len(missing), len(folders))
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

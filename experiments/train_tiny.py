@@ -1,0 +1,149 @@
+"""Train the embedded model on the embedded text: `make tiny-model` (half an hour of one core).
+
+The result, with the settings and the end of the loss curve in `training.json`, is written to
+`iosvd/assets/tiny`. The same machine and Python give the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from iosvd.pydoc_text import pydoc_documents
+
+TARGET = Path(__file__).parents[1] / "iosvd" / "assets" / "tiny"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything the weights depend on, besides the text and the versions."""
+
+    vocabulary: int = 1024
+    width: int = 192
+    layers: int = 6
+    heads: int = 6
+    key_value_heads: int = 2
+    mlp_width: int = 512
+    context: int = 256
+    batch: int = 16
+    steps: int = 1500
+    warmup_steps: int = 100
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.3
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_norm: float = 1.0
+    seed: int = 0
+    threads: int = 1
+
+
+def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE, which encodes any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocabulary,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(pydoc_documents("train"), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=recipe.context,
+    )
+
+
+def build(recipe: Recipe) -> LlamaForCausalLM:
+    """Return the untrained model."""
+    config = LlamaConfig(
+        vocab_size=recipe.vocabulary,
+        hidden_size=recipe.width,
+        intermediate_size=recipe.mlp_width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.key_value_heads,
+        max_position_embeddings=recipe.context,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warm = min(1.0, (step + 1) / recipe.warmup_steps)
+    return recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+
+
+def loss_of(model: LlamaForCausalLM, windows: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross-entropy in nats; bf16 products, float32 weights."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(input_ids=windows, labels=windows).loss
+
+
+def train(recipe: Recipe) -> None:
+    """Train and write the folder."""
+    torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    tokenizer = train_tokenizer(recipe)
+    text, held_out = (
+        torch.tensor(tokenizer("\n\n".join(pydoc_documents(split)))["input_ids"])
+        for split in ("train", "validation")
+    )
+    held_out = held_out[: len(held_out) // recipe.context * recipe.context].view(-1, recipe.context)
+    model = build(recipe)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+    )
+    curve, recent, started = [], [], time.monotonic()
+    for step in tqdm(range(recipe.steps), unit="step"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        starts = torch.randint(len(text) - recipe.context, (recipe.batch,))
+        loss = loss_of(model, torch.stack([text[s : s + recipe.context] for s in starts]))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_norm)
+        optimizer.step()
+        recent.append(loss.item())
+        if (step + 1) % 100 == 0:
+            with torch.no_grad():
+                validation = loss_of(model, held_out).item()
+            curve.append((step + 1, round(sum(recent[-100:]) / 100, 4), round(validation, 4)))
+            tqdm.write("step {} train {} validation {}".format(*curve[-1]))
+    model.bfloat16().save_pretrained(TARGET)
+    tokenizer.save_pretrained(TARGET)
+    record = {
+        "recipe": asdict(recipe),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_tokens": recipe.steps * recipe.batch * recipe.context,
+        "text_tokens": len(text),
+        "seconds": round(time.monotonic() - started),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "curve": [dict(zip(("step", "train", "validation"), row, strict=True)) for row in curve],
+    }
+    (TARGET / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    train(Recipe())

@@ -1,0 +1,30 @@
+"""Allocations: from all spectra and one budget to the rank of every site.
+
+An allocation is a frozen dataclass with `needs` and a call; one file each. A rank above a site's
+break-even rank means that the site stays dense.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from iosvd.allocation.loss_aware import LossAware
+from iosvd.allocation.spectral import Spectral
+from iosvd.allocation.uniform import Uniform
+from iosvd.budget import Budget
+from iosvd.types import Needs, Spectrum
+
+
+class Allocation(Protocol):
+    """What every allocation is."""
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics it reads."""
+        ...
+
+    def __call__(self, spectra: Mapping[str, Spectrum], budget: Budget) -> dict[str, int]:
+        """Return ranks whose cost is within the budget, and less than one component below it."""
+        ...
+
+
+__all__ = ["Allocation", "LossAware", "Spectral", "Uniform"]

@@ -1,0 +1,36 @@
+"""Drop one component at a time, everywhere at once, until the budget is met."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from iosvd.budget import Budget
+
+
+def drop_cheapest(costs: Mapping[str, Tensor], budget: Budget) -> dict[str, int]:
+    """Return the ranks left when the cheapest components were dropped.
+
+    Each site offers its component of smallest σ, the last of its list; of these the one with the
+    smallest cost is dropped. Sites are charged their true cost: above break-even a drop saves
+    nothing, and a site that ends there stays dense. Rank 1 is the floor.
+
+    Args:
+        costs: per site, the loss predicted for dropping each component, in the order of σ.
+        budget: feasible, as every `Budget` is.
+    """
+    values = {site: cost.tolist() for site, cost in costs.items()}
+    ranks = {site: len(cost) for site, cost in values.items()}
+    offers = [(cost[-1], site) for site, cost in values.items() if len(cost) > 1]
+    heapq.heapify(offers)
+    kept = budget.cost(ranks)
+    while kept > budget.limit:
+        _, site = heapq.heappop(offers)
+        shape, rank = budget.shapes[site], ranks[site]
+        ranks[site] = rank - 1
+        kept -= shape.cost(rank) - shape.cost(rank - 1)
+        if rank - 1 > 1:
+            heapq.heappush(offers, (values[site][rank - 2], site))
+    return ranks

@@ -1,0 +1,34 @@
+"""Allocation by the second-order prediction: drop the smallest σ² of all sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from iosvd.allocation.greedy import drop_cheapest
+from iosvd.budget import Budget
+from iosvd.types import Needs, Spectrum
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """Drop the globally smallest ½ σ_i² (METHODS 5, ours).
+
+    With `input_output` whitening this is the KL divergence in nats per token that identity 5
+    predicts, so sites compare directly; it needs no gradient.
+    """
+
+    per_parameter: bool = False  # Divide by m + n, what the component costs.
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    def __call__(self, spectra: Mapping[str, Spectrum], budget: Budget) -> dict[str, int]:
+        costs = {
+            site: 0.5
+            * spectrum.sigma**2
+            / (budget.shapes[site].component_cost if self.per_parameter else 1)
+            for site, spectrum in spectra.items()
+        }
+        return drop_cheapest(costs, budget)

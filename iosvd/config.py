@@ -1,0 +1,270 @@
+"""From Hydra's configuration to typed values, checked before anything is loaded.
+
+The schemas are the implementing dataclasses themselves, so no option is written twice. Nothing
+below this file knows Hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from iosvd.allocation import Allocation
+from iosvd.budget import check_ratio
+from iosvd.errors import ConfigError
+from iosvd.factorization import Algorithm, Factorization, Precision
+from iosvd.models import Model
+from iosvd.quantization import NoQuantization
+from iosvd.texts import Dataset
+from iosvd.whitening import Whitening
+
+CONF = Path(__file__).parents[1] / "conf"
+_METHOD_GROUPS = ("whitening", "allocation", "quantization", "factorization")
+Value = TypeVar("Value")
+
+OmegaConf.register_new_resolver("folder_name", lambda path: Path(path).resolve().name, replace=True)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which windows of the data set's calibration split are used."""
+
+    windows: int = 256
+    seq_len: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """On which texts perplexity is measured, and in which windows."""
+
+    texts: dict[str, Any] = field(default_factory=dict)  # Dataset, by the name of the column.
+    seq_len: int = 2048
+    windows: int = 0
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run is carried out; nothing here changes what it measures, but by rounding."""
+
+    device: str = "auto"
+    device_map: str | None = None
+    batch_size: int = 8
+    results: str = "results"
+    save_checkpoint: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a table: everything a run depends on."""
+
+    label: str  # The method's name in tables; names what was changed from its preset.
+    model: Model
+    dataset: Dataset
+    calibration: Calibration
+    whitening: Whitening
+    allocation: Allocation
+    quantization: NoQuantization
+    factorization: Factorization
+    ratio: float
+    eval: Evaluation
+    runtime: Runtime
+    config: dict[str, Any]  # The same as composed, for the record.
+
+
+def expand(overrides: Sequence[str], sweep: bool) -> list[Run]:
+    """Compose and check the run of these overrides, or every run of the sweep they describe.
+
+    Raises:
+        ConfigError: one line that names the option and what it may be.
+    """
+    if not sweep:
+        return [compose_run(overrides)]
+    parameters = _compose(_without_values(overrides)).hydra.sweeper.params or {}
+    lines = [f"{key}={value}" for key, value in parameters.items()] + list(overrides)
+    try:
+        jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), None)
+    except HydraException as error:
+        raise ConfigError(_one_line(error)) from None
+    return [compose_run(job) for job in jobs[0]]
+
+
+def compose_run(overrides: Sequence[str]) -> Run:
+    """Compose and check one run."""
+    composed = _compose(overrides)
+    method = composed.hydra.runtime.choices.get("method")
+    return to_run(composed, label(method, overrides))
+
+
+def label(method: str | None, overrides: Sequence[str]) -> str:
+    """Name a row: the method's preset, and what was changed from it on the command line."""
+    changed = [o for o in overrides if re.split(r"[.=]", o.lstrip("+~"))[0] in _METHOD_GROUPS]
+    return f"{method or 'custom'}" + (f"[{','.join(sorted(changed))}]" if changed else "")
+
+
+def to_run(composed: DictConfig, label: str) -> Run:
+    """Check a composed configuration and turn it into values.
+
+    Raises:
+        ConfigError: an option is unknown, missing, of the wrong type or out of range.
+    """
+    composed = OmegaConf.masked_copy(composed, [str(k) for k in composed if k != "hydra"])
+    for key in _missing(OmegaConf.to_container(composed, resolve=False), ""):
+        raise ConfigError(f"{key} is not set; set {key}=FOLDER")
+    try:
+        OmegaConf.resolve(composed)
+        config = OmegaConf.to_container(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from None
+    assert isinstance(config, dict)
+    known = {f.name for f in dataclasses.fields(Run)} - {"label", "config"}
+    if unknown := sorted(set(config) - known):
+        raise ConfigError(f"unknown option {unknown[0]}; options: {', '.join(sorted(known))}")
+    run = Run(
+        label=label,
+        model=_typed(Model, composed, "model"),
+        dataset=_typed(Dataset, composed, "dataset"),
+        calibration=_typed(Calibration, composed, "calibration"),
+        whitening=_variant(composed, "whitening"),
+        allocation=_variant(composed, "allocation"),
+        quantization=_variant(composed, "quantization"),
+        factorization=_typed(Factorization, composed, "factorization"),
+        ratio=_number(composed.ratio, "ratio"),
+        eval=_evaluation(composed),
+        runtime=_typed(Runtime, composed, "runtime"),
+        config=config,  # type: ignore[arg-type]
+    )
+    _check(run)
+    return run
+
+
+def _check(run: Run) -> None:
+    """Raise on values that are of the right type but make no sense."""
+    check_ratio(run.ratio)
+    for name, value, least in (
+        ("calibration.windows", run.calibration.windows, 1),
+        ("calibration.seq_len", run.calibration.seq_len, 2),
+        ("eval.seq_len", run.eval.seq_len, 2),
+        ("eval.windows", run.eval.windows, 0),
+        ("runtime.batch_size", run.runtime.batch_size, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name}={value} is below {least}")
+    if not run.eval.texts:
+        raise ConfigError("eval.texts is empty; choose eval=own or eval=paper")
+    f = run.factorization
+    if f.precision is Precision.float32 and f.algorithm is Algorithm.gram:
+        raise ConfigError(
+            "factorization.precision=float32 needs factorization.algorithm=svd: a Gram matrix in"
+            " float32 loses the smaller half of the spectrum"
+        )
+
+
+def _variant(composed: DictConfig, group: str) -> Any:
+    """Build the value of a group whose `_target_` says which dataclass implements it."""
+    node = composed[group]
+    try:
+        implementation = get_class(node["_target_"])
+    except Exception as error:  # noqa: BLE001 (whatever the import of a named class raises)
+        raise ConfigError(f"{group}._target_ names no class: {_one_line(error)}") from None
+    options = OmegaConf.masked_copy(node, [key for key in node if key != "_target_"])
+    return _typed(implementation, OmegaConf.create({group: options}), group)
+
+
+def _evaluation(composed: DictConfig) -> Evaluation:
+    evaluation = _typed(Evaluation, composed, "eval")
+    # One by one: a frozen dataclass inside a dict cannot be filled by a merge.
+    texts = {
+        name: _typed(Dataset, composed.eval.texts, name, f"eval.texts.{name}")
+        for name in evaluation.texts
+    }
+    return dataclasses.replace(evaluation, texts=texts)
+
+
+def _typed(cls: type[Value], composed: DictConfig, group: str, shown: str = "") -> Value:
+    """Check one group against its dataclass and return the value."""
+    shown = shown or group
+    schema = OmegaConf.structured(cls)
+    # Frozen dataclasses make read-only configs, which could not be filled.
+    OmegaConf.set_readonly(schema, False)
+    _unfreeze(schema)
+    try:
+        value = OmegaConf.to_object(OmegaConf.merge(schema, composed[group]))
+    except ConfigKeyError as error:
+        key, options = error.full_key, ", ".join(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+        raise ConfigError(f"unknown option {shown}.{key}; options of {shown}: {options}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{shown}.{error.full_key}: {_first_line(error)}") from None
+    assert isinstance(value, cls)
+    return value
+
+
+def _unfreeze(node: Any) -> None:
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        _unfreeze(node._get_node(key))
+
+
+def _missing(node: Any, prefix: str) -> Iterator[str]:
+    """Yield the options marked mandatory (???) that have no value."""
+    if node == "???":
+        yield prefix
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield from _missing(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name}={value} is not a number")
+    return float(value)
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", list(overrides), return_hydra_config=True)
+    except HydraException as error:
+        raise ConfigError(_explain(error, overrides)) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def _explain(error: HydraException, overrides: Sequence[str]) -> str:
+    """Say which option was meant, and what its neighbours are called."""
+    match = re.search(r"Could not override '([^']+)'", str(error))
+    if match is None:
+        return _one_line(error).partition(" Config search path:")[0]
+    parent, _, name = match[1].rpartition(".")
+    groups = [o for o in overrides if "." not in o.split("=")[0] and not o.startswith(name + "=")]
+    siblings = OmegaConf.select(_compose(groups), parent) if parent else _compose([])
+    listed = ", ".join(str(k) for k in siblings if k not in ("hydra", "_target_")) or "none"
+    where = f"options of {parent}" if parent else "options"
+    return f"unknown option {match[1]}; {where}: {listed}"
+
+
+def _without_values(overrides: Sequence[str]) -> list[str]:
+    """Keep what chooses the experiment: only it can bring sweep parameters."""
+    return [line for line in overrides if line.split("=")[0].lstrip("+~") == "experiment"]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

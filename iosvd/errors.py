@@ -1,0 +1,35 @@
+"""Errors a user can cause: one line each, naming the cause and the remedy."""
+
+from __future__ import annotations
+
+
+class IosvdError(Exception):
+    """Base of all errors that a user can cause; its text is one line."""
+
+
+class ConfigError(IosvdError):
+    """An option is unknown, of the wrong type, or contradicts another."""
+
+
+class BudgetError(IosvdError):
+    """The maintenance ratio cannot be met."""
+
+
+class ModelError(IosvdError):
+    """A model cannot be loaded, or none of its layers is a target."""
+
+
+class DataError(IosvdError):
+    """A text is missing, unreadable, or too short."""
+
+
+class NumericalError(IosvdError):
+    """A weight, an activation, a statistic or a loss is not finite, or a factorisation failed."""
+
+
+class CheckpointError(IosvdError):
+    """A compressed checkpoint is incomplete, contradicts its plan, or cannot be written."""
+
+
+class RecordError(IosvdError):
+    """A run's record is missing or unreadable."""

@@ -1,0 +1,50 @@
+"""Token perplexity as the papers measure it (METHODS 9)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from iosvd.errors import NumericalError
+from iosvd.progress import track
+
+
+def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 8) -> float:
+    """Return exp of the mean negative log-likelihood of a token given those before it.
+
+    Each window of length L stands alone and gives L − 1 predictions.
+
+    Args:
+        model: a causal language model.
+        windows: (windows, length), as `evaluation_windows` returns them.
+        batch_size: windows per forward pass; it changes the result by rounding only.
+
+    Raises:
+        NumericalError: a loss is not finite; the windows are named.
+    """
+    device = model.device
+    total = 0.0
+    starts = range(0, len(windows), batch_size)
+    with torch.inference_mode():
+        for start in track(starts, len(starts), "perplexity", "batch"):
+            batch = windows[start : start + batch_size].to(device)
+            loss = summed_loss(model(input_ids=batch, use_cache=False).logits, batch)
+            if not math.isfinite(loss):
+                raise NumericalError(
+                    f"the loss of evaluation windows {start} to {start + len(batch) - 1} is"
+                    " NaN or infinite; try model.dtype=float32 or bfloat16"
+                )
+            total += loss
+    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+def summed_loss(logits: Tensor, batch: Tensor) -> float:
+    """Return the summed next-token cross-entropy of a batch in nats, in float32 or better."""
+    accumulate = torch.promote_types(logits.dtype, torch.float32)
+    predictions = logits[:, :-1].flatten(0, 1).to(accumulate)
+    labels = batch[:, 1:].flatten().to(logits.device)
+    return float(cross_entropy(predictions, labels, reduction="sum"))

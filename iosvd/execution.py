@@ -1,0 +1,185 @@
+"""Carry out one run: load, compress, evaluate, record. Nothing is lost by a crash."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import traceback
+from datetime import datetime, timezone
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from iosvd.checkpoint import save
+from iosvd.config import Run
+from iosvd.data import calibration_windows, check_vocabulary, evaluation_windows
+from iosvd.errors import ConfigError, IosvdError, ModelError
+from iosvd.evaluation.perplexity import perplexity
+from iosvd.models import load_config, load_model, load_tokenizer
+from iosvd.pipeline import compress
+from iosvd.plan import Plan
+from iosvd.records import FAILURE, METRICS, read_record, run_folder, write_json
+from iosvd.stages import Stage, StageClock
+from iosvd.versions import commit, library_versions
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(Enum):
+    """How a run ended."""
+
+    complete = "complete"
+    skipped = "skipped"
+    failed = "failed"
+
+
+def execute(run: Run) -> Outcome:
+    """Carry out a run unless it is complete; a failure is recorded, never raised.
+
+    `metrics.json` is written last. A failure leaves `failure.json` with the traceback, and is
+    tried again on the next launch.
+    """
+    folder = run_folder(run)
+    try:
+        if not run.runtime.force and read_record(folder) is not None:
+            log.info("complete already: %s", folder)
+            return Outcome.skipped
+        log.info("run %s at ratio %g: %s", run.label, run.ratio, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, FAILURE):
+            (folder / name).unlink(missing_ok=True)
+        OmegaConf.save(OmegaConf.create(run.config), folder / "config.yaml")
+        write_json(folder / METRICS, _measure(run, folder))
+    # Whatever one run dies of must not end a sweep of two hundred.
+    except Exception as error:  # noqa: BLE001
+        _record_failure(error, folder)
+        return Outcome.failed
+    log.info("complete: %s", folder)
+    return Outcome.complete
+
+
+def _measure(run: Run, folder: Path) -> dict[str, Any]:
+    """Compress and evaluate; return what metrics.json will hold."""
+    started = datetime.now(timezone.utc)
+    clock = StageClock()
+    with clock.stage("data"):
+        _check_context(run)
+        tokenizer = load_tokenizer(run.model)
+        tokens = calibration_windows(
+            tokenizer,
+            run.dataset,
+            run.calibration.windows,
+            run.calibration.seq_len,
+            run.calibration.seed,
+        )
+        texts = {
+            name: evaluation_windows(tokenizer, text, run.eval.seq_len, run.eval.windows)
+            for name, text in run.eval.texts.items()
+        }
+    with clock.stage("load"):
+        model = load_model(run.model, _device(run.runtime.device), run.runtime.device_map)
+        for windows in (tokens, *texts.values()):
+            check_vocabulary(windows, model.config.get_text_config().vocab_size)
+    revision = getattr(model.config, "_commit_hash", None)
+    compressed = compress(
+        model,
+        tokens,
+        ratio=run.ratio,
+        whitening=run.whitening,
+        allocation=run.allocation,
+        quantization=run.quantization,
+        factorization=run.factorization,
+        selection=run.model.sites,
+        batch_size=run.runtime.batch_size,
+    )
+    compressed.plan.write(folder / "plan.json", library_versions())
+    if run.runtime.save_checkpoint:
+        _save_checkpoint(compressed.model, folder / "checkpoint", compressed.plan, tokenizer)
+    with clock.stage("evaluation"):
+        measured = {
+            name: perplexity(model, windows, run.runtime.batch_size)
+            for name, windows in texts.items()
+        }
+    stages = {**clock.stages, **compressed.stages}
+    return {
+        "label": run.label,
+        "model": run.model.name,
+        "model_revision": revision,
+        "ratio": run.ratio,
+        **_plan_summary(compressed.plan),
+        "perplexity": measured,
+        "windows": {name: list(windows.shape) for name, windows in texts.items()},
+        "compression_seconds": sum(stage.seconds for stage in compressed.stages.values()),
+        "stages": {name: _stage_summary(stage) for name, stage in stages.items()},
+        "device": _device_name(model),
+        "started": started.isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": library_versions(),
+        "config": run.config,
+    }
+
+
+def _plan_summary(plan: Plan) -> dict[str, Any]:
+    return {
+        "ratio_achieved": plan.ratio_achieved,
+        "parameters_kept": plan.parameters_kept,
+        "parameters_total": plan.parameters_total,
+        "predicted_kl": plan.predicted_kl,
+    }
+
+
+def _stage_summary(stage: Stage) -> dict[str, float]:
+    return {"seconds": round(stage.seconds, 3), "peak_bytes": stage.peak_bytes}
+
+
+def _save_checkpoint(
+    model: PreTrainedModel, folder: Path, plan: Plan, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    if folder.exists():  # Left by a run that ended before its metrics were written.
+        shutil.rmtree(folder)
+    save(model, folder, plan, tokenizer)
+
+
+def _check_context(run: Run) -> None:
+    """Fail before loading where windows are longer than the model's context."""
+    context = getattr(load_config(run.model), "max_position_embeddings", None)
+    longest = max(run.calibration.seq_len, run.eval.seq_len)
+    if context is not None and longest > context:
+        raise ModelError(
+            f"windows of {longest} tokens exceed the context of {context} of {run.model.name};"
+            f" set model.seq_len={context}"
+        )
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"runtime.device={name} is no device; try auto, cpu or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"runtime.device={name}, but torch sees no CUDA device; set it to cpu")
+    return name
+
+
+def _device_name(model: PreTrainedModel) -> str:
+    device = model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
+
+
+def _record_failure(error: Exception, folder: Path) -> None:
+    known = isinstance(error, IosvdError)
+    line = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trace = traceback.format_exception(error)
+        write_json(folder / FAILURE, {"error": line, "traceback": "".join(trace)})
+        where = "" if known else f" (traceback in {folder / FAILURE})"
+    except OSError as second:
+        where = f" (and failure.json could not be written: {second.strerror})"
+    log.error("failed: %s%s", line, where)

@@ -1,0 +1,86 @@
+"""From a whitened weight to its spectrum, and from a spectrum to rank-k factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from iosvd.errors import NumericalError
+from iosvd.linalg import principal_directions
+from iosvd.types import Factors, Spectrum, Whitener
+
+
+class Precision(Enum):
+    """Floating-point type of the factorisation."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self is Precision.float32 else torch.float64
+
+
+class Algorithm(Enum):
+    """gram: eigenvectors of the smaller Gram matrix of M; svd: of M itself, and slower."""
+
+    gram = "gram"
+    svd = "svd"
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """How spectra are computed.
+
+    The Gram route never divides by a singular value: with U from M Mᵀ, W_k = L_C⁻ᵀ U_k U_kᵀ L_Cᵀ W.
+    Squaring halves the digits of the small σ, so it is for float64.
+    """
+
+    algorithm: Algorithm = Algorithm.gram
+    precision: Precision = Precision.float64
+
+    def __call__(self, weight: Tensor, whitener: Whitener, site: str) -> Spectrum:
+        """Return the spectrum of a weight (m, n), in the whitener's metrics.
+
+        Raises:
+            NumericalError: the result is not finite; the site is named.
+        """
+        weight = weight.detach().to(self.precision.dtype)
+        factorise = {Algorithm.gram: _by_gram, Algorithm.svd: _by_svd}[self.algorithm]
+        left, right, sigma = factorise(weight, whitener)
+        if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+            raise NumericalError(
+                f"the factors of {site} are not finite; raise the damping of the whitening"
+            )
+        return Spectrum(left, right, sigma, whitener.left.damping, whitener.right.damping)
+
+
+def _by_gram(weight: Tensor, whitener: Whitener) -> tuple[Tensor, Tensor, Tensor]:
+    whitened = whitener.whiten(weight)
+    if weight.shape[0] <= weight.shape[1]:
+        u, sigma = principal_directions(whitened @ whitened.T)
+        return whitener.left.unapply(u), whitener.left.apply(weight).T.matmul(u).T, sigma
+    v, sigma = principal_directions(whitened.T @ whitened)
+    return whitener.right.apply(weight.T).T @ v, whitener.right.unapply(v).T, sigma
+
+
+def _by_svd(weight: Tensor, whitener: Whitener) -> tuple[Tensor, Tensor, Tensor]:
+    u, sigma, vh = torch.linalg.svd(whitener.whiten(weight), full_matrices=False)
+    return whitener.left.unapply(u), whitener.right.unapply(vh.T * sigma).T, sigma
+
+
+def truncate(spectrum: Spectrum, rank: int) -> Factors:
+    """Return the best rank-k approximation of a site's weight in its metrics (METHODS 1).
+
+    Each component's weight is divided evenly between its two vectors, so that both factors stay
+    within the range of half precision however small the metrics are.
+    """
+    left, right = spectrum.left[:, :rank], spectrum.right[:rank]
+    norm_left = left.norm(dim=0)
+    norm_right = right.norm(dim=1)
+    # A component that is zero needs no balance.
+    scale = torch.where(norm_right > 0, (norm_right / norm_left).sqrt(), torch.ones_like(norm_left))
+    return Factors(left=left * scale, right=right / scale[:, None])

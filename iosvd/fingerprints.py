@@ -1,0 +1,69 @@
+"""What a run's inputs are, independent of where they lie on this machine."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from iosvd.config import Run
+from iosvd.models import folder_of
+from iosvd.texts import Dataset, Split, local_file
+
+_BLOCK_BYTES = 2**22
+_MODEL_FILES = ("config.json", "tokenizer*", "*.safetensors", "*.model")
+
+
+def digest(run: Run) -> str:
+    """Return the identity of a run: a hash of everything that its result depends on.
+
+    Local folders count by their content, not their path; `runtime` and the label do not count.
+    """
+    identity: dict[str, Any] = {k: v for k, v in run.config.items() if k not in ("runtime", "eval")}
+    identity["model"] = _without_place(run.config["model"]) | {"content": _model_content(run)}
+    identity["dataset"] = _dataset(run.config["dataset"], run.dataset, run.dataset.calibration)
+    texts = {
+        name: _dataset(run.config["eval"]["texts"][name], text, text.evaluation)
+        for name, text in run.eval.texts.items()
+    }
+    identity["eval"] = {**run.config["eval"], "texts": texts}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _without_place(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "path"}
+
+
+def _model_content(run: Run) -> str | None:
+    folder = folder_of(run.model)
+    if folder is None:
+        return None
+    return _hash_files(*sorted(p for pattern in _MODEL_FILES for p in folder.glob(pattern)))
+
+
+def _dataset(options: dict[str, Any], dataset: Dataset, split: Split) -> dict[str, Any]:
+    content = None
+    if dataset.path is not None:
+        content = _hash_files(local_file(dataset, split))
+    elif dataset.builtin:
+        content = platform.python_version()  # The text is that of this Python's library.
+    return _without_place(options) | {"content": content}
+
+
+def _hash_files(*paths: Path) -> str:
+    # Size and time only save hashing a large file again in the same process.
+    return _hash(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+
+
+@functools.cache
+def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
+    total = hashlib.sha256()
+    for path, size, _ in files:
+        total.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                total.update(block)
+    return total.hexdigest()[:16]

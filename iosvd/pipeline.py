@@ -1,0 +1,108 @@
+"""compress(): the whole algorithm on one screen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from iosvd.allocation import Allocation
+from iosvd.budget import Budget, Shape
+from iosvd.checkpoint import mark_compressed_
+from iosvd.data import warn_if_few
+from iosvd.errors import ModelError
+from iosvd.factorization import Factorization, truncate
+from iosvd.plan import Plan, make_plan
+from iosvd.progress import track
+from iosvd.quantization import NoQuantization
+from iosvd.replacement import low_rank_layers, replace_
+from iosvd.scoring import with_loss_change
+from iosvd.sites import SiteSelection, find_sites
+from iosvd.stages import Stage, StageClock
+from iosvd.statistics import collect, statistics_bytes
+from iosvd.types import SiteStatistics, Spectrum
+from iosvd.whitening import Whitening
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The compressed model (the one given, changed in place), how it was planned, what it took."""
+
+    model: PreTrainedModel
+    plan: Plan
+    stages: Mapping[str, Stage]
+
+
+def compress(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    ratio: float,
+    whitening: Whitening,
+    allocation: Allocation,
+    quantization: NoQuantization = NoQuantization(),  # noqa: B008 (frozen)
+    factorization: Factorization = Factorization(),  # noqa: B008 (frozen)
+    selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
+    batch_size: int = 8,
+) -> Compressed:
+    """Compress a causal language model to a maintenance ratio.
+
+    Args:
+        model: changed in place.
+        tokens: calibration windows (windows, length).
+        ratio: parameters kept / parameters of the target sites, in (0, 1].
+        whitening, allocation, quantization: the method.
+        factorization: precision and algorithm of the decompositions.
+        selection: which layers are targets.
+        batch_size: windows per forward pass.
+
+    Raises:
+        IosvdError: one line that names the cause and the remedy.
+    """
+    if low_rank_layers(model):
+        raise ModelError("this model is compressed already; start from the dense one")
+    clock = StageClock()
+    sites = find_sites(model, selection)
+    budget = Budget({name: Shape(*site.weight.shape) for name, site in sites.items()}, ratio)
+    needs = whitening.needs | allocation.needs | quantization.needs
+    mebibytes = statistics_bytes(sites, needs) / 2**20
+    log.info("%d sites; their statistics take at most %.1f MiB", len(sites), mebibytes)
+    warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
+    with clock.stage("statistics"):
+        statistics = collect(model, tokens, sites, needs, batch_size)
+    with clock.stage("factorization"):
+        spectra = _spectra(sites, statistics, whitening, factorization, budget)
+    with clock.stage("allocation"):
+        ranks = allocation(spectra, budget)
+        plan = make_plan(ranks, spectra, budget, kl=needs.kl_metric is not None)
+    with clock.stage("replacement"):
+        factors = {site: truncate(spectra[site], rank) for site, rank in plan.ranks.items()}
+        replace_(model, quantization(factors))
+        mark_compressed_(model, plan)
+    return Compressed(model, plan, clock.stages)
+
+
+def _spectra(
+    sites: Mapping[str, nn.Linear],
+    statistics: dict[str, SiteStatistics],
+    whitening: Whitening,
+    factorization: Factorization,
+    budget: Budget,
+) -> dict[str, Spectrum]:
+    """Factorise site by site, freeing each site's statistics; keep the vectors a plan may use."""
+    spectra = {}
+    for name in track(list(sites), len(sites), "factorization", "site"):
+        weight = sites[name].weight
+        of_site = statistics.pop(name).to(factorization.precision.dtype)
+        spectrum = factorization(weight, whitening(of_site), name)
+        if of_site.gradient is not None:
+            spectrum = with_loss_change(spectrum, of_site.gradient)
+        keep = torch.promote_types(weight.dtype, torch.float32)
+        spectra[name] = spectrum.head(budget.shapes[name].break_even_rank, keep)
+    return spectra

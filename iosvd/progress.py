@@ -1,0 +1,16 @@
+"""Progress bars with the time left; silent where nobody watches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+def track(items: Iterable[Item], total: int, what: str, unit: str) -> Iterator[Item]:
+    """Yield the items, with a bar on a terminal's standard error."""
+    # disable=None: off when standard error is not a terminal.
+    yield from tqdm(items, total=total, desc=what, unit=unit, disable=None, leave=False)

@@ -1,0 +1,72 @@
+"""Find the target linear layers ("sites") of a model by module type and glob."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from iosvd.errors import ConfigError, ModelError, NumericalError
+
+
+@dataclass(frozen=True)
+class SiteSelection:
+    """Which modules are targets: their qualified names by glob (`*` also matches dots), and types.
+
+    The default takes every linear layer inside the decoder blocks of Llama, Mistral, Qwen, OPT and
+    GPT-NeoX, and leaves embeddings and the language-model head alone.
+    """
+
+    include: list[str] = field(default_factory=lambda: ["*.layers.*"])
+    exclude: list[str] = field(default_factory=list)
+    module_types: list[str] = field(default_factory=lambda: ["torch.nn.Linear"])
+
+
+def find_sites(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Linear]:
+    """Return the target layers by qualified name, in the order of the model.
+
+    Raises:
+        ConfigError: a module type does not exist or is not a linear layer.
+        ModelError: nothing matches.
+        NumericalError: a weight is not finite.
+    """
+    types = tuple(_module_type(path) for path in selection.module_types)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, types)}
+    sites = {
+        name: module
+        for name, module in linears.items()
+        if _matches(name, selection.include) and not _matches(name, selection.exclude)
+    }
+    if not sites:
+        found = ", ".join(list(linears)[:3]) or "none"
+        raise ModelError(
+            f"no site matches model.sites.include={selection.include} and"
+            f" exclude={selection.exclude}; layers of type {selection.module_types}: {found}, …"
+        )
+    for name, module in sites.items():
+        if not torch.isfinite(module.weight).all():
+            raise NumericalError(f"the weight of {name} has NaN or infinity; check the checkpoint")
+    return sites
+
+
+def role(site: str) -> str:
+    """Return what a site does in its block, for instance q_proj."""
+    return site.rsplit(".", 1)[-1]
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _module_type(path: str) -> type[nn.Linear]:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise ConfigError(f"model.sites.module_types names {path}, which does not exist") from None
+    if not (isinstance(found, type) and issubclass(found, nn.Linear)):
+        raise ConfigError(f"model.sites.module_types names {path}, not a torch.nn.Linear")
+    return found

@@ -1,0 +1,66 @@
+"""Seconds and peak memory of the stages of a run."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage took. Peak memory is the GPU's if there is one, else the process's."""
+
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass
+class StageClock:
+    """Measures named stages, in order."""
+
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what happens inside."""
+        _reset_peak()
+        started = time.monotonic()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.stages[name] = Stage(time.monotonic() - started, _peak_bytes())
+        log.info("%s: %.1f s", name, self.stages[name].seconds)
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+        return
+    # Linux resets the resident high-water mark on request; elsewhere it covers the whole process.
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        try:
+            clear.write_text("5")
+        except OSError:
+            log.debug("cannot reset the memory high-water mark; peaks cover the whole process")
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,111 @@
+"""The frozen values that flow from statistics to the checkpoint; shapes are (out, in) = (m, n)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from iosvd.kl_metric import KLMetric
+from iosvd.linalg import Root
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which statistics a whitening, an allocation or a quantisation asks for."""
+
+    input_metric: bool = False
+    input_magnitude: bool = False
+    kl_metric: KLMetric | None = None
+    gradient_windows: int = 0  # Calibration windows of the loss gradient; 0: none asked for.
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            input_metric=self.input_metric or other.input_metric,
+            input_magnitude=self.input_magnitude or other.input_magnitude,
+            kl_metric=self.kl_metric or other.kl_metric,
+            gradient_windows=max(self.gradient_windows, other.gradient_windows),
+        )
+
+    @property
+    def backward(self) -> bool:
+        """Whether a backward pass is needed."""
+        return self.kl_metric is not None or self.gradient_windows > 0
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What the calibration set tells about one site; what was not asked for is None."""
+
+    site: str
+    input_metric: Tensor | None = None  # R = E[x xᵀ], (n, n)
+    input_magnitude: Tensor | None = None  # E|x|, (n,)
+    kl_metric: Tensor | None = None  # C, (m, m), nats per token and squared unit of output
+    gradient: Tensor | None = None  # of the mean next-token loss with respect to W, (m, n)
+
+    def to(self, dtype: torch.dtype) -> SiteStatistics:
+        """Return the same statistics in another precision."""
+        names = ("input_metric", "input_magnitude", "kl_metric", "gradient")
+        found = {name: getattr(self, name) for name in names}
+        cast = {name: value.to(dtype) for name, value in found.items() if value is not None}
+        return replace(self, **cast)
+
+
+@dataclass(frozen=True)
+class Whitener:
+    """Both roots of a site: `left` of the output metric (m, m), `right` of the input metric (n, n).
+
+    The whitened weight is M = L_Cᵀ W L_R.
+    """
+
+    left: Root
+    right: Root
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """Return M = L_Cᵀ W L_R, shape (m, n)."""
+        return self.right.apply(self.left.apply(weight).T).T
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A weight as a sum of r components, W = left @ right, in the order of their whitened σ.
+
+    Component i is the i-th singular triple of the whitened weight, taken back to the space of W:
+    left[:, i] right[i, :] = σ_i L_C⁻ᵀ u_i v_iᵀ L_R⁻¹.
+    """
+
+    left: Tensor  # (m, r)
+    right: Tensor  # (r, n), σ included
+    sigma: Tensor  # (min(m, n),) descending, complete even where left and right were cut
+    damping_output: float
+    damping_input: float
+    loss_change: Tensor | None = None  # (min(m, n),) first-order change when i is dropped: −g_i σ_i
+
+    def head(self, rank: int, dtype: torch.dtype) -> Spectrum:
+        """Keep all numbers, but only the first `rank` components' vectors, in main memory."""
+        # copy: a view would keep the whole matrix in memory.
+        left = self.left[:, :rank].to("cpu", dtype, copy=True)
+        right = self.right[:rank].to("cpu", dtype, copy=True)
+        numbers = {
+            name: value.cpu()
+            for name in ("sigma", "loss_change")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, left=left, right=right, **numbers)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The rank-k result of one site, W_k = left @ right."""
+
+    left: Tensor  # (m, k)
+    right: Tensor  # (k, n)
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    def dense(self) -> Tensor:
+        """Return W_k, shape (m, n)."""
+        return self.left @ self.right

@@ -1,0 +1,29 @@
+"""Whitenings: from the statistics of a site to the two roots that its weight is whitened with.
+
+A whitening is a frozen dataclass with `needs` and a call; one file each. To add one, write its
+file, export it here, and give it a YAML in `conf/whitening`.
+"""
+
+from typing import Protocol
+
+from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.whitening.asvd import Asvd
+from iosvd.whitening.identity import Identity
+from iosvd.whitening.input import Input
+from iosvd.whitening.input_output import InputOutput
+
+
+class Whitening(Protocol):
+    """What every whitening is."""
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics it reads."""
+        ...
+
+    def __call__(self, statistics: SiteStatistics) -> Whitener:
+        """Return the roots for one site."""
+        ...
+
+
+__all__ = ["Asvd", "Identity", "Input", "InputOutput", "Whitening"]

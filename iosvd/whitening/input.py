@@ -1,0 +1,30 @@
+"""SVD-LLM: whitening by the input metric (arXiv 2403.07378)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iosvd.linalg import IdentityRoot, RootKind, root_of
+from iosvd.types import Needs, SiteStatistics, Whitener
+
+
+@dataclass(frozen=True)
+class Input:
+    """L_R a root of R = E[x xᵀ], L_C = I: least squared error of the output (METHODS 3).
+
+    SVD-LLM takes the Cholesky root, SVD-LLM V2 (arXiv 2503.12340) the eigendecomposition; the
+    truncated weight is the same.
+    """
+
+    damping: float = 1e-6  # Relative to the mean diagonal of R.
+    root: RootKind = RootKind.cholesky
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(input_metric=True)
+
+    def __call__(self, statistics: SiteStatistics) -> Whitener:
+        assert statistics.input_metric is not None
+        what = f"the input metric of {statistics.site}"
+        right = root_of(statistics.input_metric, self.damping, self.root, what)
+        return Whitener(left=IdentityRoot(), right=right)
