@@ -71,11 +71,15 @@ def top_k_probabilities(
     return (p / p.sum(-1, keepdim=True) if renormalize else p), index
 
 
-def root_times(p: Tensor, vectors: Tensor) -> Tensor:
-    """Return B e for probabilities p and vectors e, both of shape (..., K)."""
+def root_times(p: Tensor, vectors: Tensor, complete: bool) -> Tensor:
+    """Return B e for probabilities p and vectors e, both of shape (..., K).
+
+    Args:
+        complete: whether p sums to one; then a = 1, where rounding in 1 − P would be seen.
+    """
     s = p.sqrt()
     total = p.sum(-1, keepdim=True)
-    a = (1 - (1 - total).clamp_min(0).sqrt()) / total
+    a = 1.0 if complete else (1 - (1 - total).clamp_min(0).sqrt()) / total
     return s * vectors - a * p * (s * vectors).sum(-1, keepdim=True)
 
 
@@ -89,6 +93,7 @@ def cotangents(logits: Tensor, metric: KLMetric, first_window: int) -> Iterator[
     """
     p, index = top_k_probabilities(logits, metric.top_k, metric.renormalize)
     chosen = logits if index is None else logits.gather(-1, index)
+    complete = index is None or metric.renormalize
     windows, length, columns = p.shape
     signs = torch.stack(
         [metric.signs(first_window + i, length, columns) for i in range(windows)], dim=1
@@ -99,4 +104,4 @@ def cotangents(logits: Tensor, metric: KLMetric, first_window: int) -> Iterator[
         else:  # Column B e_k at every position, times the position's own sign.
             vectors = torch.zeros_like(p)
             vectors[..., number] = sign[..., 0]
-        yield (chosen * root_times(p, vectors).to(chosen.dtype)).sum()
+        yield (chosen * root_times(p, vectors, complete).to(chosen.dtype)).sum()

@@ -50,6 +50,7 @@ def compress(
     factorization: Factorization = Factorization(),  # noqa: B008 (frozen)
     selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
     batch_size: int = 8,
+    statistics: Mapping[str, SiteStatistics] | None = None,
 ) -> Compressed:
     """Compress a causal language model to a maintenance ratio.
 
@@ -61,6 +62,7 @@ def compress(
         factorization: precision and algorithm of the decompositions.
         selection: which layers are targets.
         batch_size: windows per forward pass.
+        statistics: what `collect` returned for this model, to compress it to several ratios.
 
     Raises:
         IosvdError: one line that names the cause and the remedy.
@@ -75,9 +77,9 @@ def compress(
     log.info("%d sites; their statistics take at most %.1f MiB", len(sites), mebibytes)
     warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
     with clock.stage("statistics"):
-        statistics = collect(model, tokens, sites, needs, batch_size)
+        found = dict(statistics or collect(model, tokens, sites, needs, batch_size))
     with clock.stage("factorization"):
-        spectra = _spectra(sites, statistics, whitening, factorization, budget)
+        spectra = _spectra(sites, found, whitening, factorization, budget)
     with clock.stage("allocation"):
         ranks = allocation(spectra, budget)
         plan = make_plan(ranks, spectra, budget, kl=needs.kl_metric is not None)

@@ -1,0 +1,146 @@
+"""Budgets are met, exactly counted, and the greedy rule is the rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import all_variants, random_statistics
+
+import iosvd.allocation
+from iosvd.allocation import Allocation, LossAware, Spectral, Uniform
+from iosvd.allocation.greedy import drop_cheapest
+from iosvd.budget import Budget, Shape
+from iosvd.errors import BudgetError
+from iosvd.factorization import Factorization
+from iosvd.plan import make_plan
+from iosvd.scoring import with_loss_change
+from iosvd.types import Spectrum
+from iosvd.whitening import InputOutput
+
+SHAPES = {"q": Shape(16, 16), "k": Shape(8, 16), "up": Shape(40, 16), "down": Shape(16, 40)}
+TOTAL = 16 * 16 + 8 * 16 + 2 * 40 * 16
+FLOOR = 32 + 24 + 2 * 56
+allocations = pytest.mark.parametrize("allocation", all_variants(iosvd.allocation))
+
+
+def spectra() -> dict[str, Spectrum]:
+    found = {}
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        weight, statistics = random_statistics(shape.m, shape.n, seed)
+        spectrum = Factorization()(weight, InputOutput()(statistics), name)
+        assert statistics.gradient is not None
+        found[name] = with_loss_change(spectrum, statistics.gradient)
+    return found
+
+
+@pytest.mark.parametrize(("m", "n"), [(16, 16), (8, 16), (40, 16), (7, 13), (1, 5), (4096, 11008)])
+def test_break_even_is_the_last_rank_cheaper_than_dense(m: int, n: int) -> None:
+    shape = Shape(m, n)
+    assert shape.break_even_rank * (m + n) < m * n <= (shape.break_even_rank + 1) * (m + n)
+    assert shape.cost(shape.break_even_rank + 1) == m * n
+    assert shape.cost(shape.full_rank) == m * n
+
+
+@allocations
+@pytest.mark.parametrize("ratio", [0.11, 0.15, 0.2, 0.4, 0.5, 0.6, 0.8, 0.9, 0.97, 0.999, 1.0])
+def test_budget_is_met_within_one_component(allocation: type[Allocation], ratio: float) -> None:
+    budget = Budget(SHAPES, ratio)
+    found = spectra()
+    plan = make_plan(allocation()(found, budget), found, budget, kl=True)
+    stored = sum(
+        shape.m * shape.n if plan.sites[name].dense else plan.sites[name].rank * (shape.m + shape.n)
+        for name, shape in SHAPES.items()
+    )
+    assert plan.parameters_kept == stored
+    assert plan.parameters_total == TOTAL
+    assert stored <= ratio * TOTAL
+    floor = all(site.rank == 1 for site in plan.sites.values())
+    assert floor or ratio * TOTAL - stored < max(shape.component_cost for shape in SHAPES.values())
+    assert all(site.rank >= 1 for site in plan.sites.values())
+
+
+@allocations
+def test_ratio_one_keeps_every_site_dense(allocation: type[Allocation]) -> None:
+    found, budget = spectra(), Budget(SHAPES, 1.0)
+    plan = make_plan(allocation()(found, budget), found, budget, kl=True)
+    assert plan.ranks == {}
+    assert plan.ratio_achieved == 1
+    assert plan.predicted_kl == 0
+
+
+def test_smallest_feasible_ratio_is_stated_and_feasible() -> None:
+    with pytest.raises(BudgetError, match=r"ratio 0\.05 is below (0\.\d+).*4 sites") as error:
+        Budget(SHAPES, 0.05)
+    stated = float(str(error.value).split("below ")[1].split(",")[0])
+    budget = Budget(SHAPES, stated)
+    assert FLOOR <= budget.limit < FLOOR + 0.001 * TOTAL
+    assert Spectral()(spectra(), budget) == dict.fromkeys(SHAPES, 1)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.01, float("nan")])
+def test_ratio_outside_its_range_is_an_error(ratio: float) -> None:
+    with pytest.raises(BudgetError, match=r"outside \(0, 1\]"):
+        Budget(SHAPES, ratio)
+
+
+def test_limit_does_not_suffer_from_rounding() -> None:
+    assert Budget({"x": Shape(10, 10)}, 0.29).limit == 29  # 0.29 * 100 is 28.999999999999996.
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.6, 0.8])
+def test_uniform_gives_every_site_the_formula_or_one_more(ratio: float) -> None:
+    ranks = Uniform()(spectra(), Budget(SHAPES, ratio))
+    for name, shape in SHAPES.items():
+        formula = int(ratio * shape.m * shape.n / (shape.m + shape.n))
+        assert ranks[name] in (formula, formula + 1)
+
+
+def literal_greedy(costs: dict[str, list[float]], budget: Budget) -> dict[str, int]:
+    """The rule as METHODS 5 words it: look at every site, drop the cheapest offer, count, repeat."""
+    ranks = {name: len(values) for name, values in costs.items()}
+
+    def parameters() -> int:
+        return sum(min(s.m * s.n, ranks[name] * (s.m + s.n)) for name, s in budget.shapes.items())
+
+    while parameters() > budget.ratio * budget.total:
+        open_sites = [name for name in ranks if ranks[name] > 1]
+        ranks[min(open_sites, key=lambda name: costs[name][ranks[name] - 1])] -= 1
+    return ranks
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_is_the_literal_rule(ratio: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    costs = {n: torch.rand(s.full_rank, generator=generator) for n, s in SHAPES.items()}
+    expected = literal_greedy({n: c.tolist() for n, c in costs.items()}, Budget(SHAPES, ratio))
+    assert drop_cheapest(costs, Budget(SHAPES, ratio)) == expected
+
+
+def test_loss_aware_ignores_the_sign_of_the_change() -> None:
+    found, budget = spectra(), Budget(SHAPES, 0.5)
+    costs = {n: s.loss_change.abs().tolist() for n, s in found.items()}  # type: ignore[union-attr]
+    assert LossAware()(found, budget) == literal_greedy(costs, budget)
+
+
+def test_spectral_drops_the_smallest_predicted_kl() -> None:
+    found, budget = spectra(), Budget(SHAPES, 0.5)
+    squares = {n: (s.sigma**2 / 2).tolist() for n, s in found.items()}
+    assert Spectral()(found, budget) == literal_greedy(squares, budget)
+    # One component of a larger site saves more parameters.
+    per = {n: [v / (SHAPES[n].m + SHAPES[n].n) for v in c] for n, c in squares.items()}
+    assert Spectral(per_parameter=True)(found, budget) == literal_greedy(per, budget)
+
+
+def test_plan_counts_what_is_dropped() -> None:
+    found, budget = spectra(), Budget(SHAPES, 0.5)
+    plan = make_plan(Spectral()(found, budget), found, budget, kl=True)
+    dropped = {n: float((found[n].sigma[r:] ** 2).sum()) for n, r in plan.ranks.items()}
+    assert dropped
+    for name, site in plan.sites.items():
+        assert site.dropped_energy == pytest.approx(dropped.get(name, 0.0))
+    assert plan.predicted_kl == pytest.approx(sum(dropped.values()) / 2)
+    assert (
+        make_plan(plan.ranks | dict.fromkeys(SHAPES, 1), found, budget, kl=False).predicted_kl
+        is None
+    )

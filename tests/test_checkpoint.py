@@ -1,0 +1,286 @@
+"""A compressed model is an ordinary checkpoint, and a damaged one is never a random model."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, build
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+import iosvd
+from iosvd.allocation import Spectral
+from iosvd.errors import CheckpointError, ModelError
+from iosvd.modules import LowRankLinear
+from iosvd.pipeline import Compressed, compress
+from iosvd.replacement import low_rank_layers
+from iosvd.whitening import InputOutput
+
+TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
+
+
+def compressed(family: str = "llama", dtype: torch.dtype = torch.float32) -> Compressed:
+    return compress(
+        build(family, dtype), TOKENS, ratio=0.6, whitening=InputOutput(), allocation=Spectral()
+    )
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def saved(folder: Path) -> Path:
+    result = compressed()
+    iosvd.save(result.model, folder / "model", result.plan)
+    return folder / "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_equal_bit_for_bit_after_save_and_load(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    result = compressed(family, dtype)
+    ranks = {name: layer.rank for name, layer in low_rank_layers(result.model).items()}
+    assert ranks == result.plan.ranks != {}
+    iosvd.save(result.model, tmp_path / "one", result.plan)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=dtype).eval()
+    assert torch.equal(logits(loaded), logits(result.model))
+    loaded.save_pretrained(tmp_path / "two")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two", dtype=dtype).eval()
+    assert torch.equal(logits(again), logits(result.model))
+    assert {name: layer.rank for name, layer in low_rank_layers(again).items()} == ranks
+
+
+def test_the_folder_holds_what_it_should(tmp_path: Path) -> None:
+    result = compressed()
+    iosvd.save(result.model, tmp_path / "model", result.plan)
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "plan.json"}
+    assert not {n for n in names if n.endswith((".bin", ".pt", ".pkl"))}
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "iosvd", "ranks": result.plan.ranks}
+    plan = json.loads((tmp_path / "model" / "plan.json").read_text())
+    assert plan["ratio_asked"] == 0.6
+    assert plan["ratio_achieved"] == result.plan.ratio_achieved
+    assert plan["predicted_kl"] == result.plan.predicted_kl
+    assert plan["versions"]["torch"] == torch.__version__
+    assert {n: s["rank"] for n, s in plan["sites"].items() if not s["dense"]} == result.plan.ranks
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    stored = sum(
+        t.numel() for name, t in tensors.items() if ".layers." in name and "norm" not in name
+    )
+    assert stored == result.plan.parameters_kept
+
+
+def test_loading_without_the_package_is_an_error(tmp_path: Path) -> None:
+    """In a process of its own, because here the package is imported."""
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        "assert 'iosvd' not in sys.modules\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    )
+    command = [sys.executable, "-c", script, str(saved(tmp_path))]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode != 0
+    assert "mismatch" in ended.stderr
+
+
+def test_dense_export_is_read_without_the_package(tmp_path: Path) -> None:
+    result = compressed()
+    before = logits(result.model)
+    iosvd.export_dense(result.model, tmp_path / "dense")
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "tokens = torch.tensor(eval(sys.argv[2]))\n"
+        "torch.save(model(input_ids=tokens).logits, 'logits.pt')\n"
+        "assert 'iosvd' not in sys.modules"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "dense"), str(TOKENS.tolist())]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    assert_close(torch.load(tmp_path / "logits.pt"), before, rtol=1e-3, atol=1e-3)
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+
+
+def test_generate_compile_and_gradients_work_after_loading(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved(tmp_path)).eval()
+    generated = model.generate(TOKENS[:2], max_new_tokens=5, do_sample=False)
+    assert generated.shape[0] == 2
+    assert generated.shape[1] > TOKENS.shape[1]
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    for layer in low_rank_layers(model).values():
+        for factor in (layer.weight, layer.left):
+            assert factor.grad is not None
+            assert factor.grad.abs().sum() > 0
+
+
+def test_a_layer_compiles_in_one_graph() -> None:
+    layer = next(iter(low_rank_layers(compressed().model).values()))
+    x = torch.randn(3, 5, layer.in_features)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), layer(x))
+
+
+def test_low_rank_layer_is_the_product_of_its_factors() -> None:
+    for layer in low_rank_layers(compressed("qwen2").model).values():
+        x = torch.randn(4, layer.in_features)
+        bias = 0 if layer.bias is None else layer.bias
+        assert_close(layer(x), x @ (layer.left @ layer.weight).T + bias)
+        assert_close(layer.dense()(x), layer(x))
+
+
+def test_a_model_without_head_loads_too(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    body = AutoModel.from_pretrained(folder).eval()
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(
+            body(input_ids=TOKENS).last_hidden_state, whole.model(input_ids=TOKENS)[0]
+        )
+
+
+def test_sharded_checkpoints_and_device_maps_load(tmp_path: Path) -> None:
+    result = compressed()
+    result.model.save_pretrained(tmp_path / "sharded", max_shard_size="4KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded", device_map="cpu").eval()
+    assert torch.equal(logits(loaded), logits(result.model))
+
+
+def test_compressing_twice_is_refused() -> None:
+    result = compressed()
+    with pytest.raises(ModelError, match="compressed already"):
+        compress(
+            result.model, TOKENS, ratio=0.5, whitening=InputOutput(), allocation=Spectral()
+        )
+
+
+def change_config(folder: Path, site: str, rank: int) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["ranks"][site] = rank
+    path.write_text(json.dumps(config))
+
+
+def first_site(folder: Path) -> tuple[str, int]:
+    config = json.loads((folder / "config.json").read_text())
+    return next(iter(config["quantization_config"]["ranks"].items()))
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return iosvd.load_model(iosvd.Model("damaged", path=str(folder)))
+
+
+@pytest.mark.parametrize("part", ["weight", "left"])
+def test_a_missing_tensor_is_an_error(part: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = f"{first_site(folder)[0]}.{part}"
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"no tensor {name}"):
+        load(folder)
+
+
+def test_a_missing_norm_is_an_error_too(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        load(folder)
+
+
+def test_a_wrong_rank_is_an_error(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    site, rank = first_site(folder)
+    change_config(folder, site, rank + 1)
+    with pytest.raises(ModelError, match="mismatch"):
+        load(folder)
+
+
+@pytest.mark.parametrize("rank", [0, 10**6])
+def test_an_impossible_rank_names_the_site(rank: int, tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    site, _ = first_site(folder)
+    change_config(folder, site, rank)
+    with pytest.raises(CheckpointError, match=f"{site} rank {rank}"):
+        load(folder)
+
+
+def test_a_site_the_model_lacks_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    change_config(folder, "model.layers.9.mlp.up_proj", 3)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.9\.mlp\.up_proj"):
+        load(folder)
+
+
+def test_a_truncated_file_is_one_line(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=f"cannot load the model in {folder}") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = compressed()
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        (Path(path) / "half-written.safetensors").write_bytes(b"x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(result.model, "save_pretrained", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*No space left.*nothing was left"):
+        iosvd.save(result.model, tmp_path / "model", result.plan)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_write_failure_leaves_nothing(tmp_path: Path) -> None:
+    """With the size of files limited by the system, which is what a quota or a full disk does."""
+    script = """
+import resource, signal, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_checkpoint import compressed
+import iosvd
+from iosvd.errors import CheckpointError
+result = compressed()
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    iosvd.save(result.model, "model", result.plan)
+except CheckpointError as error:
+    print("refused:", error)
+"""
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.stdout.startswith("refused: cannot write model"), ended.stderr
+    assert ended.stdout.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = compressed()
+    with pytest.raises(CheckpointError, match="exists already"):
+        iosvd.save(result.model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_first_tensor_of_a_layer_never_has_the_dense_shape() -> None:
+    """What makes loading without the package fail, for every rank a plan can hold."""
+    for rank in range(1, 6):
+        layer = LowRankLinear(in_features=6, out_features=6, rank=rank)
+        assert layer.weight.shape != (6, 6)

@@ -1,0 +1,80 @@
+"""Roots are roots, and damping follows one policy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import random_statistics
+from torch.testing import assert_close
+
+from iosvd.errors import NumericalError
+from iosvd.linalg import (
+    LARGEST_DAMPING,
+    DiagonalRoot,
+    IdentityRoot,
+    Root,
+    RootKind,
+    principal_directions,
+    root_of,
+)
+
+
+def roots() -> dict[str, Root]:
+    _, statistics = random_statistics(7, 9)
+    metric = statistics.input_metric
+    assert metric is not None
+    return {
+        "identity": IdentityRoot(),
+        "diagonal": DiagonalRoot(metric.diagonal().sqrt()),
+        "cholesky": root_of(metric, 1e-6, RootKind.cholesky, "R"),
+        "eigen": root_of(metric, 1e-6, RootKind.eigen, "R"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["identity", "diagonal", "cholesky", "eigen"])
+def test_unapply_inverts_apply(kind: str) -> None:
+    root = roots()[kind]
+    matrix = torch.randn(9, 4, dtype=torch.float64)
+    assert_close(root.unapply(root.apply(matrix)), matrix)
+    assert_close(root.apply(root.unapply(matrix)), matrix)
+
+
+@pytest.mark.parametrize("kind", list(RootKind))
+def test_root_squares_to_the_damped_metric(kind: RootKind) -> None:
+    metric = random_statistics(7, 9)[1].input_metric
+    assert metric is not None
+    eye = torch.eye(9, dtype=torch.float64)
+    factor = root_of(metric, 1e-3, kind, "R").apply(eye).T
+    assert_close(factor @ factor.T, metric + 1e-3 * metric.diagonal().mean() * eye)
+
+
+@pytest.mark.parametrize("kind", list(RootKind))
+def test_damping_is_raised_only_as_far_as_needed(kind: RootKind) -> None:
+    # A clear negative eigenvalue of −1e-5 of the mean diagonal: damping 1e-5 cannot do, 1e-4 does.
+    values = torch.tensor([-2e-5, 1.0, 2.0, 3.0], dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
+    metric = basis @ torch.diag(values) @ basis.T
+    assert root_of(metric, 1e-7, kind, "R").damping == pytest.approx(1e-4)
+    assert root_of(metric, 1e-3, kind, "R").damping == 1e-3
+
+
+@pytest.mark.parametrize("kind", list(RootKind))
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64)), f"{LARGEST_DAMPING:g}"),
+        (torch.zeros(3, 3, dtype=torch.float64), "zero"),
+        (torch.full((3, 3), torch.nan, dtype=torch.float64), "not finite"),
+    ],
+)
+def test_hopeless_metrics_name_the_site(kind: RootKind, metric: torch.Tensor, message: str) -> None:
+    with pytest.raises(NumericalError, match=f"the input metric of x.*{message}"):
+        root_of(metric, 1e-6, kind, "the input metric of x")
+
+
+def test_principal_directions_agree_with_the_svd() -> None:
+    matrix = torch.randn(6, 9, dtype=torch.float64)
+    directions, sigma = principal_directions(matrix @ matrix.T)
+    u, expected, _ = torch.linalg.svd(matrix, full_matrices=False)
+    assert_close(sigma, expected)
+    assert_close((directions * u).sum(0).abs(), torch.ones(6, dtype=torch.float64))
