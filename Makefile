@@ -26,7 +26,7 @@ demo: table-demo ## Compress the embedded model by every method and print the ta
 # renders its table, and fails afterwards.
 table-%: install ## Run an experiment (conf/experiment) and render its table: make table-demo
 	@status=0; \
-	$(BIN)/python experiments/compress.py experiment=$* method=dense ratio=1 $(ARGS) || status=$$?; \
+	$(BIN)/python experiments/compress.py -m experiment=$* $(ARGS) method=dense ratio=1 || status=$$?; \
 	test $$status -eq 2 || $(BIN)/python experiments/compress.py -m experiment=$* $(ARGS) || status=$$?; \
 	test $$status -eq 2 || $(BIN)/python experiments/render.py experiment=$* $(ARGS) || status=$$?; \
 	exit $$status

@@ -18,15 +18,13 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from iosvd.config import expand, label, to_run
+from iosvd.config import CONF, expand, label, to_run
 from iosvd.errors import IosvdError
 from iosvd.execution import execute
 from iosvd.records import METRICS, run_folder
 
-CONF = "../conf"
 
-
-@hydra.main(config_path=CONF, config_name="config", version_base="1.3")
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def job(composed: DictConfig) -> None:
     """Carry out one run of Hydra's."""
     hydra_config = HydraConfig.get()

@@ -22,7 +22,7 @@ def render(overrides: list[str]) -> None:
     experiment = next((o.split("=")[1] for o in overrides if o.startswith("experiment=")), None)
     if experiment is None:
         raise ConfigError("no experiment given; for instance experiment=demo")
-    runs = expand([*overrides, "method=dense", "ratio=1"], sweep=False) + expand(overrides, True)
+    runs = expand([*overrides, "method=dense", "ratio=1"], sweep=True) + expand(overrides, True)
     cells = [Cell(run, read_record(run_folder(run))) for run in runs]
     model = runs[0].model.name
     frame = to_frame(cells)

@@ -81,7 +81,7 @@ def _measure(run: Run, folder: Path) -> dict[str, Any]:
             for name, text in run.eval.texts.items()
         }
     with clock.stage("load"):
-        model = load_model(run.model, _device(run.runtime.device), run.runtime.device_map)
+        model = load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
         for windows in (tokens, *texts.values()):
             check_vocabulary(windows, model.config.get_text_config().vocab_size)
     revision = getattr(model.config, "_commit_hash", None)
@@ -155,7 +155,8 @@ def _check_context(run: Run) -> None:
         )
 
 
-def _device(name: str) -> str:
+def device_for(name: str) -> str:
+    """Return the device that `runtime.device` means: "auto" is the GPU if there is one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from iosvd.errors import NumericalError
 from iosvd.kl_metric import cotangents
+from iosvd.linalg import add_lower_gram_, mirror_
 from iosvd.progress import track
 from iosvd.types import Needs, SiteStatistics
 
@@ -93,7 +94,7 @@ class _Sums:
         if self.shared[name] == name:
             rows = _rows(x)
             if self.needs.input_metric:
-                _add(self.input_metric, name, rows.T, rows)
+                _add_gram(self.input_metric, name, rows)
             if self.needs.input_magnitude:
                 total = rows.abs().sum(0)
                 self.input_magnitude[name] = self.input_magnitude.get(name, 0) + total
@@ -104,9 +105,9 @@ class _Sums:
     def see_cotangent(self, name: str, x: Tensor | None, cotangent: Tensor) -> None:
         rows = _rows(cotangent)
         if self.phase is _Phase.KL:
-            _add(self.kl_metric, name, rows.T, rows)
+            _add_gram(self.kl_metric, name, rows)
         elif x is not None:
-            _add(self.gradient, name, rows.T, _rows(x))
+            _add_product(self.gradient, name, rows, _rows(x))
 
     def check(self) -> None:
         """Name the first site, in the order of the model, whose sums are not finite."""
@@ -135,6 +136,8 @@ class _Sums:
         ):
             for total in sums.values():
                 total.div_(count)
+        for total in (*self.input_metric.values(), *self.kl_metric.values()):
+            mirror_(total)
 
     def statistics(self, name: str) -> SiteStatistics:
         leader = self.shared[name]
@@ -229,8 +232,16 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _add(sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
-    if name in sums:
-        sums[name].addmm_(a, b)
-    else:
-        sums[name] = a @ b
+def _add_gram(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
+    """Add rowsᵀ rows, of which only the lower triangle's blocks are computed."""
+    width = rows.shape[1]
+    if name not in sums:
+        sums[name] = rows.new_zeros(width, width)
+    add_lower_gram_(sums[name], rows)
+
+
+def _add_product(sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
+    """Add aᵀ b."""
+    if name not in sums:
+        sums[name] = a.new_zeros(a.shape[1], b.shape[1])
+    sums[name].addmm_(a.T, b)

@@ -96,7 +96,7 @@ def test_uniform_gives_every_site_the_formula_or_one_more(ratio: float) -> None:
 
 
 def literal_greedy(costs: dict[str, list[float]], budget: Budget) -> dict[str, int]:
-    """The rule as METHODS 5 words it: look at every site, drop the cheapest offer, count, repeat."""
+    """The rule as METHODS 5 words it: look at every site, drop the cheapest offer, repeat."""
     ranks = {name: len(values) for name, values in costs.items()}
 
     def parameters() -> int:

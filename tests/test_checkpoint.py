@@ -160,9 +160,7 @@ def test_sharded_checkpoints_and_device_maps_load(tmp_path: Path) -> None:
 def test_compressing_twice_is_refused() -> None:
     result = compressed()
     with pytest.raises(ModelError, match="compressed already"):
-        compress(
-            result.model, TOKENS, ratio=0.5, whitening=InputOutput(), allocation=Spectral()
-        )
+        compress(result.model, TOKENS, ratio=0.5, whitening=InputOutput(), allocation=Spectral())
 
 
 def change_config(folder: Path, site: str, rank: int) -> None:

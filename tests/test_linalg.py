@@ -14,6 +14,8 @@ from iosvd.linalg import (
     IdentityRoot,
     Root,
     RootKind,
+    add_lower_gram_,
+    mirror_,
     principal_directions,
     root_of,
 )
@@ -78,3 +80,14 @@ def test_principal_directions_agree_with_the_svd() -> None:
     u, expected, _ = torch.linalg.svd(matrix, full_matrices=False)
     assert_close(sigma, expected)
     assert_close((directions * u).sum(0).abs(), torch.ones(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 16])
+def test_blockwise_gram_is_the_gram(width: int) -> None:
+    batches = torch.randn(3, 10, width, dtype=torch.float64)
+    total = torch.zeros(width, width, dtype=torch.float64)
+    for rows in batches:
+        add_lower_gram_(total, rows)
+    mirror_(total)
+    together = batches.flatten(0, 1)
+    assert_close(total, together.T @ together)

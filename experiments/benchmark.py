@@ -1,0 +1,164 @@
+"""Seconds and peak memory of each stage, as ratios to one training step in the same run: make bench
+
+    python experiments/benchmark.py model=local model.path=FOLDER model.seq_len=256
+
+The reference is forward and backward of a plain training step (gradients of all weights, no
+optimiser) over the same tokens in the same batches; of several repetitions the fastest counts.
+The limit is arithmetic: multiplications of the statistics over those of the training step, with
+attention, norms and the softmax left out of both. Prints the table and writes it to
+<results>/tables/benchmark-<model>.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pandas
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from iosvd.config import Run, compose_run
+from iosvd.data import calibration_windows
+from iosvd.errors import IosvdError
+from iosvd.execution import device_for
+from iosvd.models import load_model, load_tokenizer
+from iosvd.pipeline import compress
+from iosvd.sites import find_sites
+from iosvd.stages import Stage, StageClock
+from iosvd.statistics import collect, statistics_bytes
+from iosvd.types import Needs
+from iosvd.versions import commit
+
+METHODS = ("svd", "asvd", "svd_llm", "io_svd", "io_svd_spectral")
+REPETITIONS = 3
+GRAM_SHARE = 5 / 8  # Of a symmetric product's multiplications, what linalg.add_lower_gram_ takes.
+
+
+def fresh(run: Run) -> PreTrainedModel:
+    """Load the model anew: compression changes it."""
+    return load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
+
+
+def train(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> None:
+    """Forward and backward over the tokens, with gradients of all weights."""
+    for batch in tokens.split(batch_size):
+        batch = batch.to(model.device)
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        model.zero_grad()
+
+
+def measure_training(run: Run, tokens: Tensor) -> Stage:
+    """Measure the reference."""
+    model = fresh(run).train().requires_grad_(True)
+    train(model, tokens[: run.runtime.batch_size], run.runtime.batch_size)  # Warm-up.
+    clock = StageClock()
+    with clock.stage("training step"):
+        train(model, tokens, run.runtime.batch_size)
+    return clock.stages["training step"]
+
+
+def measure_method(run: Run, tokens: Tensor) -> dict[str, Stage]:
+    """Measure the stages of a compression."""
+    model = fresh(run)
+    return dict(
+        compress(
+            model,
+            tokens,
+            ratio=run.ratio,
+            whitening=run.whitening,
+            allocation=run.allocation,
+            quantization=run.quantization,
+            factorization=run.factorization,
+            selection=run.model.sites,
+            batch_size=run.runtime.batch_size,
+        ).stages
+    )
+
+
+def arithmetic_limit(run: Run, tokens: Tensor) -> float:
+    """Return multiplications of the statistics over those of the training step, per token."""
+    model, needs = fresh(run), run.whitening.needs | run.allocation.needs
+    if needs == Needs():
+        return 0.0
+    sites = find_sites(model, run.model.sites)
+    weights = sum(site.weight.numel() for site in sites.values())
+    forward = weights + model.get_output_embeddings().weight.numel()
+    # One window, to see which sites share a metric.
+    found = collect(model, tokens[:1], sites, needs).values()
+    metrics = [metric for s in found for metric in (s.input_metric, s.kl_metric)]
+    distinct = {m.data_ptr(): m.numel() for m in metrics if m is not None}
+    backward = forward * ((needs.kl_metric is not None) + (needs.gradient_windows > 0))
+    products = weights * (needs.gradient_windows > 0) + GRAM_SHARE * sum(distinct.values())
+    return (forward + backward + products) / (3 * forward)
+
+
+def benchmark(overrides: list[str]) -> None:
+    """Measure, print and write the table."""
+    runs = {method: compose_run([*overrides, f"method={method}"]) for method in METHODS}
+    base = runs[METHODS[0]]
+    tokens = calibration_windows(
+        load_tokenizer(base.model),
+        base.dataset,
+        base.calibration.windows,
+        base.calibration.seq_len,
+        base.calibration.seed,
+    )
+    references: list[Stage] = []
+    stages: dict[str, list[dict[str, Stage]]] = {method: [] for method in METHODS}
+    for _ in range(REPETITIONS):  # Interleaved, so that a busy moment hits all alike.
+        references.append(measure_training(base, tokens))
+        for method, run in runs.items():
+            stages[method].append(measure_method(run, tokens))
+    reference = min(references, key=lambda stage: stage.seconds)
+    rows = [row(method, runs[method], stages[method], reference, tokens) for method in METHODS]
+    text = report(pandas.DataFrame(rows), reference, base, tokens)
+    target = Path(base.runtime.results) / "tables" / f"benchmark-{base.model.name}.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def row(
+    method: str, run: Run, repeated: list[dict[str, Stage]], reference: Stage, tokens: Tensor
+) -> dict[str, str]:
+    """Return one line of the table: the fastest repetition, and the peaks of memory."""
+    best = min(repeated, key=lambda stages: sum(s.seconds for s in stages.values()))
+    total = sum(stage.seconds for stage in best.values())
+    kept = statistics_bytes(
+        find_sites(fresh(run), run.model.sites), run.whitening.needs | run.allocation.needs
+    )
+    return {
+        "method": method,
+        **{f"{name}, s": f"{stage.seconds:.2f}" for name, stage in best.items()},
+        "whole, s": f"{total:.2f}",
+        "whole / step": f"{total / reference.seconds:.2f}",
+        "statistics / step": f"{best['statistics'].seconds / reference.seconds:.2f}",
+        "its limit": f"{arithmetic_limit(run, tokens):.2f}",
+        "peak, MiB": f"{max(stage.peak_bytes for stage in best.values()) / 2**20:.0f}",
+        "metrics at most, MiB": f"{kept / 2**20:.1f}",
+    }
+
+
+def report(frame: pandas.DataFrame, reference: Stage, base: Run, tokens: Tensor) -> str:
+    """Return the page."""
+    table = frame.to_markdown(index=False, disable_numparse=True)
+    windows, length = tokens.shape
+    return (
+        f"# benchmark, {base.model.name}\n\n{table}\n\n"
+        f"Step: forward and backward of a training step over the same {windows} × {length} tokens,"
+        f" {reference.seconds:.2f} s, peak {reference.peak_bytes / 2**20:.0f} MiB. Limit: the"
+        " same ratio in multiplications of the linear layers and metric sums. Fastest of"
+        f" {REPETITIONS} interleaved repetitions, {torch.get_num_threads()} thread(s), commit"
+        f" {commit()}, {time.strftime('%Y-%m-%d')}.\n"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        benchmark(sys.argv[1:])
+    except IosvdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

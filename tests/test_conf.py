@@ -1,0 +1,160 @@
+"""Every YAML composes, checks, and lists exactly the options of the dataclass it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.utils import get_class
+
+import iosvd.allocation
+import iosvd.whitening
+from iosvd.config import CONF, Evaluation, Run, compose_run, expand
+from iosvd.errors import IosvdError
+from iosvd.models import Model
+from iosvd.texts import Dataset
+
+SETTINGS = {
+    "model/local": ["model.path=/some/folder"],
+    "dataset/local": ["dataset.path=/some/folder"],
+}
+GROUPS = ("model", "dataset", "whitening", "allocation", "quantization", "method", "eval")
+MODELS = [
+    "llama_7b",
+    "llama_13b",
+    "llama_30b",
+    "llama2_7b",
+    "llama3_8b",
+    "vicuna_7b",
+    "mistral_7b",
+    "opt_6_7b",
+    "qwen3_8b",
+    "tiny",
+    "local",
+]
+
+
+def presets() -> list[str]:
+    return sorted(f"{group}/{path.stem}" for group in GROUPS for path in (CONF / group).glob("*"))
+
+
+def options(preset: str) -> dict[str, Any]:
+    return yaml.safe_load((CONF / f"{preset}.yaml").read_text()) or {}
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_composes(preset: str) -> None:
+    group, name = preset.split("/")
+    run = compose_run([f"{group}={name}", *SETTINGS.get(preset, [])])
+    assert isinstance(run, Run)
+    if group == "method":
+        assert run.label == name
+
+
+def test_the_groups_hold_what_the_project_promises() -> None:
+    names = set(presets())
+    assert {f"model/{name}" for name in MODELS} <= names
+    assert {f"dataset/{name}" for name in ("wikitext2", "c4", "ptb", "pydoc", "local")} <= names
+    methods = {"dense", "svd", "asvd", "svd_llm", "io_svd", "io_svd_spectral"}
+    assert {f"method/{name}" for name in methods} <= names
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_options_are_those_of_the_dataclass(preset: str) -> None:
+    group = preset.split("/")[0]
+    written = options(preset)
+    classes = {"model": Model, "dataset": Dataset, "eval": Evaluation}
+    if "_target_" in written:
+        implementation = get_class(written.pop("_target_"))
+    elif group in classes:
+        implementation = classes[group]
+    else:
+        return  # A method preset only chooses.
+    written.pop("defaults", None)
+    fields = {field.name for field in dataclasses.fields(implementation)}
+    if group == "eval":
+        fields -= {"texts"} - set(written)
+    assert set(written) == fields
+
+
+@pytest.mark.parametrize("package", [iosvd.whitening, iosvd.allocation])
+def test_every_implementation_has_a_preset(package: Any) -> None:
+    group = package.__name__.split(".")[-1]
+    targets = {options(p).get("_target_") for p in presets() if p.startswith(group)}
+    exported = {
+        f"{package.__name__}.{name}"
+        for name in package.__all__
+        if dataclasses.is_dataclass(getattr(package, name))
+    }
+    assert targets == exported
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_experiment_expands(path: Path) -> None:
+    runs = expand([f"experiment={path.stem}"], sweep=True)
+    assert len({(run.label, run.ratio) for run in runs}) == len(runs) > 1
+
+
+def test_the_demo_is_every_method_at_three_ratios() -> None:
+    runs = expand(["experiment=demo"], sweep=True)
+    methods = ("svd", "asvd", "svd_llm", "io_svd", "io_svd_spectral")
+    assert {(r.label, r.ratio) for r in runs} == {(m, x) for m in methods for x in (0.8, 0.6, 0.4)}
+    assert {run.model.name for run in runs} == {"tiny"}
+    assert [r.ratio for r in expand(["experiment=demo", "ratio=0.5", "method=svd"], True)] == [0.5]
+
+
+def test_a_changed_method_is_named_so() -> None:
+    assert compose_run(["allocation=spectral"]).label == "io_svd[allocation=spectral]"
+    assert compose_run(["ratio=0.5", "calibration.seed=3"]).label == "io_svd"
+
+
+def test_evaluation_texts_are_those_of_the_paper_or_of_the_calibration() -> None:
+    paper = compose_run(["eval=paper", "eval.texts.c4.path=/some/folder"]).eval
+    assert list(paper.texts) == ["wikitext2", "ptb", "c4"]
+    assert paper.texts["c4"].path == "/some/folder"
+    own = compose_run(["dataset=wikitext2", "model=llama_7b"])
+    assert own.eval.texts == {"own": own.dataset}
+    assert own.eval.seq_len == own.calibration.seq_len == 2048
+
+
+BAD = [
+    (["whitening.topk=3"], "unknown option whitening.topk; options of whitening: top_k, renorm"),
+    (["+whitening.foo=3"], "unknown option whitening.foo; options of whitening: top_k, renorm"),
+    (["foo=3"], "unknown option foo; options: model, dataset"),
+    (["+foo=3"], "unknown option foo; options: allocation, calibration"),
+    (["model.sites.incl=[a]"], "unknown option model.sites.incl; options of model.sites: include"),
+    (["eval.texts.own.foo=3"], "unknown option eval.texts.own.foo; options of eval.texts.own"),
+    (["whitening=foo"], "Could not find 'whitening/foo' Available options in 'whitening': asvd"),
+    (["whitening.top_k=five"], "whitening.top_k: Value 'five' of type 'str' could not be conv"),
+    (["whitening.estimator=foo"], "whitening.estimator: Invalid value 'foo', expected one of"),
+    (["model.dtype=int8"], "model.dtype: Invalid value 'int8', expected one of [float16, bfloat"),
+    (["ratio=much"], "ratio=much is not a number"),
+    (["ratio=0"], "ratio 0 is outside (0, 1]"),
+    (["ratio=1.5"], "ratio 1.5 is outside (0, 1]"),
+    (["ratio=nan"], "ratio nan is outside (0, 1]"),
+    (["ratio=["], "no viable alternative"),
+    (["model=local"], "model.path is not set; set model.path=FOLDER"),
+    (["dataset=local"], "dataset.path is not set; set dataset.path=FOLDER"),
+    (["calibration.windows=0"], "calibration.windows=0 is below 1"),
+    (["eval.texts={}", "~eval.texts.own"], "eval.texts is empty"),
+    (["factorization.precision=float32"], "needs factorization.algorithm=svd"),
+    (["whitening._target_=iosvd.whitening.Nothing"], "whitening._target_ names no class"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_a_wrong_option_is_one_line_that_lists_the_right_ones(
+    overrides: list[str], message: str
+) -> None:
+    with pytest.raises(IosvdError) as error:
+        compose_run(overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_sweep_fails_before_it_starts_where_one_cell_is_wrong() -> None:
+    with pytest.raises(IosvdError, match="outside"):
+        expand(["experiment=demo", "ratio=0.8,1.2"], sweep=True)

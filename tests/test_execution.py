@@ -1,0 +1,230 @@
+"""A run measures, records, is skipped when complete and retried when not; nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build
+from transformers import AutoModelForCausalLM
+
+import iosvd.execution
+from experiments import compress as command
+from experiments import render
+from iosvd.config import Run, compose_run
+from iosvd.errors import RecordError
+from iosvd.evaluation.perplexity import perplexity
+from iosvd.execution import Outcome, execute
+from iosvd.fingerprints import digest
+from iosvd.models import ASSETS, load_tokenizer
+from iosvd.records import read_record, run_folder, write_json
+from iosvd.replacement import low_rank_layers
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder of a small model, with the embedded tokenizer's vocabulary, and a text."""
+    folder = tmp_path / "small"
+    model = build("llama")
+    model.resize_token_embeddings(1024)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((ASSETS / "tiny" / name).read_bytes())
+    text = tmp_path / "text"
+    text.mkdir()
+    lines = "".join(f"Line {i} of a text that is long enough.\n" for i in range(80))
+    (text / "train.txt").write_text(lines)
+    (text / "validation.txt").write_text(lines[:1500])
+    return tmp_path
+
+
+def overrides(source: Path, *more: str) -> list[str]:
+    return [
+        "model=local",
+        f"model.path={source}/small",
+        "model.seq_len=16",
+        "dataset=local",
+        f"dataset.path={source}/text",
+        "calibration.windows=8",
+        f"runtime.results={source}/results",
+        *more,
+    ]
+
+
+def run(source: Path, *more: str) -> Run:
+    return compose_run(overrides(source, *more))
+
+
+def metrics(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_run_records_what_its_checkpoint_measures(source: Path) -> None:
+    asked = run(source, "ratio=0.5", "runtime.save_checkpoint=true")
+    assert execute(asked) is Outcome.complete
+    folder = run_folder(asked)
+    assert folder.parent == source / "results" / "runs" / "small"
+    assert folder.name.startswith("io_svd-0.5-")
+    found = metrics(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.float32)
+    tokenizer = load_tokenizer(asked.model)
+    windows = iosvd.evaluation_windows(tokenizer, asked.dataset, 16)
+    assert found["perplexity"] == {"own": pytest.approx(perplexity(loaded.eval(), windows))}
+    assert found["windows"] == {"own": list(windows.shape)}
+    sizes = {n: layer.rank for n, layer in low_rank_layers(loaded).items()}
+    plan = json.loads((folder / "plan.json").read_text())
+    assert {n: s["rank"] for n, s in plan["sites"].items() if not s["dense"]} == sizes
+    assert 0.45 < found["ratio_achieved"] <= 0.5  # type: ignore[operator]
+    assert set(found["stages"]) == {  # type: ignore[call-overload]
+        *("data", "load", "statistics", "factorization", "allocation", "replacement"),
+        "evaluation",
+    }
+    assert found["config"] == asked.config
+
+
+def test_a_complete_run_is_skipped_unless_forced(source: Path) -> None:
+    asked = run(source, "method=svd")
+    assert execute(asked) is Outcome.complete
+    before = (run_folder(asked) / "metrics.json").stat().st_mtime_ns
+    assert execute(asked) is Outcome.skipped
+    assert (run_folder(asked) / "metrics.json").stat().st_mtime_ns == before
+    assert execute(run(source, "method=svd", "runtime.force=true")) is Outcome.complete
+    assert (run_folder(asked) / "metrics.json").stat().st_mtime_ns > before
+
+
+def test_a_failure_is_kept_with_its_traceback_and_tried_again(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = run(source, "method=svd")
+    with monkeypatch.context() as patch:
+        patch.setattr(iosvd.execution, "compress", lambda *a, **k: 1 / 0)
+        assert execute(asked) is Outcome.failed
+    folder = run_folder(asked)
+    failure = json.loads((folder / "failure.json").read_text())
+    assert failure["error"] == "ZeroDivisionError: division by zero"
+    assert "in _measure" in failure["traceback"]
+    assert "failed: ZeroDivisionError" in caplog.text
+    assert read_record(folder) is None
+    assert execute(asked) is Outcome.complete
+    assert not (folder / "failure.json").exists()
+
+
+def test_the_digest_depends_on_content_not_on_place(source: Path, tmp_path: Path) -> None:
+    one = digest(run(source))
+    (source / "small").rename(source / "elsewhere")
+    (source / "elsewhere" / "small").mkdir()
+    for path in (source / "elsewhere").glob("*.*"):
+        path.rename(source / "elsewhere" / "small" / path.name)
+    moved = compose_run([*overrides(source), f"model.path={source}/elsewhere/small"])
+    assert digest(moved) == one
+    assert (
+        digest(compose_run([*overrides(source / "elsewhere"), f"dataset.path={source}/text"]))
+        == one
+    )
+    (source / "text" / "train.txt").write_text("Another text.\n" * 80)
+    assert digest(moved) != one
+
+
+SCIENTIFIC = [
+    "ratio=0.7",
+    "calibration.seed=1",
+    "calibration.windows=7",
+    "calibration.seq_len=12",
+    "whitening.top_k=6",
+    "whitening.damping_output=1e-5",
+    "allocation=spectral",
+    "factorization.algorithm=svd",
+    "eval.windows=2",
+    "model.dtype=bfloat16",
+    "dataset.join=x",
+    "model.sites.exclude=[x]",
+]
+
+
+@pytest.mark.parametrize("change", SCIENTIFIC)
+def test_every_scientific_option_makes_another_run(change: str, source: Path) -> None:
+    assert run_folder(run(source, change)) != run_folder(run(source))
+    assert digest(run(source, change)) != digest(run(source))
+
+
+@pytest.mark.parametrize("change", ["runtime.batch_size=3", "runtime.device=cpu"])
+def test_how_a_run_is_carried_out_does_not(change: str, source: Path) -> None:
+    assert run_folder(run(source, change)) == run_folder(run(source))
+
+
+BAD_RUNS = [
+    (["ratio=0.01"], r"ratio 0\.01 is below 0\.\d+, what rank 1 at every one of the 14 sites"),
+    (["model.seq_len=64"], "windows of 64 tokens exceed the context of 32.*set model.seq_len=32"),
+    (["calibration.windows=100000"], "100000 are asked for"),
+    (["model.sites.include=[nothing]"], "no site matches"),
+    (["runtime.device=cuda:0"], "torch sees no CUDA device"),
+    (["runtime.device=quantum"], "runtime.device=quantum is no device"),
+    (["dataset.evaluation.name=test"], "has no test"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_RUNS, ids=lambda value: str(value)[:30])
+def test_bad_input_ends_in_one_line_and_a_status(
+    change: list[str],
+    message: str,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if "cuda" in change[0] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.setattr(sys, "argv", ["compress.py", *overrides(source, *change)])
+    assert command.main() != 0
+    output = "".join(capfd.readouterr())
+    (line,) = [line for line in output.splitlines() if "error: " in line or "failed: " in line]
+    import re
+
+    assert re.search(message, line)
+    assert "Traceback" not in output
+
+
+def test_a_wrong_command_loads_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compress.py", "-m", "ratio=0.8,7"])
+    monkeypatch.setattr(command, "job", lambda: pytest.fail("a run was started"))
+    assert command.main() == 2
+    assert capfd.readouterr().err == (
+        "error: ratio 7 is outside (0, 1]; it is the share of the parameters that is kept\n"
+    )
+
+
+def test_one_failing_run_stops_no_other_and_shows_as_a_gap(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ratio 0.01 is infeasible: its runs fail, the others complete, the table has both."""
+    sweep = ["experiment=demo", "method=svd,svd_llm", "ratio=0.01,0.5"]
+    monkeypatch.setattr(sys, "argv", ["compress.py", "-m", *overrides(source, *sweep)])
+    assert command.main() == 1
+    assert "2 of 4 runs failed" in "".join(capfd.readouterr())
+    render.render(overrides(source, *sweep))
+    printed = capfd.readouterr().out
+    assert "Runs found: 2 of 5." in printed  # The dense baseline was not run.
+    rows = [line.split("|") for line in printed.splitlines() if "| svd" in line]
+    for row in rows:
+        assert (row[3].strip() == "–") == (row[1].strip() == "0.01")
+    table = source / "results" / "tables" / "demo-small"
+    assert table.with_suffix(".md").read_text() in printed
+    assert len(table.with_suffix(".csv").read_text().splitlines()) == 6
+
+
+def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"label": ')
+    with pytest.raises(RecordError, match=r"cannot read .*metrics\.json.*remove it and run again"):
+        read_record(tmp_path)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

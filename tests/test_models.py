@@ -1,0 +1,80 @@
+"""Models come from folders, the hub or the package, or there is one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import build
+
+from iosvd.errors import ConfigError, ModelError
+from iosvd.models import ASSETS, Dtype, Model, load_model, load_tokenizer
+
+
+def test_the_embedded_model_is_small_and_safe() -> None:
+    folder = ASSETS / "tiny"
+    weights = folder / "model.safetensors"
+    assert weights.stat().st_size <= 8 * 2**20
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    model = load_model(Model("tiny", embedded=True, dtype=Dtype.bfloat16))
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert sum(p.numel() for p in model.parameters()) <= 4_000_000
+    tokenizer = load_tokenizer(Model("tiny", embedded=True))
+    text = "Return the number of items: naïve, Σ and 漢字."
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_weights_are_loaded_in_the_dtype_asked_for(dtype: Dtype, tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    model = load_model(Model("saved", path=str(tmp_path), dtype=dtype))
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype.value)}
+    assert not model.training
+
+
+def test_a_device_map_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama").save_pretrained(tmp_path)
+    load, seen = transformers.AutoModelForCausalLM.from_pretrained, {}
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *a, **options: (seen.update(options), load(*a, **options))[1],
+    )
+    load_model(Model("saved", path=str(tmp_path)), device="nonsense", device_map="auto")
+    assert seen["device_map"] == "auto"
+    assert seen["trust_remote_code"] is False
+
+
+def test_no_source_and_no_folder_say_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model x has no source; set model\.path=FOLDER"):
+        load_model(Model("x"))
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ModelError, match=f"{path} is not a model folder.*set model.path"):
+            load_model(Model("x", path=str(path)))
+
+
+@pytest.mark.parametrize("damage", ["config", "weights", "none"])
+def test_a_damaged_folder_is_one_line(damage: str, tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    if damage == "config":
+        (tmp_path / "config.json").write_text("{")
+    elif damage == "weights":
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-10])
+    else:
+        (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=f"cannot load the model in {tmp_path}") as error:
+        load_model(Model("x", path=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreachable_hub_says_which_option_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match=r"cannot load org/name.*model\.path=FOLDER") as error:
+        load_model(Model("x", hub_id="org/name"))
+    assert "\n" not in str(error.value)

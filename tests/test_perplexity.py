@@ -1,0 +1,52 @@
+"""Token perplexity against an independent loop, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import build, shared
+
+from iosvd.data import evaluation_windows
+from iosvd.errors import NumericalError
+from iosvd.evaluation.perplexity import perplexity
+from iosvd.models import Dtype, Model, load_model, load_tokenizer
+from iosvd.texts import Dataset
+
+
+def test_agrees_with_a_plain_loop_over_wikitext_and_ignores_the_batch_size() -> None:
+    model = Model("books", path=str(shared("models", "books-6M")), dtype=Dtype.float32)
+    path = shared("data", "text", "wikitext2")
+    tokenizer, loaded = load_tokenizer(model), load_model(model)
+    dataset = Dataset("wikitext2", path=str(path), keep_line_ends=True)
+    windows = evaluation_windows(tokenizer, dataset, 512, windows=12)
+
+    lines = (path / "test.txt").read_text().splitlines()
+    text = "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: 12 * 512]
+    losses = []
+    with torch.no_grad():
+        for start in range(0, len(ids), 512):
+            window = torch.tensor(ids[start : start + 512])
+            p = loaded(input_ids=window[None]).logits[0].log_softmax(-1)
+            losses += [-float(p[t, window[t + 1]]) for t in range(511)]
+    expected = math.exp(sum(losses) / len(losses))
+
+    for batch_size in (1, 5, 12):
+        assert perplexity(loaded, windows, batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:
+    model = build("llama")
+    model.lm_head.weight.data.zero_()
+    windows = torch.randint(0, 31, (3, 9))
+    assert perplexity(model, windows) == pytest.approx(31)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_is_an_error(value: float) -> None:
+    model = build("llama")
+    model.lm_head.weight.data[3] = value
+    with pytest.raises(NumericalError, match="windows 0 to 1 is NaN or infinite"):
+        perplexity(model, torch.randint(0, 31, (4, 9)), batch_size=2)
