@@ -14,6 +14,7 @@ import logging
 import sys
 
 import hydra
+import transformers
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -44,6 +45,8 @@ def main() -> int:
     except IosvdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if not sys.stderr.isatty():  # Bars are for people; ours know that by themselves.
+        transformers.utils.logging.disable_progress_bar()
     job()
     missing = [folder for folder in folders if not (folder / METRICS).exists()]
     if missing:

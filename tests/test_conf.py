@@ -22,19 +22,8 @@ SETTINGS = {
     "dataset/local": ["dataset.path=/some/folder"],
 }
 GROUPS = ("model", "dataset", "whitening", "allocation", "quantization", "method", "eval")
-MODELS = [
-    "llama_7b",
-    "llama_13b",
-    "llama_30b",
-    "llama2_7b",
-    "llama3_8b",
-    "vicuna_7b",
-    "mistral_7b",
-    "opt_6_7b",
-    "qwen3_8b",
-    "tiny",
-    "local",
-]
+LLAMAS = ["llama_7b", "llama_13b", "llama_30b", "llama2_7b", "llama3_8b"]
+MODELS = [*LLAMAS, "vicuna_7b", "mistral_7b", "opt_6_7b", "qwen3_8b", "tiny", "local"]
 
 
 def presets() -> list[str]:
