@@ -32,7 +32,7 @@ table-%: install ## Run an experiment (conf/experiment) and render its table: ma
 	exit $$status
 
 test: install ## Run the tests that need no GPU and no network
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadgroup -m 'not gpu and not network'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not network'
 
 check: install ## Lint, format and types
 	$(BIN)/ruff check .

@@ -30,6 +30,11 @@ from iosvd.models import Dtype, Model
 from iosvd.texts import Dataset, Split
 from iosvd.types import SiteStatistics
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers with two threads each on two cores are many times slower than one thread each.
+    os.environ["OMP_NUM_THREADS"] = "1"  # For processes that tests start.
+    torch.set_num_threads(1)
+
 SHARED = Path(os.environ.get("IOSVD_SHARED", Path(__file__).parents[2] / "shared")).resolve()
 
 _WIDTHS: dict[str, Any] = {

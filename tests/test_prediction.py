@@ -19,7 +19,6 @@ from iosvd.texts import Dataset
 from iosvd.types import Spectrum
 from iosvd.whitening import InputOutput
 
-pytestmark = pytest.mark.xdist_group("prediction")
 KNOWN = {
     # Inputs and output cotangents are far from independent there: the first position (METHODS 1).
     *(f"model.layers.0.self_attn.{role}_proj" for role in "qkv"),

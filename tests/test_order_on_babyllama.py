@@ -1,0 +1,19 @@
+"""The set-up of the paper's claims at the smallest scale at which they can be seen."""
+
+from __future__ import annotations
+
+import pytest
+from method_order import *  # noqa: F403 (the tests themselves)
+from method_order import Bench
+
+from iosvd.models import Model
+from iosvd.texts import Dataset
+
+
+@pytest.fixture(scope="module")
+def bench(baby: Model, stories: Dataset) -> Bench:
+    return Bench(baby, stories, windows=400, seeds=(0, 1, 2))
+
+
+def test_io_svd_at_080_is_within_three_percent_of_dense(bench: Bench) -> None:
+    assert bench.relative("io_svd", 0.8) < 1.03
