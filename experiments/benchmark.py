@@ -74,6 +74,7 @@ def measure_method(run: Run, tokens: Tensor) -> dict[str, Stage]:
             factorization=run.factorization,
             selection=run.model.sites,
             batch_size=run.runtime.batch_size,
+            passes=run.runtime.passes,
         ).stages
     )
 

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from iosvd.pydoc_text import pydoc_documents
 
 TARGET = Path(__file__).parents[1] / "iosvd" / "assets" / "tiny"
+POINT_STEPS = 100  # Between two points of the loss curve.
 
 
 @dataclass(frozen=True)
@@ -95,27 +96,29 @@ def loss_of(model: LlamaForCausalLM, windows: torch.Tensor) -> torch.Tensor:
         return model(input_ids=windows, labels=windows).loss
 
 
-def train(recipe: Recipe) -> None:
-    """Train and write the folder."""
-    torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
-    tokenizer = train_tokenizer(recipe)
-    text, held_out = (
-        torch.tensor(tokenizer("\n\n".join(pydoc_documents(split)))["input_ids"])
-        for split in ("train", "validation")
+def tokens_of(split: str, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Return one split of the text as tokens."""
+    text = "\n\n".join(pydoc_documents(split))
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+
+
+def optimizer_of(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return AdamW, whose decay spares the norms."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.dim() > 1]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
     )
-    held_out = held_out[: len(held_out) // recipe.context * recipe.context].view(-1, recipe.context)
-    model = build(recipe)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    norms = [p for p in model.parameters() if p.dim() == 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=recipe.learning_rate,
-        betas=recipe.betas,
-        weight_decay=recipe.weight_decay,
-    )
-    curve, recent, started = [], [], time.monotonic()
+
+
+def fit(
+    model: LlamaForCausalLM, text: torch.Tensor, held_out: torch.Tensor, recipe: Recipe
+) -> list[dict[str, float]]:
+    """Train in place; return the loss curve, the training loss as the mean since the last point."""
+    optimizer = optimizer_of(model, recipe)
+    curve, recent = [], []
     for step in tqdm(range(recipe.steps), unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
@@ -126,11 +129,26 @@ def train(recipe: Recipe) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_norm)
         optimizer.step()
         recent.append(loss.item())
-        if (step + 1) % 100 == 0:
+        if (step + 1) % POINT_STEPS == 0:
             with torch.no_grad():
-                validation = loss_of(model, held_out).item()
-            curve.append((step + 1, round(sum(recent[-100:]) / 100, 4), round(validation, 4)))
-            tqdm.write("step {} train {} validation {}".format(*curve[-1]))
+                validation = round(loss_of(model, held_out).item(), 4)
+            training = round(sum(recent) / len(recent), 4)
+            recent.clear()
+            curve.append({"step": step + 1, "train": training, "validation": validation})
+            tqdm.write(json.dumps(curve[-1]))
+    return curve
+
+
+def train(recipe: Recipe) -> None:
+    """Train tokenizer and model, and write the folder."""
+    torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    started = time.monotonic()
+    tokenizer = train_tokenizer(recipe)
+    text, held_out = (tokens_of(split, tokenizer) for split in ("train", "validation"))
+    windows = len(held_out) // recipe.context
+    model = build(recipe)
+    curve = fit(model, text, held_out[: windows * recipe.context].view(windows, -1), recipe)
     model.bfloat16().save_pretrained(TARGET)
     tokenizer.save_pretrained(TARGET)
     record = {
@@ -140,7 +158,7 @@ def train(recipe: Recipe) -> None:
         "text_tokens": len(text),
         "seconds": round(time.monotonic() - started),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "curve": [dict(zip(("step", "train", "validation"), row, strict=True)) for row in curve],
+        "curve": curve,
     }
     (TARGET / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 

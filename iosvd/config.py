@@ -62,6 +62,7 @@ class Runtime:
     device: str = "auto"
     device_map: str | None = None
     batch_size: int = 8
+    passes: int = 1
     results: str = "results"
     save_checkpoint: bool = False
     force: bool = False
@@ -123,7 +124,8 @@ def to_run(composed: DictConfig, label: str) -> Run:
     """
     composed = OmegaConf.masked_copy(composed, [str(k) for k in composed if k != "hydra"])
     for key in _missing(OmegaConf.to_container(composed, resolve=False), ""):
-        raise ConfigError(f"{key} is not set; set {key}=FOLDER")
+        value = "FOLDER" if key.endswith("path") else "VALUE"
+        raise ConfigError(f"{key} is not set; set {key}={value}")
     try:
         OmegaConf.resolve(composed)
         config = OmegaConf.to_container(composed)
@@ -160,6 +162,7 @@ def _check(run: Run) -> None:
         ("eval.seq_len", run.eval.seq_len, 2),
         ("eval.windows", run.eval.windows, 0),
         ("runtime.batch_size", run.runtime.batch_size, 1),
+        ("runtime.passes", run.runtime.passes, 1),
     ):
         if value < least:
             raise ConfigError(f"{name}={value} is below {least}")

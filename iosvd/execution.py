@@ -95,6 +95,7 @@ def _measure(run: Run, folder: Path) -> dict[str, Any]:
         factorization=run.factorization,
         selection=run.model.sites,
         batch_size=run.runtime.batch_size,
+        passes=run.runtime.passes,
     )
     compressed.plan.write(folder / "plan.json", library_versions())
     if run.runtime.save_checkpoint:

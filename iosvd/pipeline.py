@@ -21,7 +21,7 @@ from iosvd.progress import track
 from iosvd.quantization import NoQuantization
 from iosvd.replacement import low_rank_layers, replace_
 from iosvd.scoring import with_loss_change
-from iosvd.sites import SiteSelection, find_sites
+from iosvd.sites import SiteSelection, find_sites, in_groups
 from iosvd.stages import Stage, StageClock
 from iosvd.statistics import collect, statistics_bytes
 from iosvd.types import SiteStatistics, Spectrum
@@ -50,6 +50,7 @@ def compress(
     factorization: Factorization = Factorization(),  # noqa: B008 (frozen)
     selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
     batch_size: int = 8,
+    passes: int = 1,
     statistics: Mapping[str, SiteStatistics] | None = None,
 ) -> Compressed:
     """Compress a causal language model to a maintenance ratio.
@@ -62,6 +63,8 @@ def compress(
         factorization: precision and algorithm of the decompositions.
         selection: which layers are targets.
         batch_size: windows per forward pass.
+        passes: passes over the calibration set, each for a part of the sites: the statistics take
+            so many times less memory, and more time.
         statistics: what `collect` returned for this model, to compress it to several ratios.
 
     Raises:
@@ -73,13 +76,15 @@ def compress(
     sites = find_sites(model, selection)
     budget = Budget({name: Shape(*site.weight.shape) for name, site in sites.items()}, ratio)
     needs = whitening.needs | allocation.needs | quantization.needs
-    mebibytes = statistics_bytes(sites, needs) / 2**20
-    log.info("%d sites; their statistics take at most %.1f MiB", len(sites), mebibytes)
+    largest = max(statistics_bytes(group, needs) for group in in_groups(sites, passes))
+    log.info("%d sites; statistics take at most %.1f MiB", len(sites), largest / 2**20)
     warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
-    with clock.stage("statistics"):
-        found = dict(statistics or collect(model, tokens, sites, needs, batch_size))
-    with clock.stage("factorization"):
-        spectra = _spectra(sites, found, whitening, factorization, budget)
+    spectra: dict[str, Spectrum] = {}
+    for group in in_groups(sites, passes):
+        with clock.stage("statistics"):
+            found = dict(statistics or collect(model, tokens, group, needs, batch_size))
+        with clock.stage("factorization"):
+            spectra |= _spectra(group, found, whitening, factorization, budget)
     with clock.stage("allocation"):
         ranks = allocation(spectra, budget)
         plan = make_plan(ranks, spectra, budget, kl=needs.kl_metric is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -50,6 +51,13 @@ def find_sites(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Linea
         if not torch.isfinite(module.weight).all():
             raise NumericalError(f"the weight of {name} has NaN or infinity; check the checkpoint")
     return sites
+
+
+def in_groups(sites: Mapping[str, nn.Linear], count: int) -> list[dict[str, nn.Linear]]:
+    """Divide the sites, in their order, into at most `count` groups of about the same size."""
+    size = -(-len(sites) // count)
+    items = list(sites.items())
+    return [dict(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def role(site: str) -> str:

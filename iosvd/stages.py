@@ -25,7 +25,7 @@ class Stage:
 
 @dataclass
 class StageClock:
-    """Measures named stages, in order."""
+    """Measures named stages, in order; a stage that is entered again adds to what it took."""
 
     stages: dict[str, Stage] = field(default_factory=dict)
 
@@ -37,8 +37,11 @@ class StageClock:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.stages[name] = Stage(time.monotonic() - started, _peak_bytes())
-        log.info("%s: %.1f s", name, self.stages[name].seconds)
+        before = self.stages.get(name, Stage(0.0, 0))
+        seconds = time.monotonic() - started
+        peak = max(before.peak_bytes, _peak_bytes())
+        self.stages[name] = Stage(before.seconds + seconds, peak)
+        log.info("%s: %.1f s", name, seconds)
 
 
 def _reset_peak() -> None:

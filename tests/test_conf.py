@@ -19,6 +19,7 @@ from iosvd.texts import Dataset
 
 SETTINGS = {
     "model/local": ["model.path=/some/folder"],
+    "model/hub": ["model.hub_id=organisation/name"],
     "dataset/local": ["dataset.path=/some/folder"],
 }
 GROUPS = ("model", "dataset", "whitening", "allocation", "quantization", "method", "eval")
@@ -95,6 +96,11 @@ def test_the_demo_is_every_method_at_three_ratios() -> None:
     assert [r.ratio for r in expand(["experiment=demo", "ratio=0.5", "method=svd"], True)] == [0.5]
 
 
+def test_models_are_named_after_their_folder_or_hub_id() -> None:
+    assert compose_run(["model=local", "model.path=/some/folder/"]).model.name == "folder"
+    assert compose_run(["model=hub", "model.hub_id=some/model"]).model.name == "model"
+
+
 def test_a_changed_method_is_named_so() -> None:
     assert compose_run(["allocation=spectral"]).label == "io_svd[allocation=spectral]"
     assert compose_run(["ratio=0.5", "calibration.seed=3"]).label == "io_svd"
@@ -126,6 +132,7 @@ BAD = [
     (["ratio=nan"], "ratio nan is outside (0, 1]"),
     (["ratio=["], "no viable alternative"),
     (["model=local"], "model.path is not set; set model.path=FOLDER"),
+    (["model=hub"], "model.hub_id is not set; set model.hub_id=VALUE"),
     (["dataset=local"], "dataset.path is not set; set dataset.path=FOLDER"),
     (["calibration.windows=0"], "calibration.windows=0 is below 1"),
     (["eval.texts={}", "~eval.texts.own"], "eval.texts is empty"),

@@ -1,0 +1,42 @@
+"""The same results on a GPU; run with `pytest -m gpu` on a machine that has one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import build
+from torch.testing import assert_close
+
+from iosvd.allocation import LossAware
+from iosvd.kl_metric import KLMetric
+from iosvd.pipeline import compress
+from iosvd.sites import SiteSelection, find_sites
+from iosvd.statistics import collect
+from iosvd.types import Needs
+from iosvd.whitening import InputOutput
+
+pytestmark = pytest.mark.gpu
+TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
+
+
+def test_statistics_agree_with_the_cpu() -> None:
+    needs = Needs(True, True, KLMetric(), gradient_windows=8)
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = build("llama").to(device)
+        found[device] = collect(model, TOKENS, find_sites(model, SiteSelection()), needs)
+    for name, on_gpu in found["cuda"].items():
+        for field in ("input_metric", "input_magnitude", "kl_metric", "gradient"):
+            value = getattr(on_gpu, field)
+            assert value.device.type == "cuda"
+            assert_close(value.cpu(), getattr(found["cpu"][name], field), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_model_on_a_gpu_is_compressed_there(dtype: torch.dtype) -> None:
+    model = build("llama", dtype).to("cuda")
+    result = compress(model, TOKENS, ratio=0.6, whitening=InputOutput(), allocation=LossAware())
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert result.plan.ratio_achieved <= 0.6
+    assert torch.isfinite(model(input_ids=TOKENS.cuda()).logits).all()

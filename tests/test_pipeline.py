@@ -1,0 +1,148 @@
+"""compress() as a whole, on every family: its budget, its options, and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, all_variants, build
+from torch.testing import assert_close
+
+import iosvd.allocation
+import iosvd.whitening
+from iosvd.allocation import Allocation, LossAware, Spectral, Uniform
+from iosvd.errors import BudgetError, NumericalError
+from iosvd.factorization import Algorithm, Factorization
+from iosvd.pipeline import Compressed, compress
+from iosvd.replacement import low_rank_layers
+from iosvd.sites import SiteSelection, find_sites, in_groups
+from iosvd.statistics import collect
+from iosvd.whitening import Identity, InputOutput, Whitening
+
+TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
+
+
+def run(family: str = "llama", ratio: float = 0.6, **options: object) -> Compressed:
+    settings = {"whitening": InputOutput(), "allocation": Spectral(), **options}
+    return compress(build(family), TOKENS, ratio=ratio, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("whitening", all_variants(iosvd.whitening))
+@pytest.mark.parametrize("allocation", all_variants(iosvd.allocation))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_meets_its_budget_on_every_family(
+    family: str, whitening: type[Whitening], allocation: type[Allocation]
+) -> None:
+    dense = build(family)
+    sites = find_sites(dense, SiteSelection())
+    total = sum(site.weight.numel() for site in sites.values())
+    result = run(family, 0.6, whitening=whitening(), allocation=allocation())
+    low_rank = low_rank_layers(result.model)
+    kept = sum(
+        low_rank[n].weight.numel() + low_rank[n].left.numel() if n in low_rank else s.weight.numel()
+        for n, s in sites.items()
+    )
+    assert kept == result.plan.parameters_kept
+    assert kept <= 0.6 * total
+    assert 0.6 * total - kept < max(sum(site.weight.shape) for site in sites.values())
+    with torch.no_grad():
+        assert torch.isfinite(result.model(input_ids=TOKENS).logits).all()
+
+
+def test_untouched_parameters_stay_bit_for_bit() -> None:
+    dense = dict(build("qwen2").named_parameters())
+    result = run("qwen2", 0.7)
+    changed = set(low_rank_layers(result.model))
+    assert changed
+    for name, parameter in result.model.named_parameters():
+        site, _, part = name.rpartition(".")
+        if site not in changed or part == "bias":
+            assert torch.equal(parameter, dense[name])
+            assert parameter.dtype == dense[name].dtype
+
+
+def test_ratio_one_changes_nothing() -> None:
+    result = run(ratio=1.0)
+    assert not low_rank_layers(result.model)
+    with torch.no_grad():
+        expected = build("llama")(input_ids=TOKENS).logits
+        assert torch.equal(result.model(input_ids=TOKENS).logits, expected)
+
+
+def weights(result: Compressed) -> dict[str, torch.Tensor]:
+    return {name: layer.dense().weight for name, layer in low_rank_layers(result.model).items()}
+
+
+@pytest.mark.parametrize("passes", [2, 5, 100])
+def test_passes_change_nothing(passes: int) -> None:
+    one = run(allocation=LossAware())
+    several = run(allocation=LossAware(), passes=passes)
+    assert several.plan.ranks == one.plan.ranks
+    for name, weight in weights(several).items():
+        assert_close(weight, weights(one)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_groups_divide_the_sites_in_order() -> None:
+    sites = find_sites(build("llama"), SiteSelection())
+    for count in (1, 3, 14, 20):
+        groups = in_groups(sites, count)
+        assert len(groups) <= count
+        assert [name for group in groups for name in group] == list(sites)
+
+
+def test_given_statistics_give_the_same_result_at_every_ratio() -> None:
+    model = build("llama")
+    needs = InputOutput().needs | LossAware().needs
+    found = collect(model, TOKENS, find_sites(model, SiteSelection()), needs)
+    for ratio in (0.8, 0.5):
+        reused = run(ratio=ratio, allocation=LossAware(), statistics=found)
+        assert reused.plan == run(ratio=ratio, allocation=LossAware()).plan
+
+
+def test_both_algorithms_agree() -> None:
+    one, other = (run(factorization=Factorization(algorithm)) for algorithm in Algorithm)
+    assert one.plan.ranks == other.plan.ranks
+    for name, weight in weights(one).items():
+        assert_close(weight, weights(other)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_plain_svd_is_torch_svd() -> None:
+    dense = build("llama")
+    result = run(whitening=Identity(), allocation=Uniform(), ratio=0.5)
+    for name, weight in weights(result).items():
+        u, s, vh = torch.linalg.svd(dense.get_submodule(name).weight.detach().double())
+        rank = result.plan.ranks[name]
+        expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        assert_close(weight, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit() -> None:
+    one, other = run(allocation=LossAware()), run(allocation=LossAware())
+    assert one.plan == other.plan
+    for name, parameter in one.model.named_parameters():
+        assert torch.equal(parameter, dict(other.model.named_parameters())[name])
+
+
+def test_errors_name_the_cause_before_work_is_done() -> None:
+    with pytest.raises(BudgetError, match="below"):
+        run(ratio=0.01)
+    broken = build("llama")
+    broken.get_submodule("model.layers.0.mlp.up_proj").weight.data[0] = torch.nan
+    with pytest.raises(NumericalError, match=r"model\.layers\.0\.mlp\.up_proj"):
+        compress(broken, TOKENS, ratio=0.5, whitening=InputOutput(), allocation=Spectral())
+
+
+def test_a_dead_site_is_named() -> None:
+    """Nothing downstream depends on v where o is zero, so its KL metric is."""
+    model = build("llama")
+    model.get_submodule("model.layers.1.self_attn.o_proj").weight.data.zero_()
+    with pytest.raises(NumericalError, match=r"KL metric of model\.layers\.1\.self_attn\.q_proj"):
+        compress(model, TOKENS, ratio=0.5, whitening=InputOutput(), allocation=Spectral())
+    selection = SiteSelection(exclude=["*.1.self_attn.*"])
+    compress(
+        model,
+        TOKENS,
+        ratio=0.5,
+        whitening=InputOutput(),
+        allocation=Spectral(),
+        selection=selection,
+    )
