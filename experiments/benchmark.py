@@ -23,9 +23,8 @@ from transformers import PreTrainedModel
 from iosvd.config import Run, compose_run
 from iosvd.data import calibration_windows
 from iosvd.errors import IosvdError
-from iosvd.execution import device_for
+from iosvd.execution import batch_size, compress_as, device_for
 from iosvd.models import load_model, load_tokenizer
-from iosvd.pipeline import compress
 from iosvd.sites import find_sites
 from iosvd.stages import Stage, StageClock
 from iosvd.statistics import collect, statistics_bytes
@@ -42,9 +41,9 @@ def fresh(run: Run) -> PreTrainedModel:
     return load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
 
 
-def train(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> None:
+def train(model: PreTrainedModel, tokens: Tensor, size: int) -> None:
     """Forward and backward over the tokens, with gradients of all weights."""
-    for batch in tokens.split(batch_size):
+    for batch in tokens.split(size):
         batch = batch.to(model.device)
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
         model.zero_grad()
@@ -53,30 +52,17 @@ def train(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> None:
 def measure_training(run: Run, tokens: Tensor) -> Stage:
     """Measure the reference."""
     model = fresh(run).train().requires_grad_(True)
-    train(model, tokens[: run.runtime.batch_size], run.runtime.batch_size)  # Warm-up.
+    size = batch_size(run, tokens)
+    train(model, tokens[:size], size)  # Warm-up.
     clock = StageClock()
     with clock.stage("training step"):
-        train(model, tokens, run.runtime.batch_size)
+        train(model, tokens, size)
     return clock.stages["training step"]
 
 
 def measure_method(run: Run, tokens: Tensor) -> dict[str, Stage]:
     """Measure the stages of a compression."""
-    model = fresh(run)
-    return dict(
-        compress(
-            model,
-            tokens,
-            ratio=run.ratio,
-            whitening=run.whitening,
-            allocation=run.allocation,
-            quantization=run.quantization,
-            factorization=run.factorization,
-            selection=run.model.sites,
-            batch_size=run.runtime.batch_size,
-            passes=run.runtime.passes,
-        ).stages
-    )
+    return dict(compress_as(run, fresh(run), tokens).stages)
 
 
 def arithmetic_limit(run: Run, tokens: Tensor) -> float:

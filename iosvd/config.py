@@ -61,7 +61,7 @@ class Runtime:
 
     device: str = "auto"
     device_map: str | None = None
-    batch_size: int = 8
+    batch_tokens: int = 2048
     passes: int = 1
     results: str = "results"
     save_checkpoint: bool = False
@@ -161,7 +161,7 @@ def _check(run: Run) -> None:
         ("calibration.seq_len", run.calibration.seq_len, 2),
         ("eval.seq_len", run.eval.seq_len, 2),
         ("eval.windows", run.eval.windows, 0),
-        ("runtime.batch_size", run.runtime.batch_size, 1),
+        ("runtime.batch_tokens", run.runtime.batch_tokens, 1),
         ("runtime.passes", run.runtime.passes, 1),
     ):
         if value < least:
@@ -254,9 +254,10 @@ def _explain(error: HydraException, overrides: Sequence[str]) -> str:
         return _one_line(error).partition(" Config search path:")[0]
     parent, _, name = match[1].rpartition(".")
     groups = [o for o in overrides if "." not in o.split("=")[0] and not o.startswith(name + "=")]
-    siblings = OmegaConf.select(_compose(groups), parent) if parent else _compose([])
-    listed = ", ".join(str(k) for k in siblings if k not in ("hydra", "_target_")) or "none"
-    where = f"options of {parent}" if parent else "options"
+    siblings = OmegaConf.select(_compose(groups), parent) if parent else None
+    where = f"options of {parent}" if isinstance(siblings, DictConfig) else "options"
+    known = siblings if isinstance(siblings, DictConfig) else _compose([])
+    listed = ", ".join(str(k) for k in known if k not in ("hydra", "_target_")) or "none"
     return f"unknown option {match[1]}; {where}: {listed}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iosvd.checkpoint import save
@@ -20,7 +21,7 @@ from iosvd.data import calibration_windows, check_vocabulary, evaluation_windows
 from iosvd.errors import ConfigError, IosvdError, ModelError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.models import load_config, load_model, load_tokenizer
-from iosvd.pipeline import compress
+from iosvd.pipeline import Compressed, compress
 from iosvd.plan import Plan
 from iosvd.records import FAILURE, METRICS, read_record, run_folder, write_json
 from iosvd.stages import Stage, StageClock
@@ -85,24 +86,13 @@ def _measure(run: Run, folder: Path) -> dict[str, Any]:
         for windows in (tokens, *texts.values()):
             check_vocabulary(windows, model.config.get_text_config().vocab_size)
     revision = getattr(model.config, "_commit_hash", None)
-    compressed = compress(
-        model,
-        tokens,
-        ratio=run.ratio,
-        whitening=run.whitening,
-        allocation=run.allocation,
-        quantization=run.quantization,
-        factorization=run.factorization,
-        selection=run.model.sites,
-        batch_size=run.runtime.batch_size,
-        passes=run.runtime.passes,
-    )
+    compressed = compress_as(run, model, tokens)
     compressed.plan.write(folder / "plan.json", library_versions())
     if run.runtime.save_checkpoint:
         _save_checkpoint(compressed.model, folder / "checkpoint", compressed.plan, tokenizer)
     with clock.stage("evaluation"):
         measured = {
-            name: perplexity(model, windows, run.runtime.batch_size)
+            name: perplexity(model, windows, batch_size(run, windows))
             for name, windows in texts.items()
         }
     stages = {**clock.stages, **compressed.stages}
@@ -122,6 +112,27 @@ def _measure(run: Run, folder: Path) -> dict[str, Any]:
         "versions": library_versions(),
         "config": run.config,
     }
+
+
+def compress_as(run: Run, model: PreTrainedModel, tokens: Tensor) -> Compressed:
+    """Compress a loaded model the way a run says."""
+    return compress(
+        model,
+        tokens,
+        ratio=run.ratio,
+        whitening=run.whitening,
+        allocation=run.allocation,
+        quantization=run.quantization,
+        factorization=run.factorization,
+        selection=run.model.sites,
+        batch_size=batch_size(run, tokens),
+        passes=run.runtime.passes,
+    )
+
+
+def batch_size(run: Run, windows: Tensor) -> int:
+    """Return how many windows make up `runtime.batch_tokens`, at least one."""
+    return max(1, run.runtime.batch_tokens // windows.shape[1])
 
 
 def _plan_summary(plan: Plan) -> dict[str, Any]:

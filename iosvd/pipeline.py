@@ -24,7 +24,7 @@ from iosvd.scoring import with_loss_change
 from iosvd.sites import SiteSelection, find_sites, in_groups
 from iosvd.stages import Stage, StageClock
 from iosvd.statistics import collect, statistics_bytes
-from iosvd.types import SiteStatistics, Spectrum
+from iosvd.types import Needs, SiteStatistics, Spectrum
 from iosvd.whitening import Whitening
 
 log = logging.getLogger(__name__)
@@ -78,13 +78,15 @@ def compress(
     needs = whitening.needs | allocation.needs | quantization.needs
     largest = max(statistics_bytes(group, needs) for group in in_groups(sites, passes))
     log.info("%d sites; statistics take at most %.1f MiB", len(sites), largest / 2**20)
-    warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
+    if needs != Needs():
+        warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
     spectra: dict[str, Spectrum] = {}
     for group in in_groups(sites, passes):
         with clock.stage("statistics"):
             found = dict(statistics or collect(model, tokens, group, needs, batch_size))
         with clock.stage("factorization"):
-            spectra |= _spectra(group, found, whitening, factorization, budget)
+            gradient = needs.gradient_windows > 0
+            spectra |= _spectra(group, found, whitening, factorization, budget, gradient)
     with clock.stage("allocation"):
         ranks = allocation(spectra, budget)
         plan = make_plan(ranks, spectra, budget, kl=needs.kl_metric is not None)
@@ -101,6 +103,7 @@ def _spectra(
     whitening: Whitening,
     factorization: Factorization,
     budget: Budget,
+    gradient: bool,
 ) -> dict[str, Spectrum]:
     """Factorise site by site, freeing each site's statistics; keep the vectors a plan may use."""
     spectra = {}
@@ -108,8 +111,8 @@ def _spectra(
         weight = sites[name].weight
         of_site = statistics.pop(name).to(factorization.precision.dtype)
         spectrum = factorization(weight, whitening(of_site), name)
-        if of_site.gradient is not None:
-            spectrum = with_loss_change(spectrum, of_site.gradient)
+        if gradient:
+            spectrum = with_loss_change(spectrum, of_site.need("gradient"))
         keep = torch.promote_types(weight.dtype, torch.float32)
         spectra[name] = spectrum.head(budget.shapes[name].break_even_rank, keep)
     return spectra

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from iosvd.errors import ConfigError
 from iosvd.kl_metric import KLMetric
 from iosvd.linalg import Root
 
@@ -43,6 +44,20 @@ class SiteStatistics:
     input_magnitude: Tensor | None = None  # E|x|, (n,)
     kl_metric: Tensor | None = None  # C, (m, m), nats per token and squared unit of output
     gradient: Tensor | None = None  # of the mean next-token loss with respect to W, (m, n)
+
+    def need(self, name: str) -> Tensor:
+        """Return a statistic that must be there.
+
+        Raises:
+            ConfigError: it was not collected.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ConfigError(
+                f"the statistics of {self.site} have no {name};"
+                " collect them with needs=whitening.needs | allocation.needs"
+            )
+        return value
 
     def to(self, dtype: torch.dtype) -> SiteStatistics:
         """Return the same statistics in another precision."""

@@ -7,6 +7,8 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+_ROOT = Path(__file__).parents[1]
+_CODE = ("iosvd", "conf", "experiments")
 _LIBRARIES = ("iosvd", "torch", "transformers", "datasets", "lm_eval")
 
 
@@ -16,13 +18,18 @@ def library_versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the commit of this source tree, "+dirty" if it was changed, or "unknown"."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
+    """Return the commit of this source tree, "+dirty" if its code was changed, or "unknown"."""
+    if not (_ROOT / ".git").exists():
         return "unknown"
-    describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+dirty"]
     try:
-        found = subprocess.run(describe, capture_output=True, text=True, check=True)
+        found = _git("rev-parse", "--short=12", "HEAD")
+        # Rendered tables and documents change no result.
+        changed = _git("status", "--porcelain", "--", *_CODE)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return found + ("+dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -119,6 +119,8 @@ BAD = [
     (["whitening.topk=3"], "unknown option whitening.topk; options of whitening: top_k, renorm"),
     (["+whitening.foo=3"], "unknown option whitening.foo; options of whitening: top_k, renorm"),
     (["foo=3"], "unknown option foo; options: model, dataset"),
+    (["foo.bar=3"], "unknown option foo.bar; options: model, dataset"),
+    (["whitening.topk=3", "foo=3"], "unknown option"),
     (["+foo=3"], "unknown option foo; options: allocation, calibration"),
     (["model.sites.incl=[a]"], "unknown option model.sites.incl; options of model.sites: include"),
     (["eval.texts.own.foo=3"], "unknown option eval.texts.own.foo; options of eval.texts.own"),

@@ -150,7 +150,7 @@ def test_every_scientific_option_makes_another_run(change: str, source: Path) ->
     assert digest(run(source, change)) != digest(run(source))
 
 
-@pytest.mark.parametrize("change", ["runtime.batch_size=3", "runtime.device=cpu"])
+@pytest.mark.parametrize("change", ["runtime.batch_tokens=40", "runtime.device=cpu"])
 def test_how_a_run_is_carried_out_does_not(change: str, source: Path) -> None:
     assert run_folder(run(source, change)) == run_folder(run(source))
 

@@ -50,3 +50,10 @@ def test_a_loss_that_is_not_finite_is_an_error(value: float) -> None:
     model.lm_head.weight.data[3] = value
     with pytest.raises(NumericalError, match="windows 0 to 1 is NaN or infinite"):
         perplexity(model, torch.randint(0, 31, (4, 9)), batch_size=2)
+
+
+def test_a_loss_beyond_any_perplexity_is_an_error() -> None:
+    model = build("llama")
+    model.lm_head.weight.data *= 1e6
+    with pytest.raises(NumericalError, match="no finite perplexity"):
+        perplexity(model, torch.randint(0, 31, (4, 9)))

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import iosvd.allocation
 import iosvd.whitening
 from iosvd.allocation import Allocation, LossAware, Spectral, Uniform
-from iosvd.errors import BudgetError, NumericalError
+from iosvd.errors import BudgetError, ConfigError, NumericalError
 from iosvd.factorization import Algorithm, Factorization
 from iosvd.pipeline import Compressed, compress
 from iosvd.replacement import low_rank_layers
@@ -96,6 +96,13 @@ def test_given_statistics_give_the_same_result_at_every_ratio() -> None:
     for ratio in (0.8, 0.5):
         reused = run(ratio=ratio, allocation=LossAware(), statistics=found)
         assert reused.plan == run(ratio=ratio, allocation=LossAware()).plan
+
+
+def test_statistics_that_lack_what_is_needed_say_so() -> None:
+    model = build("llama")
+    found = collect(model, TOKENS, find_sites(model, SiteSelection()), InputOutput().needs)
+    with pytest.raises(ConfigError, match=r"q_proj have no gradient; collect them with needs="):
+        run(allocation=LossAware(), statistics=found)
 
 
 def test_both_algorithms_agree() -> None:

@@ -27,5 +27,8 @@ class LossAware:
         return Needs(gradient_windows=self.gradient_windows or ALL_WINDOWS)
 
     def __call__(self, spectra: Mapping[str, Spectrum], budget: Budget) -> dict[str, int]:
-        changes = {site: spectrum.loss_change for site, spectrum in spectra.items()}
-        return drop_cheapest({s: c.abs() for s, c in changes.items() if c is not None}, budget)
+        costs = {}
+        for site, spectrum in spectra.items():
+            assert spectrum.loss_change is not None, "the pipeline scores what needs a gradient"
+            costs[site] = spectrum.loss_change.abs()
+        return drop_cheapest(costs, budget)

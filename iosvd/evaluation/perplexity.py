@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from iosvd.errors import NumericalError
 from iosvd.progress import track
 
+_LARGEST_LOSS = 700.0  # exp of 710 overflows.
+
 
 def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 8) -> float:
     """Return exp of the mean negative log-likelihood of a token given those before it.
@@ -39,7 +41,10 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 8) -> 
                     " NaN or infinite; try model.dtype=float32 or bfloat16"
                 )
             total += loss
-    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    if mean > _LARGEST_LOSS:
+        raise NumericalError(f"the mean loss of {mean:.0f} nats has no finite perplexity")
+    return math.exp(mean)
 
 
 def summed_loss(logits: Tensor, batch: Tensor) -> float:

@@ -27,8 +27,7 @@ class Asvd:
         return Needs(input_magnitude=True)
 
     def __call__(self, statistics: SiteStatistics) -> Whitener:
-        assert statistics.input_magnitude is not None
-        scale = statistics.input_magnitude**self.alpha
+        scale = statistics.need("input_magnitude") ** self.alpha
         if not (torch.isfinite(scale).all() and scale.mean() > 0):
             raise NumericalError(
                 f"the inputs of {statistics.site} are all zero or not finite on the calibration set"

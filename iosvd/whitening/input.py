@@ -24,7 +24,6 @@ class Input:
         return Needs(input_metric=True)
 
     def __call__(self, statistics: SiteStatistics) -> Whitener:
-        assert statistics.input_metric is not None
         what = f"the input metric of {statistics.site}"
-        right = root_of(statistics.input_metric, self.damping, self.root, what)
+        right = root_of(statistics.need("input_metric"), self.damping, self.root, what)
         return Whitener(left=IdentityRoot(), right=right)

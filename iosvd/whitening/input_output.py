@@ -33,11 +33,10 @@ class InputOutput:
         return Needs(input_metric=True, kl_metric=kl_metric)
 
     def __call__(self, statistics: SiteStatistics) -> Whitener:
-        assert statistics.input_metric is not None
-        assert statistics.kl_metric is not None
+        metric_in, metric_out = statistics.need("input_metric"), statistics.need("kl_metric")
         what_in = f"the input metric of {statistics.site}"
         what_out = f"the KL metric of {statistics.site}"
         return Whitener(
-            left=root_of(statistics.kl_metric, self.damping_output, self.root, what_out),
-            right=root_of(statistics.input_metric, self.damping_input, self.root, what_in),
+            left=root_of(metric_out, self.damping_output, self.root, what_out),
+            right=root_of(metric_in, self.damping_input, self.root, what_in),
         )
