@@ -119,12 +119,14 @@ def row(
     )
     return {
         "method": method,
-        **{f"{name}, s": f"{stage.seconds:.2f}" for name, stage in best.items()},
+        **{
+            name: f"{stage.seconds:.2f} s, {stage.peak_bytes / 2**20:.0f} MiB"
+            for name, stage in best.items()
+        },
         "whole, s": f"{total:.2f}",
         "whole / step": f"{total / reference.seconds:.2f}",
         "statistics / step": f"{best['statistics'].seconds / reference.seconds:.2f}",
         "its limit": f"{arithmetic_limit(run, tokens):.2f}",
-        "peak, MiB": f"{max(stage.peak_bytes for stage in best.values()) / 2**20:.0f}",
         "metrics at most, MiB": f"{kept / 2**20:.1f}",
     }
 
@@ -136,8 +138,9 @@ def report(frame: pandas.DataFrame, reference: Stage, base: Run, tokens: Tensor)
     return (
         f"# benchmark, {base.model.name}\n\n{table}\n\n"
         f"Step: forward and backward of a training step over the same {windows} × {length} tokens,"
-        f" {reference.seconds:.2f} s, peak {reference.peak_bytes / 2**20:.0f} MiB. Limit: the"
-        " same ratio in multiplications of the linear layers and metric sums. Fastest of"
+        f" {reference.seconds:.2f} s, peak {reference.peak_bytes / 2**20:.0f} MiB. Stages:"
+        " seconds, and peak memory of the process. Limit: the same ratio in"
+        " multiplications of the linear layers and metric sums. Fastest of"
         f" {REPETITIONS} interleaved repetitions, {torch.get_num_threads()} thread(s), commit"
         f" {commit()}, {time.strftime('%Y-%m-%d')}.\n"
     )

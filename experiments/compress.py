@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from iosvd.config import CONF, expand, label, to_run
 from iosvd.errors import IosvdError
 from iosvd.execution import execute
-from iosvd.records import METRICS, run_folder
+from iosvd.records import is_complete, run_folder
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -48,7 +48,7 @@ def main() -> int:
     if not sys.stderr.isatty():  # Bars are for people; ours know that by themselves.
         transformers.utils.logging.disable_progress_bar()
     job()
-    missing = [folder for folder in folders if not (folder / METRICS).exists()]
+    missing = [folder for folder in folders if not is_complete(folder)]
     if missing:
         logging.getLogger(__name__).error("%d of %d runs failed", len(missing), len(folders))
     return 1 if missing else 0

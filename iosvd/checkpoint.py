@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -149,8 +150,8 @@ def _complete_folder(folder: Path) -> Iterator[Path]:
 
 
 def _is_write_failure(error: BaseException) -> bool:
-    # safetensors reports a full disk as its own error.
-    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+    # safetensors reports a full disk as its own error, tokenizers as a plain Exception.
+    return isinstance(error, OSError | SafetensorError) or type(error) is Exception
 
 
 def _layer(model: nn.Module, name: str) -> tuple[str, nn.Linear]:

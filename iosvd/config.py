@@ -135,6 +135,9 @@ def to_run(composed: DictConfig, label: str) -> Run:
     known = {f.name for f in dataclasses.fields(Run)} - {"label", "config"}
     if unknown := sorted(set(config) - known):
         raise ConfigError(f"unknown option {unknown[0]}; options: {', '.join(sorted(known))}")
+    for name in sorted(known):
+        if config.get(name) is None:
+            raise ConfigError(f"{name} is not set; choose one of its options")
     run = Run(
         label=label,
         model=_typed(Model, composed, "model"),
@@ -243,7 +246,8 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
             return compose("config", list(overrides), return_hydra_config=True)
     except HydraException as error:
         raise ConfigError(_explain(error, overrides)) from None
-    except OmegaConfBaseException as error:
+    # Hydra has plain ValueErrors too, for instance for a group set to null.
+    except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_one_line(error)) from None
 
 

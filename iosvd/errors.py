@@ -11,6 +11,13 @@ class ConfigError(IosvdError):
     """An option is unknown, of the wrong type, or contradicts another."""
 
 
+def check_at_least(least: float, **options: float) -> None:
+    """Raise ConfigError for the first option below `least`."""
+    for name, value in options.items():
+        if not value >= least:
+            raise ConfigError(f"{name}={value} is below {least:g}")
+
+
 class BudgetError(IosvdError):
     """The maintenance ratio cannot be met."""
 

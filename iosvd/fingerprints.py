@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from iosvd.config import Run
+from iosvd.errors import ModelError
 from iosvd.models import folder_of
 from iosvd.texts import Dataset, Split, local_file
 
 _BLOCK_BYTES = 2**22
-_MODEL_FILES = ("config.json", "tokenizer*", "*.safetensors", "*.model")
 
 
 def digest(run: Run) -> str:
@@ -41,7 +41,10 @@ def _model_content(run: Run) -> str | None:
     folder = folder_of(run.model)
     if folder is None:
         return None
-    return _hash_files(*sorted(p for pattern in _MODEL_FILES for p in folder.glob(pattern)))
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a model folder; set model.path")
+    files = (path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
+    return _hash_files(*sorted(files))
 
 
 def _dataset(options: dict[str, Any], dataset: Dataset, split: Split) -> dict[str, Any]:

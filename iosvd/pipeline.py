@@ -109,7 +109,8 @@ def _spectra(
     spectra = {}
     for name in track(list(sites), len(sites), "factorization", "site"):
         weight = sites[name].weight
-        of_site = statistics.pop(name).to(factorization.precision.dtype)
+        # Absent only where the caller gave statistics of other sites; `need` then names the site.
+        of_site = statistics.pop(name, SiteStatistics(name)).to(factorization.precision.dtype)
         spectrum = factorization(weight, whitening(of_site), name)
         if gradient:
             spectrum = with_loss_change(spectrum, of_site.need("gradient"))

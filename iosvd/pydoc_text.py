@@ -52,7 +52,7 @@ def _sources(module: str) -> list[Path]:
     if (library / f"{module}.py").is_file():
         return [library / f"{module}.py"]
     files = sorted((library / module).rglob("*.py"))
-    return [path for path in files if not _EXCLUDED_FOLDERS & set(path.parts)]
+    return [p for p in files if not _EXCLUDED_FOLDERS & set(p.relative_to(library).parts)]
 
 
 def _docstrings(path: Path) -> str:

@@ -54,6 +54,14 @@ class Record:
     commit: str
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether the run has a record, and it can be read."""
+    try:
+        return read_record(folder) is not None
+    except RecordError:
+        return False
+
+
 def read_record(folder: Path) -> Record | None:
     """Read the metrics of a run, None if it is not complete.
 

@@ -48,6 +48,11 @@ def find_sites(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Linea
             f" exclude={selection.exclude}; layers of type {selection.module_types}: {found}, …"
         )
     for name, module in sites.items():
+        if module.weight.is_meta:
+            raise ModelError(
+                f"{name} was offloaded to disk or main memory, where it cannot be compressed;"
+                " use a device with more memory, or runtime.device=cpu without a device map"
+            )
         if not torch.isfinite(module.weight).all():
             raise NumericalError(f"the weight of {name} has NaN or infinity; check the checkpoint")
     return sites

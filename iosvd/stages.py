@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage took. Peak memory is the GPU's if there is one, else the process's."""
+    """What one stage took. Peak memory is the GPUs' if one is in use, else the process's."""
 
     seconds: float
     peak_bytes: int
@@ -35,7 +35,7 @@ class StageClock:
         _reset_peak()
         started = time.monotonic()
         yield
-        if torch.cuda.is_available():
+        if _on_gpu():
             torch.cuda.synchronize()
         before = self.stages.get(name, Stage(0.0, 0))
         seconds = time.monotonic() - started
@@ -44,8 +44,13 @@ class StageClock:
         log.info("%s: %.1f s", name, seconds)
 
 
+def _on_gpu() -> bool:
+    # Not is_available(): before a model is on a GPU its counters cannot be reset.
+    return torch.cuda.is_initialized()
+
+
 def _reset_peak() -> None:
-    if torch.cuda.is_available():
+    if _on_gpu():
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
         return
@@ -59,7 +64,7 @@ def _reset_peak() -> None:
 
 
 def _peak_bytes() -> int:
-    if torch.cuda.is_available():
+    if _on_gpu():
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     status = Path("/proc/self/status")
     if status.exists():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from iosvd.errors import NumericalError
+from iosvd.errors import ModelError, NumericalError
 from iosvd.kl_metric import cotangents
 from iosvd.linalg import add_lower_gram_, mirror_
 from iosvd.progress import track
@@ -224,6 +224,11 @@ def _shared_inputs(
         for name, site in sites.items():
             stack.callback(site.register_forward_pre_hook(partial(see, name)).remove)
         model(input_ids=tokens.to(model.device), use_cache=False)
+    for name in sites:
+        if name not in shared:
+            raise ModelError(
+                f"{name} is not used in the model's forward pass; exclude it (model.sites.exclude)"
+            )
     return {name: shared[name] for name in sites}
 
 

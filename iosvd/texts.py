@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from iosvd.errors import ConfigError, DataError
+from iosvd.errors import ConfigError, DataError, check_at_least
 from iosvd.pydoc_text import pydoc_documents
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -21,6 +21,9 @@ class Split:
     name: str
     hub_files: str | None = None  # Files of the hub's repository, instead of all of the split.
     max_documents: int = 0  # Only the first so many; 0: all.
+
+    def __post_init__(self) -> None:
+        check_at_least(0, max_documents=self.max_documents)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,10 @@ def local_file(dataset: Dataset, split: Split) -> Path:
 
 def _read_local(path: Path, dataset: Dataset) -> list[str]:
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8", errors="strict").split("\n")
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from error
         if lines[-1] == "":  # After the last newline there is no line.
             lines.pop()
         # The hub's WikiText rows end in a newline where they are not blank.
@@ -101,7 +107,10 @@ def _read_local(path: Path, dataset: Dataset) -> list[str]:
             f"{path} has no field {dataset.text_field!r} (fields: {', '.join(map(str, table))});"
             " set dataset.text_field"
         )
-    return [str(text) for text in table[dataset.text_field]]
+    texts = table[dataset.text_field]
+    if texts.isna().any():
+        raise DataError(f"{path} has rows without {dataset.text_field}; remove them")
+    return [str(text) for text in texts]
 
 
 def _read_hub(dataset: Dataset, split: Split) -> list[str]:
@@ -121,7 +130,13 @@ def _read_hub(dataset: Dataset, split: Split) -> list[str]:
         raise DataError(
             f"{dataset.hub_id} has no field {dataset.text_field!r}; set dataset.text_field"
         ) from None
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         raise DataError(
             f"cannot load {dataset.hub_id} ({name}) from the hub:"
             f" {' '.join(str(error).split())[:200]};"

@@ -112,7 +112,7 @@ def test_dense_export_is_read_without_the_package(tmp_path: Path) -> None:
     assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
 
 
-def test_generate_compile_and_gradients_work_after_loading(tmp_path: Path) -> None:
+def test_generate_and_gradients_work_after_loading(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved(tmp_path)).eval()
     generated = model.generate(TOKENS[:2], max_new_tokens=5, do_sample=False)
     assert generated.shape[0] == 2
@@ -124,11 +124,32 @@ def test_generate_compile_and_gradients_work_after_loading(tmp_path: Path) -> No
             assert factor.grad.abs().sum() > 0
 
 
-def test_a_layer_compiles_in_one_graph() -> None:
-    layer = next(iter(low_rank_layers(compressed().model).values()))
-    x = torch.randn(3, 5, layer.in_features)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x), layer(x))
+def test_a_loaded_model_compiles_in_one_graph(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved(tmp_path)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        found = compiled(input_ids=TOKENS, use_cache=False).logits
+    assert_close(found, logits(model))
+
+
+def test_a_loaded_model_exports_dense(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved(tmp_path)).eval()
+    before = logits(model)
+    iosvd.export_dense(model, tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert not low_rank_layers(dense)
+    assert_close(logits(dense), before, rtol=1e-3, atol=1e-3)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_a_write_failure(tmp_path: Path) -> None:
+    class Full:
+        def save_pretrained(self, folder: Path) -> None:
+            raise Exception("No space left on device (os error 28)")
+
+    result = compressed()
+    with pytest.raises(CheckpointError, match="No space left"):
+        iosvd.save(result.model, tmp_path / "model", tokenizer=Full())  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_low_rank_layer_is_the_product_of_its_factors() -> None:

@@ -102,6 +102,16 @@ def test_damaged_and_empty_files_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_text_that_is_no_utf8_and_rows_without_text_are_one_line(tmp_path: Path) -> None:
+    dataset = Dataset("damaged", path=str(tmp_path))
+    (tmp_path / "train.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "test.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    with pytest.raises(DataError, match=r"train\.txt is not UTF-8 \(byte 2\)"):
+        read_documents(dataset, Split("train"))
+    with pytest.raises(DataError, match=r"test\.jsonl has rows without text"):
+        read_documents(dataset, Split("test"))
+
+
 def test_an_unreachable_hub_says_which_option_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -216,6 +216,25 @@ def test_one_failing_run_stops_no_other_and_shows_as_a_gap(
     assert len(table.with_suffix(".csv").read_text().splitlines()) == 6
 
 
+def test_a_damaged_record_fails_the_command(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = run(source, "method=svd")
+    assert execute(asked) is Outcome.complete
+    (run_folder(asked) / "metrics.json").write_text("{")
+    monkeypatch.setattr(sys, "argv", ["compress.py", *overrides(source, "method=svd")])
+    assert command.main() == 1
+    assert "remove it and run again" in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "pytorch_model.bin", "merges.txt"])
+def test_every_file_of_a_model_counts(name: str, source: Path) -> None:
+    before = digest(run(source))
+    path = source / "small" / name
+    path.write_text("another" + (path.read_text() if path.exists() else ""))
+    assert digest(run(source)) != before
+
+
 def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text('{"label": ')
     with pytest.raises(RecordError, match=r"cannot read .*metrics\.json.*remove it and run again"):

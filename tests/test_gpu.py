@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import build
@@ -30,6 +34,14 @@ def test_statistics_agree_with_the_cpu() -> None:
             value = getattr(on_gpu, field)
             assert value.device.type == "cuda"
             assert_close(value.cpu(), getattr(found["cpu"][name], field), rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_starts_before_the_gpu_is_in_use(tmp_path: Path) -> None:
+    """In a process of its own: here another test may have initialised CUDA."""
+    command = [sys.executable, "experiments/compress.py", f"runtime.results={tmp_path}"]
+    short = ["method=io_svd", "calibration.windows=8", "eval.windows=4", "runtime.device=cuda"]
+    root = Path(__file__).parents[1]
+    subprocess.run([*command, *short], cwd=root, check=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from iosvd.errors import NumericalError
+from iosvd.errors import ModelError, NumericalError
 from iosvd.kl_metric import KLMetric
 from iosvd.sites import SiteSelection, find_sites
 from iosvd.statistics import collect, statistics_bytes
@@ -138,6 +138,13 @@ def test_the_site_where_infinity_begins_is_named() -> None:
     sites = {n: m for n, m in model.named_modules() if n.endswith("_proj")}
     with pytest.raises(NumericalError, match=r"inputs of model\.layers\.1\.mlp\.down_proj"):
         collect(model, tokens(), sites, EVERYTHING)  # type: ignore[arg-type]
+
+
+def test_a_site_the_forward_pass_does_not_reach_is_named() -> None:
+    model = build("llama")
+    model.model.layers[0].unused = torch.nn.Linear(16, 16)
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.unused is not used.*exclude"):
+        collect(model, tokens(), find_sites(model, SiteSelection()), EVERYTHING)
 
 
 def test_stated_memory_bounds_what_is_kept() -> None:

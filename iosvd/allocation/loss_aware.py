@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from iosvd.allocation.greedy import drop_cheapest
 from iosvd.budget import Budget
+from iosvd.errors import check_at_least
 from iosvd.types import Needs, Spectrum
 
 ALL_WINDOWS = 10**9
@@ -21,6 +22,9 @@ class LossAware:
     """
 
     gradient_windows: int = 0  # Calibration windows of the gradient; 0: all of them.
+
+    def __post_init__(self) -> None:
+        check_at_least(0, gradient_windows=self.gradient_windows)
 
     @property
     def needs(self) -> Needs:

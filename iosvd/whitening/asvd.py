@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from iosvd.errors import NumericalError
+from iosvd.errors import NumericalError, check_at_least
 from iosvd.linalg import DiagonalRoot, IdentityRoot
 from iosvd.types import Needs, SiteStatistics, Whitener
 
@@ -21,6 +21,9 @@ class Asvd:
 
     alpha: float = 0.5  # The paper's choice.
     damping: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_at_least(0, damping=self.damping)
 
     @property
     def needs(self) -> Needs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from iosvd.errors import check_at_least
 from iosvd.linalg import IdentityRoot, RootKind, root_of
 from iosvd.types import Needs, SiteStatistics, Whitener
 
@@ -18,6 +19,9 @@ class Input:
 
     damping: float = 1e-6  # Relative to the mean diagonal of R.
     root: RootKind = RootKind.cholesky
+
+    def __post_init__(self) -> None:
+        check_at_least(0, damping=self.damping)
 
     @property
     def needs(self) -> Needs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from iosvd.errors import check_at_least
 from iosvd.kl_metric import Estimator, KLMetric
 from iosvd.linalg import RootKind, root_of
 from iosvd.types import Needs, SiteStatistics, Whitener
@@ -26,6 +27,11 @@ class InputOutput:
     damping_output: float = 1e-6  # Relative to the mean diagonal of C.
     root: RootKind = RootKind.cholesky
     seed: int = 0  # Of the random signs.
+
+    def __post_init__(self) -> None:
+        check_at_least(0, top_k=self.top_k)
+        check_at_least(1, probes=self.probes)
+        check_at_least(0, damping_input=self.damping_input, damping_output=self.damping_output)
 
     @property
     def needs(self) -> Needs:
