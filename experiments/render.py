@@ -26,12 +26,14 @@ def render(overrides: list[str]) -> None:
     cells = [Cell(run, read_record(run_folder(run))) for run in runs]
     model = runs[0].model.name
     frame = to_frame(cells)
-    command = f"make table-{experiment}"
+    rest = " ".join(o for o in overrides if not o.startswith("experiment="))
+    command = f"make table-{experiment}" + (f' ARGS="{rest}"' if rest else "")
     text = to_markdown(frame, f"{experiment}, {model}", footer(cells, command))
-    target = _tables(runs[0]) / f"{experiment}-{model}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.with_suffix(".md").write_text(text, encoding="utf-8")
-    frame.to_csv(target.with_suffix(".csv"), index=False)
+    folder = _tables(runs[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not with_suffix: a model's name may hold a dot.
+    (folder / f"{experiment}-{model}.md").write_text(text, encoding="utf-8")
+    frame.to_csv(folder / f"{experiment}-{model}.csv", index=False)
     print(text)
 
 

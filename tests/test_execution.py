@@ -201,7 +201,7 @@ def test_one_failing_run_stops_no_other_and_shows_as_a_gap(
     source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Ratio 0.01 is infeasible: its runs fail, the others complete, the table has both."""
-    sweep = ["experiment=demo", "method=svd,svd_llm", "ratio=0.01,0.5"]
+    sweep = ["experiment=demo", "method=svd,svd_llm", "ratio=0.01,0.5", "model.name=small-1.5"]
     monkeypatch.setattr(sys, "argv", ["compress.py", "-m", *overrides(source, *sweep)])
     assert command.main() == 1
     assert "2 of 4 runs failed" in "".join(capfd.readouterr())
@@ -211,9 +211,9 @@ def test_one_failing_run_stops_no_other_and_shows_as_a_gap(
     rows = [line.split("|") for line in printed.splitlines() if "| svd" in line]
     for row in rows:
         assert (row[3].strip() == "–") == (row[1].strip() == "0.01")
-    table = source / "results" / "tables" / "demo-small"
-    assert table.with_suffix(".md").read_text() in printed
-    assert len(table.with_suffix(".csv").read_text().splitlines()) == 6
+    tables = source / "results" / "tables"
+    assert (tables / "demo-small-1.5.md").read_text() in printed
+    assert len((tables / "demo-small-1.5.csv").read_text().splitlines()) == 6
 
 
 def test_a_damaged_record_fails_the_command(
