@@ -23,7 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from iosvd.allocation import Allocation
 from iosvd.budget import check_ratio
-from iosvd.errors import ConfigError
+from iosvd.errors import ConfigError, check_at_least
 from iosvd.factorization import Algorithm, Factorization, Precision
 from iosvd.models import Model
 from iosvd.quantization import NoQuantization
@@ -159,16 +159,19 @@ def to_run(composed: DictConfig, label: str) -> Run:
 def _check(run: Run) -> None:
     """Raise on values that are of the right type but make no sense."""
     check_ratio(run.ratio)
-    for name, value, least in (
-        ("calibration.windows", run.calibration.windows, 1),
-        ("calibration.seq_len", run.calibration.seq_len, 2),
-        ("eval.seq_len", run.eval.seq_len, 2),
-        ("eval.windows", run.eval.windows, 0),
-        ("runtime.batch_tokens", run.runtime.batch_tokens, 1),
-        ("runtime.passes", run.runtime.passes, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{name}={value} is below {least}")
+    at_least_one = {
+        "calibration.windows": run.calibration.windows,
+        "runtime.batch_tokens": run.runtime.batch_tokens,
+        "runtime.passes": run.runtime.passes,
+    }
+    # A window of one token predicts nothing.
+    at_least_two = {
+        "calibration.seq_len": run.calibration.seq_len,
+        "eval.seq_len": run.eval.seq_len,
+    }
+    check_at_least(1, **at_least_one)
+    check_at_least(2, **at_least_two)
+    check_at_least(0, **{"eval.windows": run.eval.windows})
     if not run.eval.texts:
         raise ConfigError("eval.texts is empty; choose eval=own or eval=paper")
     f = run.factorization

@@ -65,11 +65,6 @@ def in_groups(sites: Mapping[str, nn.Linear], count: int) -> list[dict[str, nn.L
     return [dict(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def role(site: str) -> str:
-    """Return what a site does in its block, for instance q_proj."""
-    return site.rsplit(".", 1)[-1]
-
-
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
