@@ -76,17 +76,18 @@ def compress(
     sites = find_sites(model, selection)
     budget = Budget({name: Shape(*site.weight.shape) for name, site in sites.items()}, ratio)
     needs = whitening.needs | allocation.needs | quantization.needs
-    largest = max(statistics_bytes(group, needs) for group in in_groups(sites, passes))
+    groups = in_groups(sites, passes)
+    largest = max(statistics_bytes(group, needs) for group in groups)
     log.info("%d sites; statistics take at most %.1f MiB", len(sites), largest / 2**20)
     if needs != Needs():
         warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
     spectra: dict[str, Spectrum] = {}
-    for group in in_groups(sites, passes):
+    for group in groups:
         with clock.stage("statistics"):
             found = dict(statistics or collect(model, tokens, group, needs, batch_size))
         with clock.stage("factorization"):
-            gradient = needs.gradient_windows > 0
-            spectra |= _spectra(group, found, whitening, factorization, budget, gradient)
+            scored = needs.gradient_windows > 0
+            spectra |= _spectra(group, found, whitening, factorization, budget, scored)
     with clock.stage("allocation"):
         ranks = allocation(spectra, budget)
         plan = make_plan(ranks, spectra, budget, kl=needs.kl_metric is not None)
@@ -103,7 +104,7 @@ def _spectra(
     whitening: Whitening,
     factorization: Factorization,
     budget: Budget,
-    gradient: bool,
+    scored: bool,
 ) -> dict[str, Spectrum]:
     """Factorise site by site, freeing each site's statistics; keep the vectors a plan may use."""
     spectra = {}
@@ -112,7 +113,7 @@ def _spectra(
         # Absent only where the caller gave statistics of other sites; `need` then names the site.
         of_site = statistics.pop(name, SiteStatistics(name)).to(factorization.precision.dtype)
         spectrum = factorization(weight, whitening(of_site), name)
-        if gradient:
+        if scored:
             spectrum = with_loss_change(spectrum, of_site.need("gradient"))
         keep = torch.promote_types(weight.dtype, torch.float32)
         spectra[name] = spectrum.head(budget.shapes[name].break_even_rank, keep)
