@@ -17,7 +17,7 @@ install: $(VENV)/installed ## Make .venv with everything the project needs
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboards]'
 	touch $@
 
 demo: table-demo ## Compress the embedded model by every method and print the table (minutes, no network)

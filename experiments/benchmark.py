@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iosvd.config import Run, compose_run
+from iosvd.config import compose_run
 from iosvd.data import calibration_windows
 from iosvd.errors import IosvdError
 from iosvd.execution import batch_size, compress_as, device_for
 from iosvd.models import load_model, load_tokenizer
+from iosvd.run import Run
 from iosvd.sites import find_sites
 from iosvd.stages import Stage, StageClock
 from iosvd.statistics import collect, statistics_bytes

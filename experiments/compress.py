@@ -3,9 +3,9 @@
     python experiments/compress.py method=io_svd ratio=0.6
     python experiments/compress.py -m experiment=demo
 
-Every run of a sweep is composed and checked before the first one starts. A run that is complete is
-skipped, one that fails stops no other; the exit status is 1 if any is missing at the end, 2 if
-the command itself is wrong.
+Every run of a sweep is composed and checked before the first one starts; the dense model, which
+its rows are compared with, is measured first. A run that is complete is skipped, one that fails
+stops no other; the exit status is 1 if any is missing at the end, 2 if the command itself is wrong.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from iosvd.config import CONF, expand, label, to_run
+from iosvd.config import CONF, baselines, expand, label, to_run
 from iosvd.errors import IosvdError
 from iosvd.execution import execute
 from iosvd.records import is_complete, run_folder
+from iosvd.tracking import check_tracking
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -40,18 +41,33 @@ def main() -> int:
         job()
         return 0
     try:
-        runs = expand(arguments.overrides, arguments.multirun)
+        first = baselines(arguments.overrides) if arguments.multirun else []
+        runs = first + expand(arguments.overrides, arguments.multirun)
         folders = [run_folder(run) for run in runs]
+        check_tracking(runs[0].wandb)
     except IosvdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not sys.stderr.isatty():  # Bars are for people; ours know that by themselves.
         transformers.utils.logging.disable_progress_bar()
+    _log_to_console()
+    for run in first:
+        execute(run)
     job()
     missing = [folder for folder in folders if not is_complete(folder)]
     if missing:
-        logging.getLogger(__name__).error("%d of %d runs failed", len(missing), len(folders))
+        logging.getLogger(__name__).error("%d of %d runs failed", len(missing), len(runs))
     return 1 if missing else 0
+
+
+def _log_to_console() -> None:
+    """Log as Hydra's jobs will: it configures logging only when they start."""
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stdout,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
 
 
 if __name__ == "__main__":

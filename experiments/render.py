@@ -11,9 +11,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from iosvd.config import Run, expand
+from iosvd.config import baselines, expand
 from iosvd.errors import ConfigError, IosvdError
 from iosvd.records import read_record, run_folder
+from iosvd.run import Run
 from iosvd.tables import Cell, footer, to_frame, to_markdown
 
 
@@ -22,7 +23,7 @@ def render(overrides: list[str]) -> None:
     experiment = next((o.split("=")[1] for o in overrides if o.startswith("experiment=")), None)
     if experiment is None:
         raise ConfigError("no experiment given; for instance experiment=demo")
-    runs = expand([*overrides, "method=dense", "ratio=1"], sweep=True) + expand(overrides, True)
+    runs = baselines(overrides) + expand(overrides, True)
     cells = [Cell(run, read_record(run_folder(run))) for run in runs]
     model = runs[0].model.name
     frame = to_frame(cells)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,69 +20,22 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from iosvd.allocation import Allocation
 from iosvd.budget import check_ratio
 from iosvd.errors import ConfigError, check_at_least
 from iosvd.factorization import Algorithm, Factorization, Precision
-from iosvd.models import Model
-from iosvd.quantization import NoQuantization
+from iosvd.models import Model, context_of
+from iosvd.run import Calibration, Evaluation, Run, Runtime, Tracking
 from iosvd.texts import Dataset
-from iosvd.whitening import Whitening
 
 CONF = Path(__file__).parents[1] / "conf"
 _METHOD_GROUPS = ("whitening", "allocation", "quantization", "factorization")
+PROTOCOL_LENGTH = 2048  # Tokens of a window (METHODS 9).
 Value = TypeVar("Value")
 
 OmegaConf.register_new_resolver("folder_name", lambda path: Path(path).resolve().name, replace=True)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Which windows of the data set's calibration split are used."""
-
-    windows: int = 256
-    seq_len: int = 2048
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """On which texts perplexity is measured, and in which windows."""
-
-    texts: dict[str, Any] = field(default_factory=dict)  # Dataset, by the name of the column.
-    seq_len: int = 2048
-    windows: int = 0
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """How a run is carried out; nothing here changes what it measures, but by rounding."""
-
-    device: str = "auto"
-    device_map: str | None = None
-    batch_tokens: int = 2048
-    passes: int = 1
-    results: str = "results"
-    save_checkpoint: bool = False
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Run:
-    """One cell of a table: everything a run depends on."""
-
-    label: str  # The method's name in tables; names what was changed from its preset.
-    model: Model
-    dataset: Dataset
-    calibration: Calibration
-    whitening: Whitening
-    allocation: Allocation
-    quantization: NoQuantization
-    factorization: Factorization
-    ratio: float
-    eval: Evaluation
-    runtime: Runtime
-    config: dict[str, Any]  # The same as composed, for the record.
+OmegaConf.register_new_resolver(
+    "window_length", lambda path: min(PROTOCOL_LENGTH, context_of(path)), replace=True
+)
 
 
 def expand(overrides: Sequence[str], sweep: bool) -> list[Run]:
@@ -92,15 +44,28 @@ def expand(overrides: Sequence[str], sweep: bool) -> list[Run]:
     Raises:
         ConfigError: one line that names the option and what it may be.
     """
-    if not sweep:
-        return [compose_run(overrides)]
+    return [compose_run(job) for job in _jobs(overrides)] if sweep else [compose_run(overrides)]
+
+
+def _jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """Split a sweep into the overrides of its runs, as Hydra's launcher does."""
     parameters = _compose(_without_values(overrides)).hydra.sweeper.params or {}
     lines = [f"{key}={value}" for key, value in parameters.items()] + list(overrides)
     try:
         jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), None)
     except HydraException as error:
         raise ConfigError(_one_line(error)) from None
-    return [compose_run(job) for job in jobs[0]]
+    return list(jobs[0])
+
+
+def baselines(overrides: Sequence[str]) -> list[Run]:
+    """Return the dense runs that the rows of a sweep are to be compared with, one for each model.
+
+    They have one ratio and no method's options, so they cannot be cells of the sweep itself.
+    """
+    dropped = {*_METHOD_GROUPS, "method", "ratio"}
+    jobs = [tuple(o for o in job if _group(o) not in dropped) for job in _jobs(overrides)]
+    return [compose_run([*job, "method=dense", "ratio=1"]) for job in dict.fromkeys(jobs)]
 
 
 def compose_run(overrides: Sequence[str]) -> Run:
@@ -112,8 +77,12 @@ def compose_run(overrides: Sequence[str]) -> Run:
 
 def label(method: str | None, overrides: Sequence[str]) -> str:
     """Name a row: the method's preset, and what was changed from it on the command line."""
-    changed = [o for o in overrides if re.split(r"[.=]", o.lstrip("+~"))[0] in _METHOD_GROUPS]
+    changed = [o for o in overrides if _group(o) in _METHOD_GROUPS]
     return f"{method or 'custom'}" + (f"[{','.join(sorted(changed))}]" if changed else "")
+
+
+def _group(override: str) -> str:
+    return re.split(r"[.=]", override.lstrip("+~"))[0]
 
 
 def to_run(composed: DictConfig, label: str) -> Run:
@@ -130,7 +99,8 @@ def to_run(composed: DictConfig, label: str) -> Run:
         OmegaConf.resolve(composed)
         config = OmegaConf.to_container(composed)
     except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from None
+        # A resolver's own error is the cause, and says more than its wrapper.
+        raise ConfigError(_one_line(error.__cause__ or error)) from None
     assert isinstance(config, dict)
     known = {f.name for f in dataclasses.fields(Run)} - {"label", "config"}
     if unknown := sorted(set(config) - known):
@@ -150,6 +120,7 @@ def to_run(composed: DictConfig, label: str) -> Run:
         ratio=_number(composed.ratio, "ratio"),
         eval=_evaluation(composed),
         runtime=_typed(Runtime, composed, "runtime"),
+        wandb=_typed(Tracking, composed, "wandb"),
         config=config,  # type: ignore[arg-type]
     )
     _check(run)
@@ -162,6 +133,7 @@ def _check(run: Run) -> None:
     at_least_one = {
         "calibration.windows": run.calibration.windows,
         "runtime.batch_tokens": run.runtime.batch_tokens,
+        "runtime.batch_requests": run.runtime.batch_requests,
         "runtime.passes": run.runtime.passes,
     }
     # A window of one token predicts nothing.
@@ -173,7 +145,7 @@ def _check(run: Run) -> None:
     check_at_least(2, **at_least_two)
     check_at_least(0, **{"eval.windows": run.eval.windows})
     if not run.eval.texts:
-        raise ConfigError("eval.texts is empty; choose eval=own or eval=paper")
+        raise ConfigError("eval.texts is empty; choose eval=own, eval=pydoc or eval=paper")
     f = run.factorization
     if f.precision is Precision.float32 and f.algorithm is Algorithm.gram:
         raise ConfigError(

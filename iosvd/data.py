@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from iosvd.errors import ConfigError, DataError
 from iosvd.texts import Dataset, read_documents
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

@@ -5,27 +5,46 @@ from __future__ import annotations
 import logging
 import shutil
 import traceback
+from dataclasses import asdict
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iosvd.checkpoint import save
-from iosvd.config import Run
 from iosvd.data import calibration_windows, check_vocabulary, evaluation_windows
 from iosvd.errors import ConfigError, IosvdError, ModelError
 from iosvd.evaluation.perplexity import perplexity
+from iosvd.evaluation.zero_shot import ZeroShotResult, load_tasks, zero_shot
+from iosvd.fingerprints import digest
 from iosvd.models import load_config, load_model, load_tokenizer
 from iosvd.pipeline import Compressed, compress
 from iosvd.plan import Plan
-from iosvd.records import FAILURE, METRICS, read_record, run_folder, write_json
+from iosvd.records import (
+    ANSWERS,
+    CHECKPOINT,
+    FAILURE,
+    METRICS,
+    PLAN,
+    SPECTRA,
+    TRACKED,
+    read_record,
+    run_folder,
+    write_json,
+)
+from iosvd.replacement import stored_bytes
+from iosvd.run import Run
 from iosvd.stages import Stage, StageClock
+from iosvd.tracking import tracked
 from iosvd.versions import commit, library_versions
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +67,17 @@ def execute(run: Run) -> Outcome:
     try:
         if not run.runtime.force and read_record(folder) is not None:
             log.info("complete already: %s", folder)
+            if not (folder / TRACKED).exists():
+                with tracked(run, folder):  # Complete before it was to be tracked.
+                    pass
             return Outcome.skipped
         log.info("run %s at ratio %g: %s", run.label, run.ratio, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, FAILURE):
+        for name in (METRICS, FAILURE, TRACKED):
             (folder / name).unlink(missing_ok=True)
         OmegaConf.save(OmegaConf.create(run.config), folder / "config.yaml")
-        write_json(folder / METRICS, _measure(run, folder))
+        with tracked(run, folder):
+            write_json(folder / METRICS, _measure(run, folder))
     # Whatever one run dies of must not end a sweep of two hundred.
     except Exception as error:  # noqa: BLE001
         _record_failure(error, folder)
@@ -81,28 +104,37 @@ def _measure(run: Run, folder: Path) -> dict[str, Any]:
             name: evaluation_windows(tokenizer, text, run.eval.seq_len, run.eval.windows)
             for name, text in run.eval.texts.items()
         }
+        tasks = load_tasks(run.eval.zero_shot)
     with clock.stage("load"):
         model = load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
         for windows in (tokens, *texts.values()):
             check_vocabulary(windows, model.config.get_text_config().vocab_size)
     revision = getattr(model.config, "_commit_hash", None)
     compressed = compress_as(run, model, tokens)
-    compressed.plan.write(folder / "plan.json", library_versions())
+    compressed.plan.write(folder / PLAN, library_versions())
+    save_file({n: s.float().contiguous() for n, s in compressed.sigma.items()}, folder / SPECTRA)
     if run.runtime.save_checkpoint:
-        _save_checkpoint(compressed.model, folder / "checkpoint", compressed.plan, tokenizer)
+        _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, tokenizer)
     with clock.stage("evaluation"):
         measured = {
             name: perplexity(model, windows, batch_size(run, windows))
             for name, windows in texts.items()
         }
+    with clock.stage("zero_shot"):
+        limit, requests = run.eval.zero_shot.limit, run.runtime.batch_requests
+        accuracy = zero_shot(model, tokenizer, tasks, limit, requests)
+    write_json(folder / ANSWERS, accuracy.correct)
     stages = {**clock.stages, **compressed.stages}
     return {
+        "digest": digest(run),
         "label": run.label,
         "model": run.model.name,
         "model_revision": revision,
         "ratio": run.ratio,
         **_plan_summary(compressed.plan),
+        "target_bytes": stored_bytes(model, compressed.plan.sites),
         "perplexity": measured,
+        **_accuracy_summary(accuracy),
         "windows": {name: list(windows.shape) for name, windows in texts.items()},
         "compression_seconds": sum(stage.seconds for stage in compressed.stages.values()),
         "stages": {name: _stage_summary(stage) for name, stage in stages.items()},
@@ -133,6 +165,11 @@ def compress_as(run: Run, model: PreTrainedModel, tokens: Tensor) -> Compressed:
 def batch_size(run: Run, windows: Tensor) -> int:
     """Return how many windows make up `runtime.batch_tokens`, at least one."""
     return max(1, run.runtime.batch_tokens // windows.shape[1])
+
+
+def _accuracy_summary(accuracy: ZeroShotResult) -> dict[str, Any]:
+    scores = {name: asdict(score) for name, score in accuracy.scores.items()}
+    return {"zero_shot": scores, "average_acc": accuracy.average}
 
 
 def _plan_summary(plan: Plan) -> dict[str, Any]:

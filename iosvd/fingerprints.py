@@ -9,9 +9,11 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from iosvd.config import Run
 from iosvd.errors import ModelError
+from iosvd.evaluation import pydoc_task
+from iosvd.evaluation.zero_shot import ZeroShot, task_folder
 from iosvd.models import folder_of
+from iosvd.run import Run
 from iosvd.texts import Dataset, Split, local_file
 
 _BLOCK_BYTES = 2**22
@@ -20,16 +22,19 @@ _BLOCK_BYTES = 2**22
 def digest(run: Run) -> str:
     """Return the identity of a run: a hash of everything that its result depends on.
 
-    Local folders count by their content, not their path; `runtime` and the label do not count.
+    Local folders count by their content, not their path; `runtime`, `wandb` and the label do not
+    count.
     """
-    identity: dict[str, Any] = {k: v for k, v in run.config.items() if k not in ("runtime", "eval")}
+    apart = ("runtime", "eval", "wandb")
+    identity: dict[str, Any] = {k: v for k, v in run.config.items() if k not in apart}
     identity["model"] = _without_place(run.config["model"]) | {"content": _model_content(run)}
     identity["dataset"] = _dataset(run.config["dataset"], run.dataset, run.dataset.calibration)
     texts = {
         name: _dataset(run.config["eval"]["texts"][name], text, text.evaluation)
         for name, text in run.eval.texts.items()
     }
-    identity["eval"] = {**run.config["eval"], "texts": texts}
+    tasks = _tasks(run.config["eval"]["zero_shot"], run.eval.zero_shot)
+    identity["eval"] = {**run.config["eval"], "texts": texts, "zero_shot": tasks}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -53,6 +58,16 @@ def _dataset(options: dict[str, Any], dataset: Dataset, split: Split) -> dict[st
         content = _hash_files(local_file(dataset, split))
     elif dataset.builtin:
         content = platform.python_version()  # The text is that of this Python's library.
+    return _without_place(options) | {"content": content}
+
+
+def _tasks(options: dict[str, Any], zero_shot: ZeroShot) -> dict[str, Any]:
+    content: dict[str, str] = {}
+    for name in zero_shot.tasks:
+        if name == pydoc_task.NAME:
+            content[name] = platform.python_version()
+        elif zero_shot.path is not None:
+            content[name] = _hash_files(*sorted(task_folder(zero_shot, name).glob("*.*")))
     return _without_place(options) | {"content": content}
 
 

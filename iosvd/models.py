@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from iosvd.errors import ConfigError, IosvdError, ModelError
 from iosvd.sites import SiteSelection
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -66,18 +63,33 @@ def load_model(model: Model, device: str = "cpu", device_map: str | None = None)
     options: dict[str, Any] = {"dtype": model.dtype.torch}
     if device_map is not None:
         options["device_map"] = device_map
-    loaded = _load(AutoModelForCausalLM, model, options)
+    loaded = _load("AutoModelForCausalLM", model, options)
     return (loaded if device_map is not None else loaded.to(device)).eval()
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer."""
-    return _load(AutoTokenizer, model, {})
+    return _load("AutoTokenizer", model, {})
 
 
 def load_config(model: Model) -> Any:
     """Load the model's configuration alone."""
-    return _load(AutoConfig, model, {})
+    return _load("AutoConfig", model, {})
+
+
+def context_of(folder: str) -> int:
+    """Return how many tokens the model in a folder can read at once.
+
+    Raises:
+        ModelError: the folder has no readable config.json that says so.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["max_position_embeddings"])
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not a model folder: it has no config.json") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ModelError(f"{path} does not name the model's context; set model.seq_len") from None
 
 
 def folder_of(model: Model) -> Path | None:
@@ -87,7 +99,9 @@ def folder_of(model: Model) -> Path | None:
     return Path(model.path) if model.path is not None else None
 
 
-def _load(loader: Any, model: Model, options: dict[str, Any]) -> Any:
+def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
+    import transformers
+
     folder = folder_of(model)
     if folder is None and model.hub_id is None:
         raise ConfigError(f"model {model.name} has no source; set model.path=FOLDER")
@@ -97,7 +111,7 @@ def _load(loader: Any, model: Model, options: dict[str, Any]) -> Any:
     if folder is None:
         options["revision"] = model.revision or "main"
     try:
-        return loader.from_pretrained(folder or model.hub_id, **options)
+        return getattr(transformers, loader).from_pretrained(folder or model.hub_id, **options)
     except IosvdError:
         raise
     # transformers, safetensors and the hub client raise many types for a model that cannot be had.

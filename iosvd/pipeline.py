@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from iosvd.allocation import Allocation
 from iosvd.budget import Budget, Shape
@@ -27,6 +27,9 @@ from iosvd.statistics import collect, statistics_bytes
 from iosvd.types import Needs, SiteStatistics, Spectrum
 from iosvd.whitening import Whitening
 
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel
+
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +39,7 @@ class Compressed:
 
     model: PreTrainedModel
     plan: Plan
+    sigma: Mapping[str, Tensor]  # (min(m, n),) per site: all singular values, dropped ones too.
     stages: Mapping[str, Stage]
 
 
@@ -95,7 +99,8 @@ def compress(
         factors = {site: truncate(spectra[site], rank) for site, rank in plan.ranks.items()}
         replace_(model, quantization(factors))
         mark_compressed_(model, plan)
-    return Compressed(model, plan, clock.stages)
+    sigma = {site: spectrum.sigma for site, spectrum in spectra.items()}
+    return Compressed(model, plan, sigma, clock.stages)
 
 
 def _spectra(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -14,3 +17,13 @@ def track(items: Iterable[Item], total: int, what: str, unit: str) -> Iterator[I
     """Yield the items, with a bar on a terminal's standard error."""
     # disable=None: off when standard error is not a terminal.
     yield from tqdm(items, total=total, desc=what, unit=unit, disable=None, leave=False)
+
+
+@contextmanager
+def bars_for_people() -> Iterator[None]:
+    """Keep the bars of libraries, which do not look where they write, out of logs and files."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with redirect_stderr(io.StringIO()):
+        yield

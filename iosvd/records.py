@@ -11,19 +11,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosvd.config import Run
 from iosvd.errors import RecordError
 from iosvd.fingerprints import digest
+from iosvd.run import Run
 
-METRICS = "metrics.json"
+METRICS = "metrics.json"  # Written last.
 FAILURE = "failure.json"
+PLAN = "plan.json"
+SPECTRA = "spectra.safetensors"  # All singular values of every site.
+CHECKPOINT = "checkpoint"
+TRACKED = "wandb.json"  # Where the run was logged.
+ANSWERS = "answers.json"  # Which items of each zero-shot task were answered rightly.
 
 
 def run_folder(run: Run) -> Path:
-    """Return `<results>/runs/<model>/<label>-<ratio>-<digest>`, unique to what the run measures."""
+    """Return `<results>/runs/<model>/<label>-<ratio>-<digest>`, unique to what the run measures.
+
+    A run that exists already keeps its folder, whatever its row was called when it was made: two
+    tables that name it differently share it.
+    """
+    folder, identity = Path(run.runtime.results) / "runs" / run.model.name, digest(run)
+    if found := sorted(folder.glob(f"*-{identity}")):
+        return found[0]
     label = re.sub(r"[^\w.=]+", "_", run.label).strip("_")
-    name = f"{label}-{run.ratio:g}-{digest(run)}"
-    return Path(run.runtime.results) / "runs" / run.model.name / name
+    return folder / f"{label}-{run.ratio:g}-{identity}"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -23,6 +23,13 @@ def densify_(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LowRankLinear):
             model.set_submodule(name, layer.dense())
+
+
+def stored_bytes(model: nn.Module, names: Iterable[str]) -> int:
+    """Return the bytes that the weights of the named layers take, biases not counted."""
+    layers = [model.get_submodule(name) for name in names]
+    tensors = [t for x in layers for n, t in x.state_dict().items() if n != "bias"]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:

@@ -13,17 +13,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from iosvd.errors import ModelError, NumericalError
 from iosvd.kl_metric import cotangents
 from iosvd.linalg import add_lower_gram_, mirror_
 from iosvd.progress import track
 from iosvd.types import Needs, SiteStatistics
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel
 
 
 def collect(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pandas
 
-from iosvd.config import Run
 from iosvd.records import Record
+from iosvd.run import Run
 
 GAP = "–"
 

@@ -12,13 +12,14 @@ from hydra.utils import get_class
 
 import iosvd.allocation
 import iosvd.whitening
-from iosvd.config import CONF, Evaluation, Run, compose_run, expand
+from iosvd.config import CONF, compose_run, expand
 from iosvd.errors import IosvdError
-from iosvd.models import Model
+from iosvd.models import ASSETS, Model
+from iosvd.run import Evaluation, Run
 from iosvd.texts import Dataset
 
 SETTINGS = {
-    "model/local": ["model.path=/some/folder"],
+    "model/local": [f"model.path={ASSETS / 'tiny'}"],
     "model/hub": ["model.hub_id=organisation/name"],
     "dataset/local": ["dataset.path=/some/folder"],
 }
@@ -85,7 +86,8 @@ def test_every_implementation_has_a_preset(package: Any) -> None:
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_experiment_expands(path: Path) -> None:
     runs = expand([f"experiment={path.stem}"], sweep=True)
-    assert len({(run.label, run.ratio) for run in runs}) == len(runs) > 1
+    assert len({(run.model.name, run.label, run.ratio) for run in runs}) == len(runs) > 1
+    assert runs[0].wandb.group == path.stem
 
 
 def test_the_demo_is_every_method_at_three_ratios() -> None:
@@ -97,7 +99,9 @@ def test_the_demo_is_every_method_at_three_ratios() -> None:
 
 
 def test_models_are_named_after_their_folder_or_hub_id() -> None:
-    assert compose_run(["model=local", "model.path=/some/folder/"]).model.name == "folder"
+    folder = ASSETS / "tiny"
+    local = compose_run(["model=local", f"model.path={folder}/"]).model
+    assert (local.name, local.seq_len) == ("tiny", 256)  # The context of that model.
     assert compose_run(["model=hub", "model.hub_id=some/model"]).model.name == "model"
 
 

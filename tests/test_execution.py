@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import iosvd.execution
 from experiments import compress as command
 from experiments import render
-from iosvd.config import Run, compose_run
+from iosvd.config import compose_run
 from iosvd.errors import RecordError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.execution import Outcome, execute
@@ -22,6 +22,7 @@ from iosvd.fingerprints import digest
 from iosvd.models import ASSETS, load_tokenizer
 from iosvd.records import read_record, run_folder, write_json
 from iosvd.replacement import low_rank_layers
+from iosvd.run import Run
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_a_run_records_what_its_checkpoint_measures(source: Path) -> None:
     assert 0.45 < found["ratio_achieved"] <= 0.5  # type: ignore[operator]
     assert set(found["stages"]) == {  # type: ignore[call-overload]
         *("data", "load", "statistics", "factorization", "allocation", "replacement"),
-        "evaluation",
+        *("evaluation", "zero_shot"),
     }
     assert found["config"] == asked.config
 
@@ -201,13 +202,19 @@ def test_one_failing_run_stops_no_other_and_shows_as_a_gap(
     source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Ratio 0.01 is infeasible: its runs fail, the others complete, the table has both."""
-    sweep = ["experiment=demo", "method=svd,svd_llm", "ratio=0.01,0.5", "model.name=small-1.5"]
+    sweep = [
+        "experiment=demo",
+        "eval=own",
+        "method=svd,svd_llm",
+        "ratio=0.01,0.5",
+        "model.name=small-1.5",
+    ]
     monkeypatch.setattr(sys, "argv", ["compress.py", "-m", *overrides(source, *sweep)])
     assert command.main() == 1
-    assert "2 of 4 runs failed" in "".join(capfd.readouterr())
+    assert "2 of 5 runs failed" in "".join(capfd.readouterr())
     render.render(overrides(source, *sweep))
     printed = capfd.readouterr().out
-    assert "Runs found: 2 of 5." in printed  # The dense baseline was not run.
+    assert "Runs found: 3 of 5." in printed
     rows = [line.split("|") for line in printed.splitlines() if "| svd" in line]
     for row in rows:
         assert (row[3].strip() == "–") == (row[1].strip() == "0.01")

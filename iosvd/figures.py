@@ -1,0 +1,131 @@
+"""Draw figures; pure, from values to matplotlib figures, which the caller saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy
+import pandas
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+_WIDTH = 7.0  # Inches.
+_MARKERS = "os^Dv<>PX*"
+
+
+def layer_and_role(site: str) -> tuple[int, str]:
+    """Split a site's name at its first number: model.layers.3.mlp.up_proj is (3, mlp.up_proj)."""
+    parts = site.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if place is None:
+        return 0, site
+    return int(parts[place]), ".".join(parts[place + 1 :])
+
+
+def plan_frame(sites: Mapping[str, Mapping[str, Any]]) -> pandas.DataFrame:
+    """Return one row per site of a plan: name, layer, role, rank, share of its parameters kept."""
+    rows = []
+    for name, site in sites.items():
+        layer, role = layer_and_role(name)
+        m, n, rank = site["out_features"], site["in_features"], site["rank"]
+        kept = 1.0 if site["dense"] else rank * (m + n) / (m * n)
+        rows.append({"site": name, "layer": layer, "role": role, "rank": rank, "kept": kept})
+    return pandas.DataFrame(rows)
+
+
+def rank_map(sites: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw the share of parameters that every site keeps: roles by layers, ranks written in."""
+    frame = plan_frame(sites)
+    roles = list(dict.fromkeys(frame["role"]))
+    layers = sorted(set(frame["layer"]))
+    kept = frame.pivot_table(index="role", columns="layer", values="kept").loc[roles]
+    ranks = frame.pivot_table(index="role", columns="layer", values="rank").loc[roles]
+    figure = _figure(max(_WIDTH, 0.5 * len(layers) + 2.5), 0.42 * len(roles) + 1.4)
+    axes = figure.subplots()
+    image = axes.imshow(kept, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    for row, column in numpy.argwhere(kept.notna().to_numpy()):
+        shade = "white" if kept.iat[row, column] < 0.6 else "black"
+        text = f"{ranks.iat[row, column]:.0f}"
+        axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_yticks(range(len(roles)), roles)
+    axes.set_xlabel("layer")
+    axes.set_title("ranks; colour: share of the site's parameters kept")
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def spectra(sigma: Mapping[str, Tensor]) -> Figure:
+    """Draw the singular values of the whitened weights, one panel per role, one line per layer."""
+    roles = list(dict.fromkeys(layer_and_role(site)[1] for site in sigma))
+    layers = [layer_and_role(site)[0] for site in sigma]
+    columns = min(4, len(roles))
+    rows = -(-len(roles) // columns)
+    figure = _figure(2.4 * columns + 0.6, 2.0 * rows + 0.5)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for axes, role in zip(grid, roles, strict=False):
+        axes.set_title(role, fontsize=8)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    for site, values in sigma.items():
+        layer, role = layer_and_role(site)
+        shade = _shade(layer, max(layers))
+        positive = values[values > 0]  # A logarithmic axis has no zero.
+        grid[roles.index(role)].plot(positive.numpy(), color=shade, linewidth=1)
+    for axes in grid[len(roles) :]:
+        axes.set_visible(False)
+    figure.supxlabel("component", fontsize=9)
+    figure.supylabel("whitened σ; darker: earlier layer", fontsize=9)
+    return figure
+
+
+def quality_against(
+    frame: pandas.DataFrame, x: str, metrics: Sequence[str], labels: Mapping[str, str]
+) -> Figure:
+    """Draw one panel per metric, one line per method over `x`, the dense model as a grey line.
+
+    Args:
+        frame: a row per run, with `method`, `ratio`, `x` and the metrics; gaps (NaN) are left out.
+        x: the column of the horizontal axis, for instance ratio or target_bytes.
+        metrics: columns; the names of perplexities end in _ppl and get a logarithmic axis.
+        labels: what to write for a column.
+    """
+    figure = _figure(3.5 * len(metrics) + 0.8, 3.4)
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        _lines(axes, frame.dropna(subset=[x, metric]), x, metric)
+        axes.set_xlabel(labels.get(x, x))
+        axes.set_title(labels.get(metric, metric), fontsize=10)
+        if metric.endswith("_ppl"):
+            axes.set_yscale("log")
+    handles = {text: line for axes in panels for line, text in zip(*_legend(axes), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
+    return figure
+
+
+def _lines(axes: Axes, frame: pandas.DataFrame, x: str, metric: str) -> None:
+    axes.grid(alpha=0.3)
+    dense = frame[frame["method"] == "dense"]
+    if len(dense):
+        axes.axhline(dense[metric].iloc[0], color="grey", linestyle="--", label="dense")
+    methods = [name for name in dict.fromkeys(frame["method"]) if name != "dense"]
+    for number, method in enumerate(methods):
+        rows = frame[frame["method"] == method].sort_values(x)
+        axes.plot(rows[x], rows[metric], marker=_MARKERS[number % len(_MARKERS)], label=method)
+
+
+def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
+    return axes.get_legend_handles_labels()
+
+
+def _shade(layer: int, last: int) -> tuple[float, float, float, float]:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](layer / max(1, last) * 0.9)
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not pyplot, which keeps every figure in a global list and may open a window.
+    return Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,86 @@
+"""What a run is made of: one frozen value for each group of options, checked by config.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from iosvd.allocation import Allocation
+from iosvd.evaluation.zero_shot import ZeroShot
+from iosvd.factorization import Factorization
+from iosvd.models import Model
+from iosvd.quantization import NoQuantization
+from iosvd.texts import Dataset
+from iosvd.whitening import Whitening
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which windows of the data set's calibration split are used."""
+
+    windows: int = 256
+    seq_len: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """On which texts perplexity is measured, in which windows, and on which tasks accuracy is."""
+
+    texts: dict[str, Any] = field(default_factory=dict)  # Dataset, by the name of the column.
+    seq_len: int = 2048
+    windows: int = 0
+    zero_shot: ZeroShot = field(default_factory=ZeroShot)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run is carried out; nothing here changes what it measures, but by rounding."""
+
+    device: str = "auto"
+    device_map: str | None = None
+    batch_tokens: int = 2048
+    batch_requests: int = 32
+    passes: int = 1
+    results: str = "results"
+    save_checkpoint: bool = False
+    force: bool = False
+
+
+class TrackingMode(Enum):
+    """Whether anything is logged, and whether it leaves the machine."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Whether and where runs are logged to wandb; nothing here changes what is measured."""
+
+    mode: TrackingMode = TrackingMode.disabled
+    project: str = "iosvd"
+    entity: str | None = None
+    group: str | None = None  # The sweep.
+    checkpoint: bool = False  # Upload the compressed model as an artifact.
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a table: everything a run depends on."""
+
+    label: str  # The method's name in tables; names what was changed from its preset.
+    model: Model
+    dataset: Dataset
+    calibration: Calibration
+    whitening: Whitening
+    allocation: Allocation
+    quantization: NoQuantization
+    factorization: Factorization
+    ratio: float
+    eval: Evaluation
+    runtime: Runtime
+    wandb: Tracking
+    config: dict[str, Any]  # The same as composed, for the record.

@@ -1,0 +1,139 @@
+"""Log runs to wandb, if asked; everything it shows is read back from the run's folder.
+
+The only file that knows wandb. A run has one wandb run, whose id is the run's digest: one that
+failed and is tried again, or was complete before tracking was turned on, continues there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from iosvd.errors import ConfigError
+from iosvd.fingerprints import digest
+from iosvd.records import CHECKPOINT, METRICS, PLAN, SPECTRA, TRACKED, write_json
+from iosvd.run import Run, Tracking, TrackingMode
+
+if TYPE_CHECKING:  # Takes a second to import, and most runs do without.
+    import pandas
+    import wandb
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+
+def check_tracking(tracking: Tracking) -> None:
+    """Fail at once where online logging cannot work, rather than after the first run.
+
+    Raises:
+        ConfigError: wandb has no key.
+    """
+    if tracking.mode is not TrackingMode.online:
+        return
+    import wandb
+
+    if not wandb.login(prompt=False):
+        raise ConfigError(
+            "wandb=online, but there is no key: set WANDB_API_KEY or call `wandb login`,"
+            " or take wandb=offline and upload with `wandb sync` later"
+        )
+
+
+@contextmanager
+def tracked(run: Run, folder: Path) -> Iterator[None]:
+    """Keep the wandb run of a cell open, and log the cell to it when it is complete.
+
+    An exception inside marks the wandb run as failed. What wandb itself dies of is a warning: a
+    dashboard must not cost a measurement.
+    """
+    if run.wandb.mode is TrackingMode.disabled:
+        yield
+        return
+    results = Path(run.runtime.results)
+    with open_run(run.wandb, results, folder.name, digest(run), config=run.config) as open_:
+        yield
+        try:
+            log_complete(open_, folder, checkpoint=run.wandb.checkpoint)
+            write_json(folder / TRACKED, {"id": open_.id, "mode": run.wandb.mode.value})
+        except Exception as error:  # noqa: BLE001 (wandb raises many types)
+            log.warning("complete, but not logged to wandb (%s); launch it again to log it", error)
+
+
+@contextmanager
+def open_run(
+    tracking: Tracking, results: Path, name: str, identity: str, **options: Any
+) -> Iterator[wandb.Run]:
+    """Open a wandb run; the same identity continues the same one. Files go to `<results>/wandb`."""
+    import wandb
+
+    results.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    run = wandb.init(
+        project=tracking.project,
+        entity=tracking.entity,
+        group=tracking.group,
+        name=name,
+        id=identity,
+        # Offline there is nothing to resume from; `wandb sync` joins what has the same id.
+        resume="allow" if tracking.mode is TrackingMode.online else None,
+        dir=str(results),
+        mode=tracking.mode.value,
+        reinit="finish_previous",  # Otherwise a second run of this process gets the first one.
+        **options,
+    )
+    with run:
+        yield run
+
+
+def log_complete(run: wandb.Run, folder: Path, checkpoint: bool = False) -> None:
+    """Log a complete run: the summary is metrics.json key for key, its plan and spectra are media.
+
+    Args:
+        run: an open wandb run.
+        folder: of a complete run.
+        checkpoint: upload the compressed model, if the folder holds it, as an artifact.
+    """
+    import wandb
+
+    from iosvd import figures
+
+    plan = json.loads((folder / PLAN).read_text())
+    pictures = {
+        "ranks": figures.rank_map(plan["sites"]),
+        "spectra": figures.spectra(load_file(folder / SPECTRA)),
+    }
+    log_media(run, {"plan": figures.plan_frame(plan["sites"])}, pictures)
+    run.summary.update(json.loads((folder / METRICS).read_text()))
+    if checkpoint and (folder / CHECKPOINT).is_dir():
+        artifact = wandb.Artifact(f"{run.id}-checkpoint", type="model")
+        artifact.add_dir(str(folder / CHECKPOINT))
+        run.log_artifact(artifact)
+
+
+def log_media(
+    run: wandb.Run, tables: Mapping[str, pandas.DataFrame], figures: Mapping[str, Figure]
+) -> None:
+    """Log data frames as tables and figures as images."""
+    import wandb
+
+    run.log({name: wandb.Table(dataframe=frame) for name, frame in tables.items()})
+    pictures = {f"{name}_figure": _picture(figure) for name, figure in figures.items()}
+    run.log({name: wandb.Image(picture) for name, picture in pictures.items()})
+
+
+def _picture(figure: Figure) -> Image:
+    import PIL.Image
+
+    drawn = BytesIO()
+    # wandb would take the figure itself, but through pyplot, which is global state.
+    figure.savefig(drawn, format="png", dpi=120)
+    return PIL.Image.open(drawn)
