@@ -5,13 +5,28 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# What a sweep is given besides its experiment, for instance ARGS="model=local model.path=FOLDER".
+# A preset of conf/model, or a folder with a Hugging Face model; empty: the paper's.
+MODEL ?=
+# A folder with text/wikitext2, text/ptb, text/c4 and tasks/<task>; empty: the hub.
+DATA ?=
+# What else a sweep is given, for instance ARGS="runtime.passes=4 wandb=offline".
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: help install demo test check tiny-model bench clean
+TABLES := main families ablation_whitening remapping ablation_topk zs_svd_main zs_svd_selection
+TABLE ?= $(TABLES)
+# The embedded model has seen nothing but the documentation of Python, which needs no download.
+MODEL_OPTIONS = $(if $(wildcard $(MODEL)/config.json),model=local model.path=$(MODEL),model=$(MODEL)) \
+	$(if $(filter tiny,$(MODEL)),dataset=pydoc eval=pydoc)
+DATA_OPTIONS = dataset.path=$(DATA)/text/wikitext2 eval.zero_shot.path=$(DATA)/tasks \
+	$(foreach text,wikitext2 ptb c4,eval.texts.$(text).path=$(DATA)/text/$(text))
+OPTIONS = $(strip $(if $(MODEL),$(MODEL_OPTIONS)) $(if $(DATA),$(DATA_OPTIONS)) $(ARGS))
+SWEEP = $(BIN)/python experiments
+
+.PHONY: help install demo tables table1 table3 table4 table6 figure3 figures compare dashboard \
+	test check tiny-model bench clean
 help: ## List the targets
-	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+	@grep -hE '^[a-z0-9%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 install: $(VENV)/installed ## Make .venv with everything the project needs
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -22,14 +37,35 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: table-demo ## Compress the embedded model by every method and print the table (minutes, no network)
 
-# The dense baseline has one ratio, so it is a run beside the sweep. A sweep with failures still
-# renders its table, and fails afterwards.
-table-%: install ## Run an experiment (conf/experiment) and render its table: make table-demo
+# A sweep with failures still renders its table, and fails afterwards.
+table-%: install ## Run an experiment of conf/experiment, render its table, draw its figures
 	@status=0; \
-	$(BIN)/python experiments/compress.py -m experiment=$* $(ARGS) method=dense ratio=1 || status=$$?; \
-	test $$status -eq 2 || $(BIN)/python experiments/compress.py -m experiment=$* $(ARGS) || status=$$?; \
-	test $$status -eq 2 || $(BIN)/python experiments/render.py experiment=$* $(ARGS) || status=$$?; \
+	$(SWEEP)/compress.py -m experiment=$* $(OPTIONS) || status=$$?; \
+	test $$status -eq 2 || $(SWEEP)/render.py experiment=$* $(OPTIONS) || status=$$?; \
+	test $$status -eq 2 || $(SWEEP)/draw.py experiment=$* $(OPTIONS) || status=$$?; \
 	exit $$status
+
+render-%: install ## Render a table and draw its figures from the runs there are
+	@$(SWEEP)/render.py experiment=$* $(OPTIONS) && $(SWEEP)/draw.py experiment=$* $(OPTIONS)
+
+table1: table-main ## IO-SVD, Table 1: every method at three ratios; MODEL=tiny on a laptop
+table3: table-families ## IO-SVD, Table 3: model families
+table4: table-ablation_whitening ## IO-SVD, Table 4: whitening × rank allocation
+table6: table-remapping ## IO-SVD, Table 6: remapping to int8
+figure3: table-ablation_topk ## IO-SVD, Figure 3: K of the KL curvature
+tables: $(TABLES:%=table-%) ## All tables and figures, ZS-SVD's too; runs they share are made once
+
+figures: install ## Draw all figures from the runs there are
+	@for table in $(TABLE); do $(SWEEP)/draw.py experiment=$$table $(OPTIONS) || exit; done
+
+compare: install ## Name the cells that are far from the published ones; TABLE=main REFERENCE=FILE.csv
+	@compared=0; far=0; for table in $(TABLE); do \
+		$(SWEEP)/compare.py $(if $(REFERENCE),reference=$(REFERENCE)) experiment=$$table $(OPTIONS); \
+		case $$? in 0) compared=1;; 1) compared=1; far=1;; esac; done; \
+	test $$compared = 1 -a $$far = 0
+
+dashboard: install ## One page that compares all runs: results/dashboard.html
+	@$(SWEEP)/dashboard.py
 
 test: install ## Run the tests that need no GPU and no network
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not network'
@@ -46,4 +82,4 @@ tiny-model: install ## Train the embedded model anew (half an hour of one core)
 	$(BIN)/python experiments/train_tiny.py
 
 clean: ## Remove the environment and all runs
-	rm -rf $(VENV) results/runs results/hydra results/cache
+	rm -rf $(VENV) results/runs results/hydra results/cache results/wandb

@@ -1,9 +1,9 @@
-"""Render the table of a sweep from the runs that are complete; gaps show as gaps.
+"""Render the table of an experiment from the runs that are complete; gaps show as gaps.
 
-    python experiments/render.py experiment=demo
+    python experiments/render.py experiment=main model=tiny dataset=pydoc eval=pydoc
 
-Takes the overrides of the sweep itself. Writes <results>/tables/<experiment>-<model>.md and .csv,
-and prints the table.
+Takes the overrides of the sweep itself, and what the table shows from conf/table/<experiment>.yaml.
+Writes <results>/tables/<experiment>-<model>.md, .csv and .tex, and prints the table.
 """
 
 from __future__ import annotations
@@ -11,35 +11,38 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from iosvd.config import baselines, expand
-from iosvd.errors import ConfigError, IosvdError
-from iosvd.records import read_record, run_folder
-from iosvd.run import Run
-from iosvd.tables import Cell, footer, to_frame, to_markdown
+from iosvd.config import table_spec
+from iosvd.errors import IosvdError
+from iosvd.tables.frame import to_frame
+from iosvd.tables.latex import to_latex
+from iosvd.tables.markdown import to_markdown
+from iosvd.tables.notes import notes
+from iosvd.tables.published import read_published
+from iosvd.tables.sweep import Sweep, find
+from iosvd.tables.table import build_table
+from iosvd.tracking import log_sweep
 
 
 def render(overrides: list[str]) -> None:
     """Write and print one table."""
-    experiment = next((o.split("=")[1] for o in overrides if o.startswith("experiment=")), None)
-    if experiment is None:
-        raise ConfigError("no experiment given; for instance experiment=demo")
-    runs = baselines(overrides) + expand(overrides, True)
-    cells = [Cell(run, read_record(run_folder(run))) for run in runs]
-    model = runs[0].model.name
-    frame = to_frame(cells)
-    rest = " ".join(o for o in overrides if not o.startswith("experiment="))
-    command = f"make table-{experiment}" + (f' ARGS="{rest}"' if rest else "")
-    text = to_markdown(frame, f"{experiment}, {model}", footer(cells, command))
-    folder = _tables(runs[0])
+    sweep = Sweep.from_overrides(overrides)
+    spec = table_spec(sweep.experiment)
+    on_disk = find(sweep)
+    table = build_table(spec, on_disk.found, read_published())
+    below = notes(table, on_disk, spec, sweep)
+    folder = sweep.results / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    # Not with_suffix: a model's name may hold a dot.
-    (folder / f"{experiment}-{model}.md").write_text(text, encoding="utf-8")
-    frame.to_csv(folder / f"{experiment}-{model}.csv", index=False)
+    text = to_markdown(table, below)
+    _write(folder / f"{sweep.name}.md", text)
+    _write(folder / f"{sweep.name}.tex", to_latex(table, below))
+    frame = to_frame(table)
+    frame.to_csv(folder / f"{sweep.name}.csv", index=False)
+    log_sweep(sweep.name, sweep.runs[0], {"table": frame}, {})
     print(text)
 
 
-def _tables(run: Run) -> Path:
-    return Path(run.runtime.results) / "tables"
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ import numpy
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
+
+from iosvd.tables.table import DENSE
 
 _WIDTH = 7.0  # Inches.
 _MARKERS = "os^Dv<>PX*"
@@ -82,42 +85,89 @@ def spectra(sigma: Mapping[str, Tensor]) -> Figure:
 
 
 def quality_against(
-    frame: pandas.DataFrame, x: str, metrics: Sequence[str], labels: Mapping[str, str]
+    frame: pandas.DataFrame, x: str, metrics: Sequence[str], titles: Mapping[str, str]
 ) -> Figure:
     """Draw one panel per metric, one line per method over `x`, the dense model as a grey line.
 
     Args:
-        frame: a row per run, with `method`, `ratio`, `x` and the metrics; gaps (NaN) are left out.
+        frame: of a table (`to_frame`), with a column `x`; gaps are left out.
         x: the column of the horizontal axis, for instance ratio or target_bytes.
-        metrics: columns; the names of perplexities end in _ppl and get a logarithmic axis.
-        labels: what to write for a column.
+        metrics: columns; perplexities, which end in _ppl, get a logarithmic axis.
+        titles: what to write for a column.
     """
-    figure = _figure(3.5 * len(metrics) + 0.8, 3.4)
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    figure, panels = _panels(metrics, titles)
     for axes, metric in zip(panels, metrics, strict=True):
-        _lines(axes, frame.dropna(subset=[x, metric]), x, metric)
-        axes.set_xlabel(labels.get(x, x))
-        axes.set_title(labels.get(metric, metric), fontsize=10)
-        if metric.endswith("_ppl"):
-            axes.set_yscale("log")
-    handles = {text: line for axes in panels for line, text in zip(*_legend(axes), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
+        rows = frame.dropna(subset=[x, metric])
+        _dense_line(axes, rows, metric)
+        for number, method in enumerate(_methods(rows)):
+            mine = rows[rows["method"] == method].sort_values(x)
+            axes.plot(mine[x], mine[metric], marker=_MARKERS[number % 10], label=method)
+        axes.set_xlabel(titles.get(x, x))
+    _share_legend(figure, panels)
     return figure
 
 
-def _lines(axes: Axes, frame: pandas.DataFrame, x: str, metric: str) -> None:
-    axes.grid(alpha=0.3)
-    dense = frame[frame["method"] == "dense"]
+def quality_against_option(
+    frame: pandas.DataFrame, option: str, metrics: Sequence[str], titles: Mapping[str, str]
+) -> Figure:
+    """Draw an ablation: one panel per metric over the values of an option, at equal distances.
+
+    Perplexities are divided by the dense model's, so that texts can be compared (IO-SVD, Figure 3).
+
+    Args:
+        frame: of a table, with a column `option` in the order to be drawn.
+        option: the name of that column; its 0 is shown as "all".
+        metrics: columns.
+        titles: what to write for a column.
+    """
+    figure, panels = _panels(metrics, titles)
+    for axes, metric in zip(panels, metrics, strict=True):
+        rows = frame.dropna(subset=[metric])
+        dense = rows[rows["label"] == DENSE]
+        mine = rows[rows["label"] != DENSE]
+        relative = metric.endswith("_ppl") and len(dense) > 0
+        values = mine[metric] / dense[metric].iloc[0] if relative else mine[metric]
+        names = ["all" if value == 0 else f"{value:g}" for value in mine[option]]
+        axes.plot(names, values, marker="o")
+        axes.set_xlabel(option)
+        axes.set_yscale("linear")
+        if relative:
+            axes.set_title(f"{titles.get(metric, metric)} / dense", fontsize=10)
+        else:
+            _dense_line(axes, rows, metric)
+    return figure
+
+
+def _panels(metrics: Sequence[str], titles: Mapping[str, str]) -> tuple[Figure, list[Axes]]:
+    figure = _figure(3.5 * len(metrics) + 1.6, 3.4)
+    panels = list(figure.subplots(1, len(metrics), squeeze=False)[0])
+    for axes, metric in zip(panels, metrics, strict=True):
+        axes.grid(alpha=0.3)
+        axes.set_title(titles.get(metric, metric), fontsize=10)
+        if metric.endswith("_ppl"):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
+            axes.tick_params(axis="y", which="both", labelsize=7)
+    return figure, panels
+
+
+def _methods(frame: pandas.DataFrame) -> list[str]:
+    return list(dict.fromkeys(frame["method"][frame["label"] != DENSE]))
+
+
+def _dense_line(axes: Axes, frame: pandas.DataFrame, metric: str) -> None:
+    dense = frame[metric][frame["label"] == DENSE]
     if len(dense):
-        axes.axhline(dense[metric].iloc[0], color="grey", linestyle="--", label="dense")
-    methods = [name for name in dict.fromkeys(frame["method"]) if name != "dense"]
-    for number, method in enumerate(methods):
-        rows = frame[frame["method"] == method].sort_values(x)
-        axes.plot(rows[x], rows[metric], marker=_MARKERS[number % len(_MARKERS)], label=method)
+        axes.axhline(dense.iloc[0], color="grey", linestyle="--", label="dense")
 
 
-def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
-    return axes.get_legend_handles_labels()
+def _share_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        handles |= {t: line for line, t in zip(*axes.get_legend_handles_labels(), strict=True)}
+    place: Any = {"loc": "outside right center", "fontsize": 8}
+    figure.legend(list(handles.values()), list(handles), **place)
 
 
 def _shade(layer: int, last: int) -> tuple[float, float, float, float]:

@@ -55,14 +55,33 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Record:
-    """What a complete run measured, as tables need it."""
+    """What a complete run measured, as tables and figures need it."""
 
+    digest: str  # Of the run that wrote it: what it measured.
     label: str
     ratio: float
     ratio_achieved: float
-    perplexity: Mapping[str, float]
+    target_bytes: int  # That the weights of the target layers take.
+    perplexity: Mapping[str, float]  # By the name of the data set.
+    accuracy: Mapping[str, float]  # `acc`, by task.
+    average_acc: float | None
     seconds: float  # Of the compression: statistics to replacement.
+    started: str
+    device: str
+    model_revision: str | None
     commit: str
+
+    def value(self, metric: str) -> float | None:
+        """Return a metric by the name of its column, None if it was not measured."""
+        if metric.endswith("_ppl"):
+            return self.perplexity.get(metric.removesuffix("_ppl"))
+        numbers = {
+            "average_acc": self.average_acc,
+            "ratio_achieved": self.ratio_achieved,
+            "target_bytes": self.target_bytes,
+            "seconds": self.seconds,
+        }
+        return numbers[metric] if metric in numbers else self.accuracy.get(metric)
 
 
 def is_complete(folder: Path) -> bool:
@@ -83,16 +102,29 @@ def read_record(folder: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        metrics = json.loads(path.read_text())
-        return Record(
-            label=metrics["label"],
-            ratio=float(metrics["ratio"]),
-            ratio_achieved=float(metrics["ratio_achieved"]),
-            perplexity={name: float(value) for name, value in metrics["perplexity"].items()},
-            seconds=float(metrics["compression_seconds"]),
-            commit=metrics["commit"],
-        )
+        return _record(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(
             f"cannot read {path} ({type(error).__name__}); remove it and run again"
         ) from error
+
+
+def _record(metrics: Mapping[str, Any]) -> Record:
+    average = metrics["average_acc"]
+    # The text's name, not its key: the data set that calibrates is "own" in every run.
+    names = {key: text["name"] for key, text in metrics["config"]["eval"]["texts"].items()}
+    return Record(
+        digest=metrics["digest"],
+        label=metrics["label"],
+        ratio=float(metrics["ratio"]),
+        ratio_achieved=float(metrics["ratio_achieved"]),
+        target_bytes=int(metrics["target_bytes"]),
+        perplexity={names[key]: float(value) for key, value in metrics["perplexity"].items()},
+        accuracy={name: float(task["acc"]) for name, task in metrics["zero_shot"].items()},
+        average_acc=None if average is None else float(average),
+        seconds=float(metrics["compression_seconds"]),
+        started=metrics["started"],
+        device=metrics["device"],
+        model_revision=metrics["model_revision"],
+        commit=metrics["commit"],
+    )

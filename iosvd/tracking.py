@@ -59,7 +59,8 @@ def tracked(run: Run, folder: Path) -> Iterator[None]:
         yield
         return
     results = Path(run.runtime.results)
-    with open_run(run.wandb, results, folder.name, digest(run), config=run.config) as open_:
+    config = {**run.config, "label": run.label}  # Dashboards group by it.
+    with open_run(run.wandb, results, folder.name, digest(run), config=config) as open_:
         yield
         try:
             log_complete(open_, folder, checkpoint=run.wandb.checkpoint)
@@ -119,15 +120,36 @@ def log_complete(run: wandb.Run, folder: Path, checkpoint: bool = False) -> None
         run.log_artifact(artifact)
 
 
+def log_sweep(
+    sweep: str,
+    example: Run,
+    tables: Mapping[str, pandas.DataFrame],
+    figures: Mapping[str, Figure],
+) -> None:
+    """Log what belongs to a whole sweep, in a wandb run of its own; the sweep says where to."""
+    if example.wandb.mode is TrackingMode.disabled:
+        return
+    results = Path(example.runtime.results)
+    with open_run(example.wandb, results, sweep, f"sweep-{sweep}", job_type="sweep") as run:
+        log_media(run, tables, figures)
+
+
 def log_media(
     run: wandb.Run, tables: Mapping[str, pandas.DataFrame], figures: Mapping[str, Figure]
 ) -> None:
     """Log data frames as tables and figures as images."""
     import wandb
 
-    run.log({name: wandb.Table(dataframe=frame) for name, frame in tables.items()})
+    run.log({name: _table(frame) for name, frame in tables.items()})
     pictures = {f"{name}_figure": _picture(figure) for name, figure in figures.items()}
     run.log({name: wandb.Image(picture) for name, picture in pictures.items()})
+
+
+def _table(frame: pandas.DataFrame) -> wandb.Table:
+    import wandb
+
+    # Gaps make columns of two types.
+    return wandb.Table(dataframe=frame, allow_mixed_types=True)
 
 
 def _picture(figure: Figure) -> Image:

@@ -1,0 +1,53 @@
+"""Compare an experiment's results with the published ones, and name the cells that differ too much.
+
+    python experiments/compare.py experiment=main
+    python experiments/compare.py reference=FILE.csv experiment=main model=tiny dataset=pydoc …
+
+Takes the overrides of the sweep itself. The reference is what was published for the same model, or
+the csv of an earlier rendering. How much may differ is said in conf/table/<experiment>.yaml. The
+exit status is 1 if a cell is outside that, 2 if nothing can be compared or the command is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from iosvd.config import table_spec
+from iosvd.errors import IosvdError, RecordError
+from iosvd.tables.comparison import compare_with_published, compare_with_table, outside
+from iosvd.tables.published import read_published
+from iosvd.tables.sweep import Sweep, find
+from iosvd.tables.table import build_table
+
+
+def compare(overrides: list[str]) -> bool:
+    """Print the cells outside tolerance; return whether there is none."""
+    references = [o.split("=", 1)[1] for o in overrides if o.startswith("reference=")]
+    sweep = Sweep.from_overrides([o for o in overrides if not o.startswith("reference=")])
+    spec, on_disk = table_spec(sweep.experiment), find(sweep)
+    table = build_table(spec, on_disk.found, read_published())
+    compared = (
+        compare_with_table(table, Path(references[-1]), spec.tolerance)
+        if references
+        else compare_with_published(table, spec.tolerance)
+    )
+    if not compared:
+        models = ", ".join(dict.fromkeys(run.model.name for run in sweep.runs))
+        raise RecordError(
+            f"nothing to compare: {len(on_disk.records)} of {len(sweep.runs)} runs of {models} are"
+            " complete, and none has a reference; run the sweep, or give reference=FILE.csv"
+        )
+    far = outside(compared)
+    for comparison in far:
+        print(f"outside tolerance: {comparison}")
+    print(f"{sweep.name}: {len(compared) - len(far)} of {len(compared)} cells within tolerance")
+    return not far
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(0 if compare(sys.argv[1:]) else 1)
+    except IosvdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

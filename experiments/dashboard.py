@@ -1,0 +1,38 @@
+"""Write one page that compares all complete runs: method × ratio, curves, ranks.
+
+    python experiments/dashboard.py [results]
+
+Writes <results>/dashboard.html, which opens in any browser and holds everything it shows.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from iosvd.dashboard import read_runs, to_page
+from iosvd.errors import IosvdError, RecordError
+
+
+def write(results: Path) -> Path:
+    """Write the page; return where.
+
+    Raises:
+        RecordError: there is no complete run.
+    """
+    runs = read_runs(results)
+    if not runs:
+        raise RecordError(f"{results}/runs holds no complete run; `make demo` makes some")
+    path = results / "dashboard.html"
+    path.write_text(to_page(runs), encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    try:
+        print(write(Path(*sys.argv[1:2] or ["results"])))
+    except IosvdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,102 @@
+"""Draw the figures of an experiment from the runs that are complete.
+
+    python experiments/draw.py experiment=main model=tiny dataset=pydoc eval=pydoc
+    python experiments/draw.py format=pdf experiment=main …
+
+Takes the overrides of the sweep itself, and which figures from conf/table/<experiment>.yaml.
+Writes <results>/figures/<experiment>-<model>-<figure>.png, or of another format.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from iosvd import figures
+from iosvd.config import table_spec
+from iosvd.errors import ConfigError, IosvdError
+from iosvd.records import PLAN, SPECTRA, run_folder
+from iosvd.tables.frame import to_frame
+from iosvd.tables.published import read_published
+from iosvd.tables.spec import TableSpec
+from iosvd.tables.sweep import OnDisk, Sweep, find
+from iosvd.tables.table import AVERAGE, Table, build_table
+from iosvd.tracking import log_sweep
+
+# Without date or version inside, the same runs give the same file.
+FORMATS = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+
+
+def draw(overrides: list[str]) -> list[Path]:
+    """Draw every figure of a table's preset; return where they were written."""
+    form = next((o.split("=")[1] for o in overrides if o.startswith("format=")), "png")
+    if form not in FORMATS:
+        raise ConfigError(f"format={form} is unknown; formats: {', '.join(FORMATS)}")
+    sweep = Sweep.from_overrides([o for o in overrides if not o.startswith("format=")])
+    spec, on_disk = table_spec(sweep.experiment), find(sweep)
+    drawn = _curves(spec, on_disk) | _runs(spec, on_disk)
+    folder = sweep.results / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{sweep.name}-{name}.{form}" for name in drawn}
+    for name, figure in drawn.items():
+        figure.savefig(paths[name], dpi=120, metadata=FORMATS[form])
+    log_sweep(sweep.name, sweep.runs[0], {}, drawn)
+    return list(paths.values())
+
+
+def _curves(spec: TableSpec, on_disk: OnDisk) -> dict[str, Figure]:
+    """Draw quality against each of the preset's axes."""
+    if not on_disk.records:
+        return {}
+    table = build_table(spec, on_disk.found, read_published())
+    frame = to_frame(table)
+    titles = {column.metric: column.title for column in table.columns}
+    titles |= {"ratio": "maintenance ratio", "target_bytes": "bytes of the target layers"}
+    drawn = {}
+    for x in spec.curves:
+        if "." in x:
+            frame[x] = frame["label"].map(_option_by_label(x, on_disk))
+            drawn[x] = figures.quality_against_option(frame, x, _measures(table), titles)
+        else:
+            drawn[x] = figures.quality_against(frame, x, _measures(table), titles)
+    return drawn
+
+
+def _measures(table: Table) -> list[str]:
+    """Perplexities, and the average accuracy, or that of the one task."""
+    measured = [c for c in table.columns if c.better and not c.reference]
+    tasks = [c.metric for c in measured if not c.is_perplexity]
+    shown = [AVERAGE] if AVERAGE in tasks else tasks
+    return [c.metric for c in measured if c.is_perplexity] + shown
+
+
+def _option_by_label(option: str, on_disk: OnDisk) -> dict[str, object]:
+    runs = [found.run for found in on_disk.found]
+    return {run.label: OmegaConf.select(OmegaConf.create(run.config), option) for run in runs}
+
+
+def _runs(spec: TableSpec, on_disk: OnDisk) -> dict[str, Figure]:
+    """Draw the ranks and the spectra of the preset's chosen run."""
+    drawn = {}
+    for label, ratio in spec.shown_run.items():
+        for found in on_disk.found:
+            if (found.run.label, found.run.ratio) == (label, ratio) and found.record is not None:
+                folder = run_folder(found.run)
+                plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+                drawn[f"ranks-{label}-{ratio:g}"] = figures.rank_map(plan["sites"])
+                drawn[f"spectra-{label}"] = figures.spectra(load_file(folder / SPECTRA))
+    return drawn
+
+
+if __name__ == "__main__":
+    try:
+        for path in draw(sys.argv[1:]):
+            print(path)
+    except IosvdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

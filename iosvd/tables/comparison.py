@@ -1,0 +1,75 @@
+"""Compare a table with what was published, or with an earlier table, cell by cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas
+
+from iosvd.errors import RecordError
+from iosvd.tables.spec import Tolerance
+from iosvd.tables.table import Column, Row, Table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One cell: what was measured, what it is compared with, and whether that is close enough."""
+
+    where: str  # Model, ratio, method and measure.
+    measured: float
+    reference: float
+    within: bool
+
+    def __str__(self) -> str:
+        difference = self.measured - self.reference
+        return f"{self.where}: {self.measured:g}, reference {self.reference:g} ({difference:+.3g})"
+
+
+def compare_with_published(table: Table, tolerance: Tolerance) -> list[Comparison]:
+    """Compare every cell that has a published value for the same model, ratio and measure."""
+    return [
+        _compare(row, column, cell.measured, cell.published.value, tolerance)
+        for row in table.rows
+        for cell, column in zip(row.cells, table.columns, strict=True)
+        if cell.measured is not None and cell.published is not None
+    ]
+
+
+def compare_with_table(table: Table, path: Path, tolerance: Tolerance) -> list[Comparison]:
+    """Compare with an earlier rendering's csv; its rows are found by model, ratio and label.
+
+    Raises:
+        RecordError: the file is absent or no table's csv.
+    """
+    try:
+        earlier = pandas.read_csv(path)
+        keys = zip(earlier["model"], earlier["ratio"], earlier["label"], strict=True)
+        rows = dict(zip(keys, earlier.to_dict("records"), strict=True))
+        return list(_with_rows(table, rows, tolerance))
+    except (OSError, ValueError, KeyError) as error:
+        raise RecordError(f"cannot read {path}: {error}; give a rendered table's csv") from None
+
+
+def _with_rows(table: Table, rows: dict, tolerance: Tolerance) -> Iterator[Comparison]:
+    for row in table.rows:
+        earlier = rows.get((row.model, row.ratio, row.label), {})
+        for cell, column in zip(row.cells, table.columns, strict=True):
+            reference = earlier.get(column.metric)
+            if column.better == 0 or cell.measured is None or pandas.isna(reference):
+                continue
+            yield _compare(row, column, cell.measured, float(reference), tolerance)
+
+
+def _compare(
+    row: Row, column: Column, measured: float, reference: float, tolerance: Tolerance
+) -> Comparison:
+    allowed = tolerance.perplexity * reference if column.is_perplexity else tolerance.accuracy
+    where = f"{row.model}, ratio {row.ratio:g}, {row.name}, {column.metric}"
+    return Comparison(where, measured, reference, abs(measured - reference) <= allowed)
+
+
+def outside(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return those that differ by more than the tolerance."""
+    return [comparison for comparison in comparisons if not comparison.within]

@@ -1,0 +1,97 @@
+"""The notes below a table: what its marks mean, what was found, what departs from the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from iosvd.records import Record
+from iosvd.tables.spec import TableSpec
+from iosvd.tables.sweep import OnDisk, Sweep
+from iosvd.tables.table import Table
+from iosvd.tables.text import flags
+
+# Options that change how a run is carried out or logged, not what it measures.
+_NOT_SCIENTIFIC = ("runtime.", "wandb", "hydra", "experiment=")
+
+
+def notes(table: Table, on_disk: OnDisk, spec: TableSpec, sweep: Sweep) -> list[str]:
+    """Return the notes, one paragraph each.
+
+    Args:
+        table: as rendered.
+        on_disk: how many runs were found, what made them, and which were set aside.
+        spec: its own notes, and those of its rows.
+        sweep: its options are what departs from the preset's protocol.
+    """
+    records = on_disk.records
+    return [
+        *filter(None, [_legend(table), _sources(table, spec)]),
+        f"Runs found: {len(records)} of {len(sweep.runs)}.{_provenance(records)}{_flags(table)}",
+        *(f"Set aside: {reason}" for reason in on_disk.set_aside),
+        _deviations(sweep.overrides),
+        *spec.notes,
+        *(f"{row.name}: {row.note}" for row in spec.rows if row.note),
+        f"Command: `{sweep.command}`",
+    ]
+
+
+def _legend(table: Table) -> str:
+    return (
+        "`ratio` is the maintenance ratio: parameters kept / parameters of the target layers."
+        " Best of each ratio's methods in bold, second underlined; – is a gap."
+        + (
+            " In brackets the published value and the difference to it."
+            if any(
+                cell.published is not None and not column.reference
+                for row in table.rows
+                for cell, column in zip(row.cells, table.columns, strict=True)
+            )
+            else ""
+        )
+    )
+
+
+def _sources(table: Table, spec: TableSpec) -> str:
+    published = [cell.published for row in table.rows for cell in row.cells if cell.published]
+    if not published:
+        return ""
+    used = {(value.source, value.table) for value in published}
+    named = [f"{t.source} {t.table}" for t in spec.published if (t.source, t.table) in used]
+    marks = {value.confidence for value in published}
+    meaning = {
+        "secondary": "s: second-hand, quoted by others",
+        "derived": "d: derived",
+        "primary": "no mark: read in the paper",
+    }
+    legend = "; ".join(text for mark, text in meaning.items() if mark in marks)
+    return f"Published values: {', else '.join(named)} ({legend}; the csv names each one's source)."
+
+
+def _provenance(records: Sequence[Record]) -> str:
+    if not records:
+        return ""
+    days = sorted(record.started[:10] for record in records)
+    span = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    revisions = _listed(record.model_revision for record in records if record.model_revision)
+    return (
+        f" Measured {span} on {_listed(record.device for record in records)},"
+        f" commit {_listed(record.commit for record in records)}"
+        + (f"; model revision {revisions}" if revisions else "")
+        + "."
+    )
+
+
+def _flags(table: Table) -> str:
+    marked = ", ".join(f"{letter}: commit {commit}" for commit, letter in flags(table).items())
+    return f" Rows measured by another commit than most are marked: {marked}." if marked else ""
+
+
+def _deviations(overrides: Sequence[str]) -> str:
+    changed = [o for o in overrides if not o.lstrip("+~").startswith(_NOT_SCIENTIFIC)]
+    if not changed:
+        return "Protocol: as the preset has it."
+    return f"Departs from the preset's protocol: {', '.join(f'`{o}`' for o in changed)}."
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))

@@ -1,0 +1,72 @@
+"""The published numbers (results/paper/published.csv), each with its source and confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import pandas
+
+from iosvd.errors import RecordError
+from iosvd.tables.spec import PublishedTable
+
+PUBLISHED = Path(__file__).parents[2] / "results" / "paper" / "published.csv"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published number: "primary" was read in the paper, "secondary" quoted by others."""
+
+    value: float
+    confidence: str
+    source: str
+    table: str
+
+
+# By source, table, model preset, ratio, the paper's name of the method, and metric.
+Library: TypeAlias = Mapping[tuple[str, str, str, float, str, str], Published]
+
+
+def read_published(path: Path = PUBLISHED) -> Library:
+    """Read the file.
+
+    Raises:
+        RecordError: it is absent or damaged.
+    """
+    try:
+        frame = pandas.read_csv(path)
+        rows = frame.to_dict("records")
+        return {
+            (
+                str(row["source"]),
+                str(row["table"]),
+                str(row["preset"]),
+                float(row["ratio"]),
+                str(row["method"]),
+                str(row["metric"]),
+            ): Published(
+                float(row["value"]), str(row["confidence"]), str(row["source"]), str(row["table"])
+            )
+            for row in rows
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise RecordError(f"cannot read {path}: {error}; restore it from the repository") from error
+
+
+def look_up(
+    library: Library,
+    tables: Sequence[PublishedTable],
+    names: Sequence[str],
+    model: str,
+    ratio: float,
+    metric: str,
+) -> Published | None:
+    """Return the number of the first table that has one under the first of the names it knows."""
+    for table in tables:
+        for name in names:
+            key = (table.source, table.table, model, ratio, name, metric)
+            if key in library:
+                return library[key]
+    return None

@@ -1,0 +1,48 @@
+"""What a table shows, as conf/table/<name>.yaml says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+EXTRA = ("ratio_achieved", "seconds", "target_bytes")  # Columns beside the metrics.
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One method's row, in every group of rows (model and ratio)."""
+
+    name: str  # As shown.
+    label: str | None = None  # Of the runs; None: a method that is still to come.
+    published: list[str] = field(default_factory=list)  # The papers' names for it, by precedence.
+    note: str | None = None  # What our row does otherwise than the published one.
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """A published table whose numbers stand beside ours."""
+
+    source: str
+    table: str
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a measured value may be from the published one in `make compare`."""
+
+    perplexity: float = 0.05  # Relative.
+    accuracy: float = 0.02  # Absolute: 2 points, about one standard error of the smallest task.
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table's title, rows, and what it is compared with."""
+
+    title: str
+    model: str | None = None  # Preset of the published model, shown beside other models.
+    rows: list[RowSpec] = field(default_factory=list)
+    published: list[PublishedTable] = field(default_factory=list)  # By precedence.
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    extra: list[str] = field(default_factory=list)  # Columns after the metrics, of EXTRA.
+    notes: list[str] = field(default_factory=list)
+    curves: list[str] = field(default_factory=list)  # Horizontal axes of the figures.
+    shown_run: dict[str, float] = field(default_factory=dict)  # Label → ratio: ranks and spectra.

@@ -1,0 +1,89 @@
+"""Which runs a table expects, and what of them is on disk."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from iosvd.config import baselines, expand
+from iosvd.errors import ConfigError, RecordError
+from iosvd.fingerprints import digest
+from iosvd.records import Record, read_record, run_folder
+from iosvd.run import Run
+from iosvd.tables.table import Found
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of an experiment's table, dense baselines first."""
+
+    experiment: str
+    overrides: tuple[str, ...]  # Without the experiment.
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def from_overrides(cls, overrides: Sequence[str]) -> Sweep:
+        """Expand the overrides of a sweep, one of which names the experiment.
+
+        Raises:
+            ConfigError: none does, or another option is wrong.
+        """
+        named = [o.split("=", 1)[1] for o in overrides if o.startswith("experiment=")]
+        if not named:
+            raise ConfigError("no experiment given; for instance experiment=main")
+        runs = (*baselines(overrides), *expand(overrides, sweep=True))
+        rest = tuple(o for o in overrides if not o.startswith("experiment="))
+        return cls(named[-1], rest, runs)
+
+    @property
+    def results(self) -> Path:
+        return Path(self.runs[0].runtime.results)
+
+    @property
+    def name(self) -> str:
+        """The name of the table's files: a sweep over models is named by the experiment alone."""
+        models = {run.model.name for run in self.runs}
+        return f"{self.experiment}-{models.pop()}" if len(models) == 1 else self.experiment
+
+    @property
+    def command(self) -> str:
+        """What a person types to make the table."""
+        arguments = shlex.quote(" ".join(self.overrides))
+        return f"make table-{self.experiment}" + (f" ARGS={arguments}" if self.overrides else "")
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """The runs with their records, and why records that exist were not taken."""
+
+    found: tuple[Found, ...]
+    set_aside: tuple[str, ...]
+
+    @property
+    def records(self) -> list[Record]:
+        return [found.record for found in self.found if found.record is not None]
+
+
+def find(sweep: Sweep) -> OnDisk:
+    """Read the record of every run; one that cannot be trusted is a gap with a reason."""
+    found, reasons = [], []
+    for run in sweep.runs:
+        try:
+            found.append(Found(run, _trusted(run)))
+        except RecordError as error:
+            found.append(Found(run, None))
+            reasons.append(str(error))
+    return OnDisk(tuple(found), tuple(reasons))
+
+
+def _trusted(run: Run) -> Record | None:
+    folder = run_folder(run)
+    record = read_record(folder)
+    if record is not None and record.digest != digest(run):
+        raise RecordError(
+            f"{folder} holds the record of another protocol (digest {record.digest});"
+            " remove it and run again"
+        )
+    return record

@@ -1,0 +1,202 @@
+"""A table as values: columns, rows and cells, built from runs, records and published numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from iosvd.records import Record
+from iosvd.run import Run
+from iosvd.tables.published import Library, Published, look_up
+from iosvd.tables.spec import RowSpec, TableSpec
+
+AVERAGE = "average_acc"
+DENSE = "dense"
+# What papers print of a model other than the table's, shown in columns of its own.
+_REFERENCE_METRICS = ("wikitext2_ppl", "ptb_ppl", "c4_ppl", AVERAGE)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run that a table expects, and its record if it is complete and of this protocol."""
+
+    run: Run
+    record: Record | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One measure. Perplexities end in _ppl; `reference` columns hold published values only."""
+
+    metric: str
+    title: str
+    digits: int
+    better: int  # −1: lower is better, 1: higher, 0: no winner.
+    reference: bool = False
+
+    @property
+    def is_perplexity(self) -> bool:
+        return self.metric.endswith("_ppl")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was measured, what was published for the same thing, and the place in its group."""
+
+    measured: float | None = None
+    published: Published | None = None
+    place: int = 0  # 1: best of the group's rows, 2: second, 0: neither.
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, for one model at one ratio."""
+
+    model: str
+    ratio: float
+    name: str
+    label: str | None
+    cells: tuple[Cell, ...]
+    record: Record | None
+    expected: bool  # Whether the sweep has such a run: else the method is still to come.
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows, by group in the order of the sweep."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+
+def build_table(spec: TableSpec, found: Sequence[Found], library: Library) -> Table:
+    """Arrange what was found in the order of the spec; runs it does not name follow.
+
+    Args:
+        spec: which rows, and which published tables.
+        found: the sweep's runs, dense baselines included.
+        library: all published numbers.
+    """
+    groups = _groups(found)
+    columns = _columns(spec, found)
+    rows = []
+    for model, ratio in groups:
+        mine = [f for f in found if (f.run.model.name, f.run.ratio) == (model, ratio)]
+        made = [_row(row, model, ratio, mine, columns, spec, library) for row in _specs(spec, mine)]
+        rows += _placed([row for row in made if _has_content(row)], columns)
+    columns, kept = _without_empty_references(columns, rows)
+    return Table(spec.title, columns, kept)
+
+
+def _groups(found: Sequence[Found]) -> list[tuple[str, float]]:
+    """Models in the order of the sweep, and of each the ratios, falling: dense comes first."""
+    models = list(dict.fromkeys(f.run.model.name for f in found))
+    ratios = {model: {f.run.ratio for f in found if f.run.model.name == model} for model in models}
+    return [(model, r) for model in models for r in sorted(ratios[model], reverse=True)]
+
+
+def _specs(spec: TableSpec, found: Sequence[Found]) -> list[RowSpec]:
+    named = {row.label for row in spec.rows}
+    rest = dict.fromkeys(f.run.label for f in found if f.run.label not in named)
+    return [*spec.rows, *(RowSpec(name=label, label=label) for label in rest)]
+
+
+def _has_content(row: Row) -> bool:
+    """A method that this sweep has no run of is shown for what was published, if anything was."""
+    return row.expected or any(cell.published is not None for cell in row.cells)
+
+
+def _row(
+    row: RowSpec,
+    model: str,
+    ratio: float,
+    found: Sequence[Found],
+    columns: Sequence[Column],
+    spec: TableSpec,
+    library: Library,
+) -> Row:
+    mine = next((f for f in found if f.run.label == row.label), None)
+    record = mine.record if mine is not None else None
+
+    def cell(column: Column) -> Cell:
+        source = spec.model if column.reference else model
+        published = (
+            look_up(library, spec.published, row.published, source, ratio, column.metric)
+            if source is not None
+            else None
+        )
+        measured = None if column.reference or record is None else record.value(column.metric)
+        return Cell(measured, published)
+
+    cells = tuple(cell(column) for column in columns)
+    return Row(model, ratio, row.name, row.label, cells, record, mine is not None)
+
+
+def _columns(spec: TableSpec, found: Sequence[Found]) -> tuple[Column, ...]:
+    runs = [f.run for f in found]
+    texts = dict.fromkeys(t.name for run in runs for t in run.eval.texts.values())
+    tasks = dict.fromkeys(task for run in runs for task in run.eval.zero_shot.tasks)
+    columns = [Column(f"{text}_ppl", f"{text} ppl ↓", 2, -1) for text in texts]
+    columns += [Column(task, f"{task} ↑", 3, 1) for task in tasks]
+    if len(tasks) > 1:
+        columns.append(Column(AVERAGE, "average ↑", 3, 1))
+    columns += [_EXTRA[name] for name in spec.extra]
+    if spec.model is not None and spec.model not in {run.model.name for run in runs}:
+        columns += [_reference(metric, spec.model) for metric in _REFERENCE_METRICS]
+    return tuple(columns)
+
+
+_EXTRA = {
+    "ratio_achieved": Column("ratio_achieved", "achieved", 4, 0),
+    "seconds": Column("seconds", "seconds", 1, 0),
+    "target_bytes": Column("target_bytes", "bytes", 0, 0),
+}
+
+
+def _reference(metric: str, model: str) -> Column:
+    name = "average" if metric == AVERAGE else metric.replace("_ppl", " ppl")
+    digits = 2
+    return Column(metric, f"published, {model}: {name}", digits, 0, reference=True)
+
+
+def _without_empty_references(
+    columns: tuple[Column, ...], rows: Sequence[Row]
+) -> tuple[tuple[Column, ...], tuple[Row, ...]]:
+    """Leave out columns of published values that have none."""
+    full = [
+        i
+        for i, column in enumerate(columns)
+        if not column.reference or any(row.cells[i].published is not None for row in rows)
+    ]
+    kept = tuple(replace(row, cells=tuple(row.cells[i] for i in full)) for row in rows)
+    return tuple(columns[i] for i in full), kept
+
+
+def _placed(rows: Sequence[Row], columns: Sequence[Column]) -> list[Row]:
+    """Mark the best and the second measured value of each column among a group's methods."""
+    places = [dict(_ranking(column, i, rows)) for i, column in enumerate(columns)]
+    return [
+        replace(
+            row,
+            cells=tuple(
+                replace(cell, place=places[i].get(number, 0)) for i, cell in enumerate(row.cells)
+            ),
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def _ranking(column: Column, index: int, rows: Sequence[Row]) -> Iterable[tuple[int, int]]:
+    """Yield (row, place) of those that are best or second; equals, as shown, share a place."""
+    values = {
+        number: round(measured, column.digits)
+        for number, row in enumerate(rows)
+        if row.label != DENSE and (measured := row.cells[index].measured) is not None
+    }
+    if column.better == 0 or len(values) < 2:
+        return
+    leaders = sorted(set(values.values()), reverse=column.better > 0)[:2]
+    for number, value in values.items():
+        if value in leaders:
+            yield number, leaders.index(value) + 1

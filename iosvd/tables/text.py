@@ -1,0 +1,70 @@
+"""How numbers are written, whatever the markup."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iosvd.tables.published import Published
+from iosvd.tables.table import Cell, Column, Row, Table
+
+GAP = "–"
+MARKS = {"primary": "", "secondary": "s", "derived": "d"}  # Of published values.
+
+
+@dataclass(frozen=True)
+class CellText:
+    """The parts of a cell; markup decides how they are set."""
+
+    measured: str  # The value or a gap; empty in a column of published values.
+    place: int
+    published: str = ""
+    mark: str = ""
+    difference: str = ""
+
+
+def heads(table: Table) -> list[str]:
+    """Return the titles of the columns before the numbers: the model only where there are two."""
+    models = {row.model for row in table.rows}
+    return [*(["model"] if len(models) > 1 else []), "ratio", "method"]
+
+
+def head_cells(row: Row, titles: list[str], flag: str) -> list[str]:
+    """Return a row's model, ratio and method, with the flag of its commit."""
+    values = {"model": row.model, "ratio": f"{row.ratio:g}", "method": row.name}
+    return [values[title] + (flag if title == "method" else "") for title in titles]
+
+
+def cell_text(cell: Cell, column: Column) -> CellText:
+    """Write one cell: the measured value, the published one with its mark, and the difference."""
+    measured = GAP if cell.measured is None else number(cell.measured, column.digits)
+    if column.reference:
+        measured = ""
+    if cell.published is None:
+        return CellText(measured or GAP, cell.place)
+    value, mark = published_text(cell.published, column)
+    difference = ""
+    if cell.measured is not None:
+        difference = f"{cell.measured - cell.published.value:+,.{column.digits}f}"
+        difference = difference.replace("-", "−")
+    return CellText(measured, cell.place, value, mark, difference)
+
+
+def published_text(published: Published, column: Column) -> tuple[str, str]:
+    """Write a published value and the mark of its confidence; papers give two decimals or none."""
+    whole = column.is_perplexity and published.value == int(published.value)
+    return number(published.value, 0 if whole else 2), MARKS[published.confidence]
+
+
+def number(value: float, digits: int) -> str:
+    """Write a number; large ones without decimals, which mean nothing there."""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.{digits}f}"
+
+
+def flags(table: Table) -> dict[str, str]:
+    """Return a letter for every commit but the one that measured most rows."""
+    commits = [row.record.commit for row in table.rows if row.record is not None]
+    if not commits:
+        return {}
+    usual = max(dict.fromkeys(commits), key=commits.count)
+    others = dict.fromkeys(commit for commit in commits if commit != usual)
+    return {commit: chr(ord("a") + i) for i, commit in enumerate(others)}
