@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from hydra.utils import get_class
 
 import iosvd.allocation
 import iosvd.whitening
-from iosvd.config import CONF, compose_run, expand
+from iosvd.config import CONF, baselines, compose_run, expand
 from iosvd.errors import IosvdError
 from iosvd.models import ASSETS, Model
-from iosvd.run import Evaluation, Run
+from iosvd.run import Evaluation, Run, Tracking
 from iosvd.texts import Dataset
 
 SETTINGS = {
@@ -23,7 +24,10 @@ SETTINGS = {
     "model/hub": ["model.hub_id=organisation/name"],
     "dataset/local": ["dataset.path=/some/folder"],
 }
-GROUPS = ("model", "dataset", "whitening", "allocation", "quantization", "method", "eval")
+GROUPS = (
+    *("model", "dataset", "whitening", "allocation", "quantization"),
+    *("method", "eval", "wandb"),
+)
 LLAMAS = ["llama_7b", "llama_13b", "llama_30b", "llama2_7b", "llama3_8b"]
 MODELS = [*LLAMAS, "vicuna_7b", "mistral_7b", "opt_6_7b", "qwen3_8b", "tiny", "local"]
 
@@ -57,7 +61,7 @@ def test_the_groups_hold_what_the_project_promises() -> None:
 def test_options_are_those_of_the_dataclass(preset: str) -> None:
     group = preset.split("/")[0]
     written = options(preset)
-    classes = {"model": Model, "dataset": Dataset, "eval": Evaluation}
+    classes = {"model": Model, "dataset": Dataset, "eval": Evaluation, "wandb": Tracking}
     if "_target_" in written:
         implementation = get_class(written.pop("_target_"))
     elif group in classes:
@@ -88,6 +92,56 @@ def test_every_experiment_expands(path: Path) -> None:
     runs = expand([f"experiment={path.stem}"], sweep=True)
     assert len({(run.model.name, run.label, run.ratio) for run in runs}) == len(runs) > 1
     assert runs[0].wandb.group == path.stem
+
+
+def test_a_sweep_has_one_dense_run_for_each_model() -> None:
+    # The dense method has no such options.
+    ablation = baselines(["experiment=ablation_topk", "whitening.seed=1"])
+    assert [(run.label, run.ratio) for run in ablation] == [("dense", 1.0)]
+    families = baselines(["experiment=families", "model=tiny,llama_7b", "eval.windows=3"])
+    assert [run.model.name for run in families] == ["tiny", "llama_7b"]
+    assert {run.eval.windows for run in families} == {3}
+
+
+def test_runs_of_a_sweep_are_what_each_would_be_alone() -> None:
+    """They are composed together where they differ in the ratio alone."""
+    sweep = expand(["experiment=main", "method=svd,io_svd", "ratio=0.5,1", "eval=own"], sweep=True)
+    alone = [["experiment=main", "eval=own", f"method={m}", f"ratio={r}"] for m, r in
+             (("svd", 0.5), ("svd", 1), ("io_svd", 0.5), ("io_svd", 1))]  # fmt: skip
+    assert sweep == [compose_run(overrides) for overrides in alone]
+
+
+def test_the_protocol_is_the_papers() -> None:
+    run = expand(["experiment=main"], sweep=True)[0]
+    assert (run.calibration.windows, run.calibration.seq_len) == (256, 2048)
+    assert (run.model.name, run.dataset.name, run.eval.seq_len) == ("llama_7b", "wikitext2", 2048)
+    assert [text.name for text in run.eval.texts.values()] == ["wikitext2", "ptb", "c4"]
+    assert run.eval.windows == run.eval.zero_shot.limit == 0
+    seven = "openbookqa arc_easy arc_challenge winogrande hellaswag piqa mathqa"
+    assert run.eval.zero_shot.tasks == seven.split()
+
+
+def make(*arguments: str) -> str:
+    """What make would run."""
+    command = ["make", "-n", "-o", "install", *arguments]
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_targets_choose_the_model_and_the_texts(tmp_path: Path) -> None:
+    assert "-m experiment=main  ||" in make("table1")
+    assert "experiment=families model=tiny dataset=pydoc eval=pydoc" in make("table3", "MODEL=tiny")
+    assert "experiment=remapping model=llama2_7b ratio=0.8" in make(
+        "table6", "MODEL=llama2_7b", "ARGS=ratio=0.8"
+    )
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
+    line = make("figure3", f"MODEL={tmp_path}", "DATA=/data").splitlines()[1]
+    options = [o for o in line.split() if "=" in o and not o.startswith("status")]
+    runs = expand(options, sweep=True)
+    assert {run.model.seq_len for run in runs} == {64}
+    assert runs[0].dataset.path == runs[0].eval.texts["wikitext2"].path == "/data/text/wikitext2"
+    assert runs[0].eval.texts["c4"].path == "/data/text/c4"
+    assert runs[0].eval.zero_shot.path == "/data/tasks"
 
 
 def test_the_demo_is_every_method_at_three_ratios() -> None:

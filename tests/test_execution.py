@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import iosvd.execution
@@ -254,3 +255,74 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_json(tmp_path / "a.json", {"x": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_record_that_cannot_be_trusted_is_a_gap_with_a_reason(
+    source: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One of another protocol, put where this one's should be, and one that is damaged."""
+    sweep = overrides(source, "experiment=demo", "eval=own", "method=svd,asvd", "ratio=0.5")
+    runs = [run(source, f"method={method}", "ratio=0.5") for method in ("svd", "asvd")]
+    for asked in runs:
+        assert execute(asked) is Outcome.complete
+    other = run(source, "method=svd", "ratio=0.5", "eval.windows=1")
+    assert execute(other) is Outcome.complete
+    foreign = (run_folder(other) / "metrics.json").read_text()
+    (run_folder(runs[0]) / "metrics.json").write_text(foreign)
+    (run_folder(runs[1]) / "metrics.json").write_text("{")
+    render.render(sweep)
+    printed = capfd.readouterr().out
+    assert "Runs found: 0 of 3." in printed
+    assert f"Set aside: {run_folder(runs[0])} holds the record of another protocol" in printed
+    assert f"Set aside: cannot read {run_folder(runs[1])}" in printed
+    rows = [line for line in printed.splitlines() if "svd" in line and line.startswith("|")]
+    assert len(rows) == 2 and all(row.count("–") == 3 for row in rows)
+
+
+def test_two_names_of_the_same_run_share_it(source: Path) -> None:
+    """A row of an ablation that is a method's own is not measured twice."""
+    method = run(source, "method=svd_llm", "ratio=0.5")
+    ablation = ["allocation=uniform", "whitening=input", "ratio=0.5"]
+    assert execute(method) is Outcome.complete
+    same = run(source, "method=io_svd", *ablation)
+    assert same.label == "io_svd[allocation=uniform,whitening=input]"
+    assert execute(same) is Outcome.skipped
+    assert run_folder(same) == run_folder(method)
+
+
+def test_answers_and_spectra_are_kept(source: Path) -> None:
+    tasks = source / "tasks" / "openbookqa"
+    tasks.mkdir(parents=True)
+    item = {"question_stem": "A", "answerKey": "B"}
+    choices = {"text": ["one", "two"], "label": ["A", "B"]}
+    lines = [json.dumps({"id": str(i), **item, "choices": choices}) for i in range(5)]
+    (tasks / "test.jsonl").write_text("\n".join(lines) + "\n")
+    here = ["eval.zero_shot.tasks=[openbookqa]", f"eval.zero_shot.path={source}/tasks"]
+    asked = run(source, "method=svd", "ratio=0.5", *here, "eval.zero_shot.limit=3")
+    assert execute(asked) is Outcome.complete
+    found = metrics(run_folder(asked))
+    answers = json.loads((run_folder(asked) / "answers.json").read_text())
+    assert len(answers["openbookqa"]) == 3
+    assert found["average_acc"] == sum(answers["openbookqa"]) / 3
+    assert found["zero_shot"]["openbookqa"]["items"] == 3  # type: ignore[index]
+    plan = json.loads((run_folder(asked) / "plan.json").read_text())
+    sigma = load_file(run_folder(asked) / "spectra.safetensors")
+    for name, site in plan["sites"].items():
+        assert len(sigma[name]) == min(site["out_features"], site["in_features"])
+        assert float((sigma[name][site["rank"] :] ** 2).sum()) == pytest.approx(
+            site["dropped_energy"], rel=1e-4, abs=1e-9
+        )
+    before = digest(asked)
+    (tasks / "test.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    assert digest(asked) != before
+
+
+def test_bytes_are_those_of_the_stored_weights(source: Path) -> None:
+    asked = run(source, "method=svd", "ratio=0.5", "runtime.save_checkpoint=true")
+    execute(asked)
+    found = metrics(run_folder(asked))
+    assert found["target_bytes"] == 4 * found["parameters_kept"]  # type: ignore[operator]
+    tensors = load_file(run_folder(asked) / "checkpoint" / "model.safetensors")
+    plan = json.loads((run_folder(asked) / "plan.json").read_text())["sites"]
+    stored = [t for n, t in tensors.items() if n.rpartition(".")[0] in plan]
+    assert sum(t.numel() * t.element_size() for t in stored) == found["target_bytes"]

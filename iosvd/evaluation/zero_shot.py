@@ -173,7 +173,6 @@ def _load_task(name: str, options: ZeroShot) -> Task:
 
 def _load_named(name: str, yaml: str, where: str) -> Task:
     """Load a task through a YAML of its own, the documented way to change a stock one."""
-    from huggingface_hub.errors import HfHubHTTPError
     from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory() as folder:
@@ -181,9 +180,9 @@ def _load_named(name: str, yaml: str, where: str) -> Task:
         try:
             manager = TaskManager(include_path=folder, include_defaults=False)
             return _only(manager.load([name])["tasks"])
-        # datasets raises many types for a file that is damaged or cannot be had.
-        except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
-            cause = " ".join(str(error).split())[:200]
+        # datasets and templates raise many types for items that are damaged or cannot be had.
+        except Exception as error:
+            cause = " ".join(str(error.__cause__ or error).split())[:200]
             raise DataError(
                 f"cannot load the items of {name} from {where}: {cause};"
                 " set eval.zero_shot.path=FOLDER to a folder with a folder for each task"

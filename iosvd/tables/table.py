@@ -86,7 +86,9 @@ def build_table(spec: TableSpec, found: Sequence[Found], library: Library) -> Ta
         made = [_row(row, model, ratio, mine, columns, spec, library) for row in _specs(spec, mine)]
         rows += _placed([row for row in made if _has_content(row)], columns)
     columns, kept = _without_empty_references(columns, rows)
-    return Table(spec.title, columns, kept)
+    models = {model for model, _ in groups}
+    title = f"{spec.title}; {models.pop()}" if len(models) == 1 else spec.title
+    return Table(title, columns, kept)
 
 
 def _groups(found: Sequence[Found]) -> list[tuple[str, float]]:

@@ -1,0 +1,74 @@
+"""Figures show the values they are given, and leave out what is missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas
+import pytest
+import torch
+
+from iosvd import figures
+
+SITES: dict[str, Any] = {
+    "model.layers.0.attn.q": {"out_features": 8, "in_features": 8, "rank": 2, "dense": False},
+    "model.layers.1.attn.q": {"out_features": 8, "in_features": 8, "rank": 8, "dense": True},
+    "model.layers.0.up": {"out_features": 24, "in_features": 8, "rank": 3, "dense": False},
+}
+FRAME = pandas.DataFrame(
+    [
+        {"label": "dense", "method": "Dense", "ratio": 1.0, "x_ppl": 10.0, "task": 0.5, "k": None},
+        {"label": "a", "method": "A", "ratio": 0.4, "x_ppl": 40.0, "task": 0.3, "k": 1},
+        {"label": "a", "method": "A", "ratio": 0.8, "x_ppl": 20.0, "task": None, "k": 5},
+        {"label": "b", "method": "B", "ratio": 0.4, "x_ppl": None, "task": 0.2, "k": 0},
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("site", "expected"),
+    [
+        ("model.layers.3.self_attn.q_proj", (3, "self_attn.q_proj")),
+        ("gpt_neox.layers.11.mlp.dense_h_to_4h", (11, "mlp.dense_h_to_4h")),
+        ("head", (0, "head")),
+    ],
+)
+def test_a_site_is_a_layer_and_a_role(site: str, expected: tuple[int, str]) -> None:
+    assert figures.layer_and_role(site) == expected
+
+
+def test_the_map_shows_the_share_kept_and_writes_the_rank() -> None:
+    axes = figures.rank_map(SITES).axes[0]
+    shown = axes.images[0].get_array()
+    assert shown is not None
+    assert shown[0, 0] == 2 * 16 / 64 and shown[0, 1] == 1.0
+    assert shown[1, 0] == 3 * 32 / 192 and shown.mask[1, 1]  # No such site: no colour.
+    assert sorted(text.get_text() for text in axes.texts) == ["2", "3", "8"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["attn.q", "up"]
+
+
+def test_spectra_have_one_line_per_layer_and_no_zero_on_a_logarithmic_axis() -> None:
+    sigma = {"l.0.a": torch.tensor([2.0, 1.0, 0.0]), "l.1.a": torch.tensor([3.0, 2.0, 1.0])}
+    (axes,) = figures.spectra(sigma).axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [[2, 1], [3, 2, 1]]
+
+
+def test_curves_are_sorted_and_gaps_are_left_out() -> None:
+    titles = {"x_ppl": "perplexity"}
+    drawn = figures.quality_against(FRAME, "ratio", ["x_ppl", "task"], titles)
+    left, right = drawn.axes
+    assert left.get_title() == "perplexity" and left.get_yscale() == "log"
+    dense, line = left.lines  # B has no perplexity.
+    assert list(dense.get_ydata()) == [10, 10]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0.4, 0.8], [40, 20])
+    assert [line.get_label() for line in right.lines] == ["dense", "A", "B"]
+    (legend,) = drawn.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dense", "A", "B"]
+
+
+def test_an_ablation_divides_perplexity_by_the_dense_model_and_names_zero_all() -> None:
+    left, right = figures.quality_against_option(FRAME, "k", ["x_ppl", "task"], {}).axes
+    assert list(left.lines[0].get_ydata()) == [4.0, 2.0]
+    assert list(left.lines[0].get_xdata()) == ["1", "5"]
+    assert list(right.lines[0].get_xdata()) == ["1", "all"]
+    assert list(right.lines[0].get_ydata()) == [0.3, 0.2]
