@@ -189,6 +189,8 @@ def _check(run: Run) -> None:
     check_at_least(0, **{"eval.windows": run.eval.windows})
     if not run.eval.texts:
         raise ConfigError("eval.texts is empty; choose eval=own, eval=pydoc or eval=paper")
+    if run.wandb.checkpoint and not run.runtime.save_checkpoint:
+        raise ConfigError("wandb.checkpoint=true needs runtime.save_checkpoint=true")
     f = run.factorization
     if f.precision is Precision.float32 and f.algorithm is Algorithm.gram:
         raise ConfigError(

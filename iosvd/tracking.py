@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,12 +60,19 @@ def tracked(run: Run, folder: Path) -> Iterator[None]:
         return
     results = Path(run.runtime.results)
     config = {**run.config, "label": run.label}  # Dashboards group by it.
-    with open_run(run.wandb, results, folder.name, digest(run), config=config) as open_:
+    with ExitStack() as stack:
+        session = open_run(run.wandb, results, folder.name, digest(run), config=config)
+        try:
+            opened = stack.enter_context(session)
+        except Exception as error:  # noqa: BLE001 (wandb raises many types)
+            log.warning("not logged to wandb, which cannot be reached: %s", error)
+            opened = None
         yield
         try:
-            log_complete(open_, folder, checkpoint=run.wandb.checkpoint)
-            write_json(folder / TRACKED, {"id": open_.id, "mode": run.wandb.mode.value})
-        except Exception as error:  # noqa: BLE001 (wandb raises many types)
+            if opened is not None:
+                log_complete(opened, folder, checkpoint=run.wandb.checkpoint)
+                write_json(folder / TRACKED, {"id": opened.id, "mode": run.wandb.mode.value})
+        except Exception as error:  # noqa: BLE001
             log.warning("complete, but not logged to wandb (%s); launch it again to log it", error)
 
 
@@ -129,6 +136,7 @@ def log_sweep(
     """Log what belongs to a whole sweep, in a wandb run of its own; the sweep says where to."""
     if example.wandb.mode is TrackingMode.disabled:
         return
+    check_tracking(example.wandb)
     results = Path(example.runtime.results)
     with open_run(example.wandb, results, sweep, f"sweep-{sweep}", job_type="sweep") as run:
         log_media(run, tables, figures)

@@ -48,7 +48,7 @@ def read_back(folder: Path) -> dict[str, Any]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = folder.glob("*.wandb")
-    found: dict[str, Any] = {"summary": {}, "config": {}}
+    found: dict[str, Any] = {"summary": {}, "config": {}, "artifacts": {}}
     for data in records(path):
         record = Record()
         record.ParseFromString(data)
@@ -61,6 +61,9 @@ def read_back(folder: Path) -> dict[str, Any]:
             for parent in parents:
                 place = place.setdefault(parent, {})
             place[key] = json.loads(item.value_json)
+        if record.artifact.type == "model":
+            contents = record.artifact.manifest.contents
+            found["artifacts"][record.artifact.name] = {entry.path for entry in contents}
         if record.HasField("exit"):
             found["exit"] = record.exit.exit_code
     return found
@@ -129,6 +132,32 @@ def test_what_wandb_dies_of_costs_no_measurement(
         assert execute(asked) is Outcome.complete
     assert "complete, but not logged to wandb (division by zero)" in caplog.text
     assert not (run_folder(asked) / TRACKED).exists()
+
+
+def test_wandb_out_of_reach_costs_no_measurement(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    def unreachable(**_: Any) -> None:
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    assert execute(run(source, "method=svd", "wandb=offline")) is Outcome.complete
+    assert "not logged to wandb, which cannot be reached: no network" in caplog.text
+
+
+def test_a_checkpoint_is_an_artifact_if_asked(source: Path) -> None:
+    kept = ["runtime.save_checkpoint=true", "wandb=offline"]
+    assert execute(run(source, "method=svd", *kept)) is Outcome.complete
+    (first,) = offline_runs(source)
+    assert read_back(first)["artifacts"] == {}
+    again = run(source, "method=svd", *kept, "wandb.checkpoint=true", "runtime.force=true")
+    assert execute(again) is Outcome.complete
+    (second,) = set(offline_runs(source)) - {first}
+    (files,) = read_back(second)["artifacts"].values()
+    stored = {path.name for path in (run_folder(again) / "checkpoint").iterdir()}
+    assert files == stored and "model.safetensors" in stored
 
 
 def test_a_sweep_has_a_run_of_its_own_with_its_table_and_figures(source: Path) -> None:
