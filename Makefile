@@ -17,7 +17,7 @@ TABLES := main families ablation_whitening remapping ablation_topk zs_svd_main z
 TABLE ?= $(TABLES)
 # The embedded model has seen nothing but the documentation of Python, which needs no download.
 MODEL_OPTIONS = $(if $(wildcard $(MODEL)/config.json),model=local model.path=$(MODEL),model=$(MODEL)) \
-	$(if $(filter tiny,$(MODEL)),dataset=pydoc eval=pydoc)
+	$(if $(filter tiny,$(MODEL)),$(if $(DATA),,dataset=pydoc eval=pydoc))
 DATA_OPTIONS = dataset.path=$(DATA)/text/wikitext2 eval.zero_shot.path=$(DATA)/tasks \
 	$(foreach text,wikitext2 ptb c4,eval.texts.$(text).path=$(DATA)/text/$(text))
 OPTIONS = $(strip $(if $(MODEL),$(MODEL_OPTIONS)) $(if $(DATA),$(DATA_OPTIONS)) $(ARGS))

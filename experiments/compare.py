@@ -48,6 +48,6 @@ def compare(overrides: list[str]) -> bool:
 if __name__ == "__main__":
     try:
         sys.exit(0 if compare(sys.argv[1:]) else 1)
-    except IosvdError as error:
+    except (IosvdError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,10 +19,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from iosvd.config import CONF, baselines, expand, label, to_run
+from iosvd.config import CONF, label, method_options, to_run
 from iosvd.errors import IosvdError
 from iosvd.execution import execute
 from iosvd.records import is_complete, run_folder
+from iosvd.sweeps import baselines, expand
 from iosvd.tracking import check_tracking
 
 
@@ -30,8 +31,8 @@ from iosvd.tracking import check_tracking
 def job(composed: DictConfig) -> None:
     """Carry out one run of Hydra's."""
     hydra_config = HydraConfig.get()
-    name = label(hydra_config.runtime.choices.get("method"), hydra_config.overrides.task)
-    execute(to_run(composed, name))
+    options = method_options(hydra_config.overrides.task)
+    execute(to_run(composed, label(hydra_config.runtime.choices.get("method"), options)))
 
 
 def main() -> int:
@@ -43,7 +44,8 @@ def main() -> int:
     try:
         first = baselines(arguments.overrides) if arguments.multirun else []
         runs = first + expand(arguments.overrides, arguments.multirun)
-        folders = [run_folder(run) for run in runs]
+        for run in runs:
+            run_folder(run)  # Finds what is missing on disk before anything starts.
         check_tracking(runs[0].wandb)
     except IosvdError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,7 +56,8 @@ def main() -> int:
     for run in first:
         execute(run)
     job()
-    missing = [folder for folder in folders if not is_complete(folder)]
+    # Not before they ran: two that are the same run share the folder of the first.
+    missing = [run for run in runs if not is_complete(run_folder(run))]
     if missing:
         logging.getLogger(__name__).error("%d of %d runs failed", len(missing), len(runs))
     return 1 if missing else 0

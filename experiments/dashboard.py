@@ -33,6 +33,6 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:
         print(write(Path(*sys.argv[1:2] or ["results"])))
-    except IosvdError as error:
+    except (IosvdError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

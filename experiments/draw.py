@@ -12,14 +12,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from iosvd import figures
 from iosvd.config import table_spec
-from iosvd.errors import ConfigError, IosvdError
+from iosvd.errors import ConfigError, IosvdError, RecordError
 from iosvd.records import PLAN, SPECTRA, run_folder
 from iosvd.tables.frame import to_frame
 from iosvd.tables.published import read_published
@@ -86,17 +89,26 @@ def _runs(spec: TableSpec, on_disk: OnDisk) -> dict[str, Figure]:
     for label, ratio in spec.shown_run.items():
         for found in on_disk.found:
             if (found.run.label, found.run.ratio) == (label, ratio) and found.record is not None:
-                folder = run_folder(found.run)
-                plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+                plan, sigma = _plan_and_spectra(run_folder(found.run))
                 drawn[f"ranks-{label}-{ratio:g}"] = figures.rank_map(plan["sites"])
-                drawn[f"spectra-{label}"] = figures.spectra(load_file(folder / SPECTRA))
+                drawn[f"spectra-{label}"] = figures.spectra(sigma)
     return drawn
+
+
+def _plan_and_spectra(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        return plan, load_file(folder / SPECTRA)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RecordError(
+            f"cannot read the plan and spectra in {folder} ({error}); remove it and run again"
+        ) from error
 
 
 if __name__ == "__main__":
     try:
         for path in draw(sys.argv[1:]):
             print(path)
-    except IosvdError as error:
+    except (IosvdError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -37,8 +37,8 @@ def render(overrides: list[str]) -> None:
     _write(folder / f"{sweep.name}.tex", to_latex(table, below))
     frame = to_frame(table)
     frame.to_csv(folder / f"{sweep.name}.csv", index=False)
-    log_sweep(sweep.name, sweep.runs[0], {"table": frame}, {})
     print(text)
+    log_sweep(sweep.name, sweep.runs[0], {"table": frame}, {})
 
 
 def _write(path: Path, text: str) -> None:
@@ -48,6 +48,6 @@ def _write(path: Path, text: str) -> None:
 if __name__ == "__main__":
     try:
         render(sys.argv[1:])
-    except IosvdError as error:
+    except (IosvdError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

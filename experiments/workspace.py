@@ -35,12 +35,8 @@ def build_workspace(entity: str, project: str, texts: Sequence[str]) -> Any:
     workspaces: Any = import_module("wandb_workspaces.workspaces")
     perplexities = [f"perplexity.{text}" for text in texts]
     by_method = [
-        panels.BarPlot(
-            title=name,
-            metrics=[panels.SummaryMetric(name)],
-            groupby=panels.Config("label"),
-            groupby_aggfunc="min",
-        )
+        # One bar per run, whose name holds method and ratio.
+        panels.BarPlot(title=name, metrics=[panels.SummaryMetric(name)])
         for name in (*perplexities, "average_acc")
     ]
     curves = [

@@ -1,7 +1,7 @@
-"""From Hydra's configuration to typed values, checked before anything is loaded.
+"""From Hydra's configuration to the typed values of a run, checked before anything is loaded.
 
 The schemas are the implementing dataclasses themselves, so no option is written twice. Nothing
-below this file knows Hydra.
+but this file and sweeps.py knows Hydra.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
+import hydra
 from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -29,7 +27,7 @@ from iosvd.tables.spec import EXTRA, TableSpec
 from iosvd.texts import Dataset
 
 CONF = Path(__file__).parents[1] / "conf"
-_METHOD_GROUPS = ("whitening", "allocation", "quantization", "factorization")
+METHOD_GROUPS = ("whitening", "allocation", "quantization", "factorization")
 PROTOCOL_LENGTH = 2048  # Tokens of a window (METHODS 9).
 Value = TypeVar("Value")
 
@@ -39,74 +37,26 @@ OmegaConf.register_new_resolver(
 )
 
 
-def expand(overrides: Sequence[str], sweep: bool) -> list[Run]:
-    """Compose and check the run of these overrides, or every run of the sweep they describe.
-
-    Raises:
-        ConfigError: one line that names the option and what it may be.
-    """
-    return _composed_once(_jobs(overrides)) if sweep else [compose_run(overrides)]
-
-
-def _composed_once(jobs: Sequence[Sequence[str]]) -> list[Run]:
-    """Compose the runs; those that differ in the ratio alone, to which nothing refers, at once.
-
-    A composition takes Hydra a tenth of a second, and a table has dozens of runs.
-    """
-    composed: dict[tuple[str, ...], Run] = {}
-    runs = []
-    for job in jobs:
-        rest = tuple(o for o in job if _group(o) != "ratio")
-        run = composed[rest] = composed.get(rest) or compose_run(rest)
-        for line in job:
-            if _group(line) == "ratio":
-                run = _at_ratio(run, line)
-        runs.append(run)
-    return runs
-
-
-def _at_ratio(run: Run, override: str) -> Run:
-    (parsed,) = OverridesParser.create().parse_overrides([override])
-    ratio = _number(parsed.value(), "ratio")
-    check_ratio(ratio)
-    return dataclasses.replace(run, ratio=ratio, config={**run.config, "ratio": parsed.value()})
-
-
-def _jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """Split a sweep into the overrides of its runs, as Hydra's launcher does."""
-    parameters = _compose(_without_values(overrides)).hydra.sweeper.params or {}
-    lines = [f"{key}={value}" for key, value in parameters.items()] + list(overrides)
-    try:
-        jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), None)
-    except HydraException as error:
-        raise ConfigError(_one_line(error)) from None
-    return list(jobs[0])
-
-
-def baselines(overrides: Sequence[str]) -> list[Run]:
-    """Return the dense runs that the rows of a sweep are to be compared with, one for each model.
-
-    They have one ratio and no method's options, so they cannot be cells of the sweep itself.
-    """
-    dropped = {*_METHOD_GROUPS, "method", "ratio"}
-    jobs = [tuple(o for o in job if _group(o) not in dropped) for job in _jobs(overrides)]
-    return [compose_run([*job, "method=dense", "ratio=1"]) for job in dict.fromkeys(jobs)]
-
-
 def compose_run(overrides: Sequence[str]) -> Run:
     """Compose and check one run."""
-    composed = _compose(overrides)
+    composed = compose(overrides)
     method = composed.hydra.runtime.choices.get("method")
-    return to_run(composed, label(method, overrides))
+    return to_run(composed, label(method, method_options(overrides)))
 
 
 def label(method: str | None, overrides: Sequence[str]) -> str:
-    """Name a row: the method's preset, and what was changed from it on the command line."""
-    changed = [o for o in overrides if _group(o) in _METHOD_GROUPS]
-    return f"{method or 'custom'}" + (f"[{','.join(sorted(changed))}]" if changed else "")
+    """Name a row: the method's preset, and the overrides that make it another."""
+    changed = f"[{','.join(sorted(overrides))}]" if overrides else ""
+    return f"{method or 'custom'}{changed}"
 
 
-def _group(override: str) -> str:
+def method_options(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that change a method from its preset."""
+    return [override for override in overrides if group_of(override) in METHOD_GROUPS]
+
+
+def group_of(override: str) -> str:
+    """Return the group of options that an override belongs to."""
     return re.split(r"[.=]", override.lstrip("+~"))[0]
 
 
@@ -143,7 +93,7 @@ def to_run(composed: DictConfig, label: str) -> Run:
         config = OmegaConf.to_container(composed)
     except OmegaConfBaseException as error:
         # A resolver's own error is the cause, and says more than its wrapper.
-        raise ConfigError(_one_line(error.__cause__ or error)) from None
+        raise ConfigError(one_line(error.__cause__ or error)) from None
     assert isinstance(config, dict)
     known = {f.name for f in dataclasses.fields(Run)} - {"label", "config"}
     if unknown := sorted(set(config) - known):
@@ -160,7 +110,7 @@ def to_run(composed: DictConfig, label: str) -> Run:
         allocation=_variant(composed, "allocation"),
         quantization=_variant(composed, "quantization"),
         factorization=_typed(Factorization, composed, "factorization"),
-        ratio=_number(composed.ratio, "ratio"),
+        ratio=number(composed.ratio, "ratio"),
         eval=_evaluation(composed),
         runtime=_typed(Runtime, composed, "runtime"),
         wandb=_typed(Tracking, composed, "wandb"),
@@ -205,7 +155,7 @@ def _variant(composed: DictConfig, group: str) -> Any:
     try:
         implementation = get_class(node["_target_"])
     except Exception as error:  # noqa: BLE001 (whatever the import of a named class raises)
-        raise ConfigError(f"{group}._target_ names no class: {_one_line(error)}") from None
+        raise ConfigError(f"{group}._target_ names no class: {one_line(error)}") from None
     options = OmegaConf.masked_copy(node, [key for key in node if key != "_target_"])
     return _typed(implementation, OmegaConf.create({group: options}), group)
 
@@ -254,43 +204,45 @@ def _missing(node: Any, prefix: str) -> Iterator[str]:
         yield from _missing(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _number(value: Any, name: str) -> float:
+def number(value: Any, name: str) -> float:
+    """Return a number, or raise ConfigError naming the option."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name}={value} is not a number")
     return float(value)
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose the configuration of these overrides, Hydra's own node included.
+
+    Raises:
+        ConfigError: one line that names the option and what it may be.
+    """
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", list(overrides), return_hydra_config=True)
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose("config", list(overrides), return_hydra_config=True)
     except HydraException as error:
         raise ConfigError(_explain(error, overrides)) from None
     # Hydra has plain ValueErrors too, for instance for a group set to null.
     except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(one_line(error)) from None
 
 
 def _explain(error: HydraException, overrides: Sequence[str]) -> str:
     """Say which option was meant, and what its neighbours are called."""
     match = re.search(r"Could not override '([^']+)'", str(error))
     if match is None:
-        return _one_line(error).partition(" Config search path:")[0]
+        return one_line(error).partition(" Config search path:")[0]
     parent, _, name = match[1].rpartition(".")
     groups = [o for o in overrides if "." not in o.split("=")[0] and not o.startswith(name + "=")]
-    siblings = OmegaConf.select(_compose(groups), parent) if parent else None
+    siblings = OmegaConf.select(compose(groups), parent) if parent else None
     where = f"options of {parent}" if isinstance(siblings, DictConfig) else "options"
-    known = siblings if isinstance(siblings, DictConfig) else _compose([])
+    known = siblings if isinstance(siblings, DictConfig) else compose([])
     listed = ", ".join(str(k) for k in known if k not in ("hydra", "_target_")) or "none"
     return f"unknown option {match[1]}; {where}: {listed}"
 
 
-def _without_values(overrides: Sequence[str]) -> list[str]:
-    """Keep what chooses the experiment: only it can bring sweep parameters."""
-    return [line for line in overrides if line.split("=")[0].lstrip("+~") == "experiment"]
-
-
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return the text of an error on one line."""
     return " ".join(str(error).split())
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from iosvd.config import METHOD_GROUPS
 from iosvd.errors import RecordError
 from iosvd.figures import plan_frame
 from iosvd.models import ASSETS
@@ -62,7 +64,13 @@ def _run(folder: Path) -> dict[str, Any]:
 
 
 def _setting(config: Mapping[str, Any]) -> str:
-    """Say what runs must share to be compared: the model, what calibrates, what is measured."""
+    """Say what runs must share to be compared: the model, what calibrates, what is measured.
+
+    A code stands for the options that it does not spell out, such as dtype and joins.
+    """
+    apart = (*METHOD_GROUPS, "ratio", "runtime", "wandb")
+    shared = {key: value for key, value in config.items() if key not in apart}
+    code = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:4]
     calibration, evaluation = config["calibration"], config["eval"]
     windows = f", first {evaluation['windows']} windows" if evaluation["windows"] else ""
     limit = evaluation["zero_shot"]["limit"]
@@ -72,5 +80,5 @@ def _setting(config: Mapping[str, Any]) -> str:
     return (
         f"{config['model']['name']}: {calibration['windows']} × {calibration['seq_len']} tokens of"
         f" {config['dataset']['name']}, seed {calibration['seed']}; windows of"
-        f" {evaluation['seq_len']}{windows}{items}: {', '.join(measured)}"
+        f" {evaluation['seq_len']}{windows}{items}: {', '.join(measured)} [{code}]"
     )

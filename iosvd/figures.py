@@ -110,7 +110,7 @@ def quality_against(
 def quality_against_option(
     frame: pandas.DataFrame, option: str, metrics: Sequence[str], titles: Mapping[str, str]
 ) -> Figure:
-    """Draw an ablation: one panel per metric over the values of an option, at equal distances.
+    """Draw an ablation: a panel per metric, a line per ratio, an option's values equally spaced.
 
     Perplexities are divided by the dense model's, so that texts can be compared (IO-SVD, Figure 3).
 
@@ -124,17 +124,18 @@ def quality_against_option(
     for axes, metric in zip(panels, metrics, strict=True):
         rows = frame.dropna(subset=[metric])
         dense = rows[rows["label"] == DENSE]
-        mine = rows[rows["label"] != DENSE]
         relative = metric.endswith("_ppl") and len(dense) > 0
-        values = mine[metric] / dense[metric].iloc[0] if relative else mine[metric]
-        names = ["all" if value == 0 else f"{value:g}" for value in mine[option]]
-        axes.plot(names, values, marker="o")
+        for ratio, mine in rows[rows["label"] != DENSE].groupby("ratio", sort=False):
+            values = mine[metric] / dense[metric].iloc[0] if relative else mine[metric]
+            names = ["all" if value == 0 else f"{value:g}" for value in mine[option]]
+            axes.plot(names, values, marker="o", label=f"ratio {ratio:g}")
         axes.set_xlabel(option)
         axes.set_yscale("linear")
         if relative:
             axes.set_title(f"{titles.get(metric, metric)} / dense", fontsize=10)
         else:
             _dense_line(axes, rows, metric)
+    _share_legend(figure, panels)
     return figure
 
 

@@ -27,6 +27,8 @@ def digest(run: Run) -> str:
     """
     apart = ("runtime", "eval", "wandb")
     identity: dict[str, Any] = {k: v for k, v in run.config.items() if k not in apart}
+    # 1 and 1.0 are the same ratio.
+    identity["ratio"] = int(run.ratio) if run.ratio == 1 else run.ratio
     identity["model"] = _without_place(run.config["model"]) | {"content": _model_content(run)}
     identity["dataset"] = _dataset(run.config["dataset"], run.dataset, run.dataset.calibration)
     texts = {
@@ -48,8 +50,7 @@ def _model_content(run: Run) -> str | None:
         return None
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a model folder; set model.path")
-    files = (path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
-    return _hash_files(*sorted(files))
+    return _hash_files(*_files(folder))
 
 
 def _dataset(options: dict[str, Any], dataset: Dataset, split: Split) -> dict[str, Any]:
@@ -67,8 +68,12 @@ def _tasks(options: dict[str, Any], zero_shot: ZeroShot) -> dict[str, Any]:
         if name == pydoc_task.NAME:
             content[name] = platform.python_version()
         elif zero_shot.path is not None:
-            content[name] = _hash_files(*sorted(task_folder(zero_shot, name).glob("*.*")))
+            content[name] = _hash_files(*_files(task_folder(zero_shot, name)))
     return _without_place(options) | {"content": content}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
 
 
 def _hash_files(*paths: Path) -> str:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +41,13 @@ def check_tracking(tracking: Tracking) -> None:
         return
     import wandb
 
-    if not wandb.login(prompt=False):
+    try:
+        reason = None if wandb.login(prompt=False) else "there is no key"
+    except Exception as error:  # noqa: BLE001 (wandb raises many types, for instance for a bad key)
+        reason = " ".join(str(error).split())
+    if reason is not None:
         raise ConfigError(
-            "wandb=online, but there is no key: set WANDB_API_KEY or call `wandb login`,"
+            f"wandb=online, but {reason}: set WANDB_API_KEY or call `wandb login`,"
             " or take wandb=offline and upload with `wandb sync` later"
         )
 
@@ -58,34 +62,43 @@ def tracked(run: Run, folder: Path) -> Iterator[None]:
     if run.wandb.mode is TrackingMode.disabled:
         yield
         return
-    results = Path(run.runtime.results)
+    opened = None
     config = {**run.config, "label": run.label}  # Dashboards group by it.
-    with ExitStack() as stack:
-        session = open_run(run.wandb, results, folder.name, digest(run), config=config)
-        try:
-            opened = stack.enter_context(session)
-        except Exception as error:  # noqa: BLE001 (wandb raises many types)
-            log.warning("not logged to wandb, which cannot be reached: %s", error)
-            opened = None
+    with _forgiven("this run is not logged"):
+        opened = open_run(run, folder.name, digest(run), config=config)
+    try:
         yield
-        try:
+    except BaseException:
+        with _forgiven("the failure is not logged"):
             if opened is not None:
-                log_complete(opened, folder, checkpoint=run.wandb.checkpoint)
-                write_json(folder / TRACKED, {"id": opened.id, "mode": run.wandb.mode.value})
-        except Exception as error:  # noqa: BLE001
-            log.warning("complete, but not logged to wandb (%s); launch it again to log it", error)
+                opened.finish(exit_code=1)
+        raise
+    with _forgiven("complete, but not logged; launch it again to log it"):
+        if opened is not None:
+            log_complete(opened, folder, checkpoint=run.wandb.checkpoint)
+            opened.finish()
+            write_json(folder / TRACKED, {"id": opened.id, "mode": run.wandb.mode.value})
 
 
 @contextmanager
-def open_run(
-    tracking: Tracking, results: Path, name: str, identity: str, **options: Any
-) -> Iterator[wandb.Run]:
-    """Open a wandb run; the same identity continues the same one. Files go to `<results>/wandb`."""
+def _forgiven(consequence: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (wandb raises many types)
+        log.warning("wandb: %s (%s)", consequence, " ".join(str(error).split()))
+
+
+def open_run(run: Run, name: str, identity: str, **options: Any) -> wandb.Run:
+    """Open a wandb run where a run is to be logged; the same identity continues the same one.
+
+    Files go to `<results>/wandb`.
+    """
     import wandb
 
+    tracking, results = run.wandb, Path(run.runtime.results)
     results.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
-    run = wandb.init(
+    return wandb.init(
         project=tracking.project,
         entity=tracking.entity,
         group=tracking.group,
@@ -98,8 +111,6 @@ def open_run(
         reinit="finish_previous",  # Otherwise a second run of this process gets the first one.
         **options,
     )
-    with run:
-        yield run
 
 
 def log_complete(run: wandb.Run, folder: Path, checkpoint: bool = False) -> None:
@@ -136,10 +147,10 @@ def log_sweep(
     """Log what belongs to a whole sweep, in a wandb run of its own; the sweep says where to."""
     if example.wandb.mode is TrackingMode.disabled:
         return
-    check_tracking(example.wandb)
-    results = Path(example.runtime.results)
-    with open_run(example.wandb, results, sweep, f"sweep-{sweep}", job_type="sweep") as run:
+    with _forgiven("the sweep is not logged"):
+        run = open_run(example, sweep, f"sweep-{sweep}", job_type="sweep")
         log_media(run, tables, figures)
+        run.finish()
 
 
 def log_media(

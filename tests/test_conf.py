@@ -13,10 +13,11 @@ from hydra.utils import get_class
 
 import iosvd.allocation
 import iosvd.whitening
-from iosvd.config import CONF, baselines, compose_run, expand
+from iosvd.config import CONF, compose_run
 from iosvd.errors import IosvdError
 from iosvd.models import ASSETS, Model
 from iosvd.run import Evaluation, Run, Tracking
+from iosvd.sweeps import baselines, expand
 from iosvd.texts import Dataset
 
 SETTINGS = {
@@ -111,6 +112,18 @@ def test_runs_of_a_sweep_are_what_each_would_be_alone() -> None:
     assert sweep == [compose_run(overrides) for overrides in alone]
 
 
+def test_rows_of_a_sweep_are_named_after_what_distinguishes_them() -> None:
+    seeds = ["method=svd,io_svd", "ratio=0.8", "calibration.seed=0,1"]
+    assert [run.label for run in expand(seeds, sweep=True)] == [
+        *("svd[calibration.seed=0]", "svd[calibration.seed=1]"),
+        *("io_svd[calibration.seed=0]", "io_svd[calibration.seed=1]"),
+    ]
+    assert len(baselines(seeds)) == 1  # What calibrates does not change the dense model.
+    fixed = ["experiment=main", "factorization.algorithm=svd", "eval=own"]
+    labels = {run.label for run in expand(fixed, sweep=True)}
+    assert labels == {"svd", "asvd", "svd_llm", "io_svd", "io_svd_spectral"}
+
+
 def test_the_protocol_is_the_papers() -> None:
     run = expand(["experiment=main"], sweep=True)[0]
     assert (run.calibration.windows, run.calibration.seq_len) == (256, 2048)
@@ -134,6 +147,8 @@ def test_make_targets_choose_the_model_and_the_texts(tmp_path: Path) -> None:
     assert "experiment=remapping model=llama2_7b ratio=0.8" in make(
         "table6", "MODEL=llama2_7b", "ARGS=ratio=0.8"
     )
+    both = make("table1", "MODEL=tiny", "DATA=/data")
+    assert "pydoc" not in both and "eval.zero_shot.path=/data/tasks" in both
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
     line = make("figure3", f"MODEL={tmp_path}", "DATA=/data").splitlines()[1]
     options = [o for o in line.split() if "=" in o and not o.startswith("status")]

@@ -43,6 +43,13 @@ def test_the_page_holds_what_the_records_say(results: Path, source: Path) -> Non
     assert page.count("</script>") == 2  # Nothing that a run holds ends the page's script.
 
 
+def test_another_protocol_is_another_setting(results: Path, source: Path) -> None:
+    execute(run(source, "method=svd", "ratio=0.5", "dataset.join=x"))
+    execute(run(source, "method=io_svd", "whitening.top_k=2", "ratio=0.5"))
+    runs = read_runs(results)
+    assert len(runs) == 6 and len({held["setting"] for held in runs}) == 2
+
+
 def test_runs_that_cannot_be_read_are_left_out_and_named(
     results: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

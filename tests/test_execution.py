@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import iosvd.execution
 from experiments import compress as command
-from experiments import render
+from experiments import draw, render
 from iosvd.config import compose_run
-from iosvd.errors import RecordError
+from iosvd.errors import ConfigError, RecordError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.execution import Outcome, execute
 from iosvd.fingerprints import digest
@@ -24,6 +24,7 @@ from iosvd.models import ASSETS, load_tokenizer
 from iosvd.records import read_record, run_folder, write_json
 from iosvd.replacement import low_rank_layers
 from iosvd.run import Run
+from iosvd.sweeps import expand
 
 
 @pytest.fixture
@@ -326,3 +327,38 @@ def test_bytes_are_those_of_the_stored_weights(source: Path) -> None:
     plan = json.loads((run_folder(asked) / "plan.json").read_text())["sites"]
     stored = [t for n, t in tensors.items() if n.rpartition(".")[0] in plan]
     assert sum(t.numel() * t.element_size() for t in stored) == found["target_bytes"]
+
+
+def test_a_sweep_whose_cells_are_the_same_run_is_complete(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At ratio 1 plain SVD is the dense model, under another name."""
+    sweep = overrides(source, "method=svd", "ratio=1,0.5")
+    monkeypatch.setattr(sys, "argv", ["compress.py", "-m", *sweep])
+    assert command.main() == 0
+    runs = source / "results" / "runs" / "small"
+    assert sorted(path.name.rpartition("-")[0] for path in runs.iterdir()) == ["dense-1", "svd-0.5"]
+    assert digest(run(source, "method=dense")) == digest(run(source, "method=dense", "ratio=1"))
+
+
+def test_folders_inside_a_task_folder_do_not_count(source: Path) -> None:
+    """Such as the hub client's .cache."""
+    folder = source / "tasks" / "openbookqa"
+    (folder / ".cache.d").mkdir(parents=True)
+    (folder / "test.jsonl").write_text("{}\n")
+    here = ["eval.zero_shot.tasks=[openbookqa]", f"eval.zero_shot.path={source}/tasks"]
+    assert digest(run(source, *here)) != digest(run(source))
+
+
+def test_figures_of_a_run_without_its_spectra_end_in_one_line(source: Path) -> None:
+    main = ["experiment=main", "model=local", "eval=own", "dataset=local", "ratio=0.6"]
+    sweep = [*overrides(source), *main, "method=io_svd"]
+    assert execute(expand(sweep, sweep=True)[0]) is Outcome.complete
+    paths = {path.name for path in draw.draw(sweep)}
+    assert "main-small-ranks-io_svd-0.6.png" in paths and "main-small-ratio.png" in paths
+    (spectra,) = (source / "results").rglob("spectra.safetensors")
+    spectra.unlink()
+    with pytest.raises(RecordError, match=r"cannot read the plan and spectra in .*run again"):
+        draw.draw(sweep)
+    with pytest.raises(ConfigError, match="format=gif is unknown; formats: png, pdf, svg"):
+        draw.draw([*sweep, "format=gif"])

@@ -68,7 +68,7 @@ def test_curves_are_sorted_and_gaps_are_left_out() -> None:
 
 def test_an_ablation_divides_perplexity_by_the_dense_model_and_names_zero_all() -> None:
     left, right = figures.quality_against_option(FRAME, "k", ["x_ppl", "task"], {}).axes
-    assert list(left.lines[0].get_ydata()) == [4.0, 2.0]
-    assert list(left.lines[0].get_xdata()) == ["1", "5"]
+    assert [list(line.get_ydata()) for line in left.lines] == [[4.0], [2.0]]  # Two ratios.
+    assert [line.get_label() for line in left.lines] == ["ratio 0.4", "ratio 0.8"]
     assert list(right.lines[0].get_xdata()) == ["1", "all"]
     assert list(right.lines[0].get_ydata()) == [0.3, 0.2]

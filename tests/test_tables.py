@@ -10,15 +10,16 @@ import pandas
 import pytest
 from conftest import shared
 
-from iosvd.config import CONF, baselines, compose_run, expand, table_spec
+from iosvd.config import CONF, compose_run, table_spec
 from iosvd.errors import ConfigError, RecordError
 from iosvd.records import Record
+from iosvd.sweeps import baselines, expand
 from iosvd.tables.comparison import compare_with_published, compare_with_table, outside
 from iosvd.tables.frame import to_frame
 from iosvd.tables.latex import to_latex
 from iosvd.tables.markdown import to_markdown
 from iosvd.tables.notes import notes
-from iosvd.tables.published import PUBLISHED, Published, read_published
+from iosvd.tables.published import PUBLISHED, Published, look_up, read_published
 from iosvd.tables.spec import PublishedTable, RowSpec, TableSpec, Tolerance
 from iosvd.tables.sweep import OnDisk, Sweep
 from iosvd.tables.table import Found, Table, build_table
@@ -39,18 +40,20 @@ SPEC = TableSpec(
 )
 
 
-def published(value: float, confidence: str, source: str = "paper", table: str = "T1") -> Published:
+def published(value: str, confidence: str, source: str = "paper", table: str = "T1") -> Published:
     return Published(value, confidence, source, table)
 
 
 LIBRARY = {
-    ("paper", "T1", "llama_7b", 1.0, "dense", "wikitext2_ppl"): published(5.68, "primary"),
-    ("paper", "T1", "llama_7b", 0.8, "IO-SVD", "wikitext2_ppl"): published(6.41, "secondary"),
-    ("other", "T2", "llama_7b", 0.8, "IO-SVD", "wikitext2_ppl"): published(9.0, "primary", "other"),
-    ("other", "T2", "llama_7b", 0.8, "IO-SVD+", "wikitext2_ppl"): published(
-        5.59, "derived", "other", "T2"
+    ("paper", "T1", "llama_7b", 1.0, "dense", "wikitext2_ppl"): published("5.68", "primary"),
+    ("paper", "T1", "llama_7b", 0.8, "IO-SVD", "wikitext2_ppl"): published("6.41", "secondary"),
+    ("other", "T2", "llama_7b", 0.8, "IO-SVD", "wikitext2_ppl"): published(
+        "9.0", "primary", "other"
     ),
-    ("paper", "T1", "llama_7b", 0.8, "IO-SVD", "average_acc"): published(0.5, "secondary"),
+    ("other", "T2", "llama_7b", 0.8, "IO-SVD+", "wikitext2_ppl"): published(
+        "5.59", "derived", "other", "T2"
+    ),
+    ("paper", "T1", "llama_7b", 0.8, "IO-SVD", "average_acc"): published("0.5", "secondary"),
 }
 RECORD = Record(
     digest="d",
@@ -115,7 +118,7 @@ wikitext2 ppl |   published, llama_7b: average |
 |     0.8 | SVD_1              |      1,234.50 |                  0.001 |                     \
                – |                              – |
 |     0.8 | IO\\|SVD<sup>a</sup> |      **6.50** |              **0.154** |                     \
-6.41<sup>s</sup> |               0.50<sup>s</sup> |
+6.41<sup>s</sup> |               0.5<sup>s</sup> |
 |     0.8 | To come            |             – |                      – |                     \
 5.59<sup>d</sup> |                              – |
 |     0.8 | svd_llm            |   <u>8.00</u> |           <u>0.125</u> |                     \
@@ -147,7 +150,7 @@ ratio & method & pydoc ppl $\downarrow$ & pydoc\_continuation $\uparrow$ & publi
 1 & Dense & 5.00 & 0.200 & 5.68 & -- \\
 \midrule
 0.8 & SVD\_1 & 1,234.50 & 0.001 & -- & -- \\
-0.8 & IO\textbar{}SVD\textsuperscript{a} & \textbf{6.50} & \textbf{0.154} & 6.41\textsuperscript{s} & 0.50\textsuperscript{s} \\
+0.8 & IO\textbar{}SVD\textsuperscript{a} & \textbf{6.50} & \textbf{0.154} & 6.41\textsuperscript{s} & 0.5\textsuperscript{s} \\
 0.8 & To come & -- & -- & 5.59\textsuperscript{d} & -- \\
 0.8 & svd\_llm & \underline{8.00} & \underline{0.125} & -- & -- \\
 \midrule
@@ -166,7 +169,7 @@ def test_the_frame_is_unrounded_and_names_every_source(tiny: Table) -> None:
     frame = to_frame(tiny).set_index(["ratio", "method"])
     row = frame.loc[(0.8, "IO|SVD")]
     assert (row["label"], row["pydoc_ppl"], row["commit"]) == ("io_svd", 6.5, "def")
-    assert row["wikitext2_ppl_published"] == 6.41
+    assert row["wikitext2_ppl_published"] == "6.41"
     assert row["wikitext2_ppl_published_source"] == "paper, T1"
     assert row["wikitext2_ppl_published_confidence"] == "secondary"
     assert pandas.isna(frame.loc[(0.6, "SVD_1"), "pydoc_ppl"])
@@ -177,8 +180,31 @@ def test_the_published_model_has_the_value_and_the_difference_in_each_cell() -> 
     assert "published" not in text.splitlines()[2]
     assert "**6.50** [6.41<sup>s</sup>, +0.09]" in text
     assert "5.00 [5.68, −0.68]" in text
-    assert "**0.154** [0.50<sup>s</sup>, −0.346]" in text
+    assert "**0.154** [0.5<sup>s</sup>, −0.346]" in text
     assert "– [5.59<sup>d</sup>]" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "metric"),
+    [
+        ("eval.zero_shot.tasks=[piqa,mathqa]", "average_acc"),
+        ("eval.zero_shot.limit=9", "average_acc"),
+        ("eval.windows=9", "wikitext2_ppl"),
+    ],
+)
+def test_no_difference_to_what_was_measured_on_other_items(option: str, metric: str) -> None:
+    whole = small("llama_7b")[2]
+    config = ["model=llama_7b", "dataset=wikitext2", "eval=paper", "method=io_svd", "ratio=0.8"]
+    part = Found(compose_run([*config, option]), whole.record)
+    cells = {}
+    for name, run in (("whole", whole), ("part", part)):
+        table = build_table(SPEC, [run], LIBRARY)
+        at = [column.metric for column in table.columns].index(metric)
+        cells[name] = next(row.cells[at] for row in table.rows if row.label == "io_svd")
+        assert cells[name].published is not None
+    assert cells["whole"].is_compared and not cells["part"].is_compared
+    rounded = replace(cells["whole"], published=published("6e0", "primary"))
+    assert not rounded.is_compared  # Its digits are not all there.
 
 
 def test_models_of_a_sweep_are_groups_of_their_own() -> None:
@@ -204,6 +230,8 @@ def test_notes_say_what_was_found_what_departs_and_what_was_set_aside(tiny: Tabl
     assert "Published values: paper T1, else other T2 (s: second-hand" in text
     assert "One more note." in text and "IO|SVD: a note" in text
     assert "Command: `make table-main ARGS='model=tiny wandb=offline'`" in text
+    assert "Model embedded tiny, float32; calibration 256 × 256 tokens of pydoc, seed 0" in text
+    assert r"windows of 256 tokens (pydoc joined by '\n\n')" in text
     empty = OnDisk(tuple(Found(run, None) for run in sweep().runs), ())
     nothing = build_table(SPEC, empty.found, {})
     text = "\n".join(notes(nothing, empty, SPEC, sweep([])))
@@ -263,9 +291,36 @@ def test_published_numbers_are_those_of_the_reference_file() -> None:
         ratio = "1.0" if row.ratio == "1" else row.ratio
         key = (row.source, row.table, row.model, row.method, ratio)
         assert (*key, row.metric, row.value, row.confidence) in facts, key
+    presets = dict(zip(ours["preset"], ours["model"], strict=True))
+    assert len(ours[["preset", "model"]].drop_duplicates()) == len(presets) == 7
+    assert presets["llama_7b"] == "LLaMA-7B" and presets["llama2_7b"] == "LLaMA-2-7B"
     keys = ["source", "table", "preset", "method", "ratio", "metric"]
     assert not ours.duplicated(keys).any()
     assert set(ours["confidence"]) <= {"primary", "secondary", "derived"}
+
+
+@pytest.mark.parametrize(
+    ("table", "model", "ratio", "label", "metric", "expected"),
+    [
+        ("main", "llama_7b", 0.8, "io_svd", "wikitext2_ppl", "6.41"),
+        ("main", "llama_7b", 0.4, "svd_llm", "wikitext2_ppl", "53.74"),
+        ("main", "llama_7b", 0.8, "svd", "wikitext2_ppl", "20061"),
+        ("main", "llama_7b", 0.8, "asvd", "piqa", "0.68"),
+        ("families", "llama_13b", 0.8, "svd_llm", "wikitext2_ppl", "6.61"),
+        ("families", "llama_13b", 0.8, "svd_llm_lora", "wikitext2_ppl", "6.43"),
+        ("families", "llama_30b", 0.8, "asvd", "wikitext2_ppl", "22.71"),
+        ("remapping", "llama_7b", 0.6, "io_svd_plus", "wikitext2_ppl", "6.27"),
+        ("zs_svd_main", "llama_7b", 0.7, "svd_llm", "ptb_ppl", "29.0"),
+    ],
+)
+def test_rows_have_their_own_published_value(
+    table: str, model: str, ratio: float, label: str, metric: str, expected: str
+) -> None:
+    """Read by a person in the reference file, against what the preset's row finds."""
+    spec, library = table_spec(table), read_published()
+    (row,) = [row for row in spec.rows if row.label == label]
+    value = look_up(library, spec.published, row.published, model, ratio, metric)
+    assert value is not None and value.text == expected
 
 
 def test_a_missing_reference_file_is_named(tmp_path: Path) -> None:
@@ -294,6 +349,14 @@ def test_an_earlier_table_is_a_reference_too(tmp_path: Path) -> None:
              f.run.label == "io_svd" else f for f in small("tiny")]  # fmt: skip
     changed = compare_with_table(build_table(SPEC, later, LIBRARY), path, Tolerance(0.05, 0))
     assert [c.where for c in outside(changed)] == ["tiny, ratio 0.8, IO|SVD, pydoc_ppl"]
+    fewer = build_table(SPEC, [f for f in small("tiny") if f.run.label != "svd_llm"], LIBRARY)
+    assert not compare_with_table(fewer, path, Tolerance(0, 0))[6:]
+    gone = [Found(f.run, None) if f.run.label == "svd_llm" else f for f in small("tiny")]
+    missing = compare_with_table(build_table(SPEC, gone, LIBRARY), path, Tolerance(0, 0))
+    assert [str(c) for c in outside(missing)] == [
+        "tiny, ratio 0.8, svd_llm, pydoc_ppl: missing, reference 8",
+        "tiny, ratio 0.8, svd_llm, pydoc_continuation: missing, reference 0.125",
+    ]
     path.write_text("no,table\n1,2\n")
     with pytest.raises(RecordError, match="give a rendered table's csv"):
         compare_with_table(table, path, Tolerance())

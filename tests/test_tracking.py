@@ -18,6 +18,7 @@ from test_execution import metrics, overrides, run, source
 import iosvd.execution
 from experiments import compress as command
 from iosvd import tracking
+from iosvd.errors import ConfigError
 from iosvd.execution import Outcome, execute
 from iosvd.fingerprints import digest
 from iosvd.records import PLAN, TRACKED, run_folder
@@ -130,7 +131,10 @@ def test_what_wandb_dies_of_costs_no_measurement(
     with monkeypatch.context() as patch:
         patch.setattr(tracking, "log_complete", lambda *a, **k: 1 / 0)
         assert execute(asked) is Outcome.complete
-    assert "complete, but not logged to wandb (division by zero)" in caplog.text
+    assert (
+        "wandb: complete, but not logged; launch it again to log it (division by zero)"
+        in caplog.text
+    )
     assert not (run_folder(asked) / TRACKED).exists()
 
 
@@ -144,7 +148,32 @@ def test_wandb_out_of_reach_costs_no_measurement(
 
     monkeypatch.setattr(wandb, "init", unreachable)
     assert execute(run(source, "method=svd", "wandb=offline")) is Outcome.complete
-    assert "not logged to wandb, which cannot be reached: no network" in caplog.text
+    assert "wandb: this run is not logged (no network)" in caplog.text
+
+
+def test_a_wandb_run_that_cannot_be_finished_costs_no_measurement(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = run(source, "method=svd", "wandb=offline")
+    opened = tracking.open_run(asked, "name", "identity")
+    monkeypatch.setattr(tracking, "open_run", lambda *_, **__: opened)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(opened), "finish", lambda *_, **__: 1 / 0)
+        assert execute(asked) is Outcome.complete
+    opened.finish()
+    assert "complete, but not logged" in caplog.text
+    assert {path.name for path in run_folder(asked).iterdir()} >= {"metrics.json"}
+    assert not (run_folder(asked) / "failure.json").exists()
+
+
+def test_a_sweep_that_cannot_be_logged_is_a_warning(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
+    tracking.log_sweep("main-small", run(source, "wandb=offline"), {}, {})
+    assert "wandb: the sweep is not logged (division by zero)" in caplog.text
 
 
 def test_a_checkpoint_is_an_artifact_if_asked(source: Path) -> None:
@@ -180,6 +209,13 @@ def test_online_without_a_key_ends_at_once_in_one_line(
     assert command.main() == 2
     (line,) = [x for x in "".join(capfd.readouterr()).splitlines() if x.startswith("error")]
     assert "there is no key: set WANDB_API_KEY" in line and "wandb=offline" in line
+
+
+def test_a_key_that_is_none_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    with pytest.raises(ConfigError, match=r"wandb=online, but .*key.*wandb=offline") as caught:
+        tracking.check_tracking(Tracking(TrackingMode.online))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")

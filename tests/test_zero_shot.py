@@ -114,6 +114,22 @@ def test_no_tasks_measure_nothing() -> None:
     assert (found.scores, found.average) == ({}, None)
 
 
+def test_a_single_item_has_no_standard_error() -> None:
+    tasks = load_tasks(ZeroShot([pydoc_task.NAME]))
+    found = zero_shot(load_model(TINY), load_tokenizer(TINY), tasks, limit=1)
+    score = found.scores[pydoc_task.NAME]
+    assert (score.items, score.acc_stderr) == (1, None) and score.acc in (0, 1)
+
+
+def test_tasks_without_an_accuracy_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no single task ai2_arc"):  # A group of two.
+        load_tasks(ZeroShot(["ai2_arc"]))
+    (tmp_path / "wikitext").mkdir()
+    (tmp_path / "wikitext" / "test.jsonl").write_text('{"page": "Text."}\n')
+    with pytest.raises(DataError, match="wikitext is no multiple-choice task"):
+        load_tasks(ZeroShot(["wikitext"], path=str(tmp_path)))
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     def load(task: str) -> None:
         load_tasks(ZeroShot([task], path=str(tmp_path)))
@@ -124,7 +140,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "arc_easy" / "train.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"arc_easy has no test\.jsonl or \.parquet, the split"):
         load("arc_easy")
-    with pytest.raises(DataError, match="lm-eval has no task arc_eazy"):
+    with pytest.raises(DataError, match="lm-eval has no single task arc_eazy"):
         load_tasks(ZeroShot(["arc_eazy"]))
     (tmp_path / "arc_easy" / "test.jsonl").write_text("{not json\n")
     with pytest.raises(DataError, match=r"cannot load the items of arc_easy from .*FOLDER"):

@@ -41,7 +41,7 @@ class TaskScore:
     """What lm-eval measured on one task; accuracies are shares of the items, in [0, 1]."""
 
     acc: float
-    acc_stderr: float
+    acc_stderr: float | None  # None of a single item.
     acc_norm: float | None  # By the length of the answers in bytes; not every task has it.
     acc_norm_stderr: float | None
     items: int
@@ -66,12 +66,21 @@ def load_tasks(options: ZeroShot) -> list[Task]:
     """Load the tasks and their items, before anything expensive is begun.
 
     Raises:
-        DataError: no such task, a folder without its split, or no network.
+        DataError: no such task, one without an accuracy, a folder without its split, or no
+            network.
     """
     quiet = logging.getLogger("lm_eval")
     quiet.setLevel(max(quiet.level, logging.ERROR))  # It warns about its own defaults.
     with bars_for_people():
-        return [_load_task(name, options) for name in options.tasks]
+        tasks = [_load_task(name, options) for name in options.tasks]
+    for name, task in zip(options.tasks, tasks, strict=True):
+        measured = {metric["metric"] for metric in task.config.metric_list or ()}
+        if task.OUTPUT_TYPE != "multiple_choice" or "acc" not in measured:
+            raise DataError(
+                f"{name} is no multiple-choice task with an accuracy; leave it out of"
+                " eval.zero_shot.tasks"
+            )
+    return tasks
 
 
 def zero_shot(
@@ -205,8 +214,8 @@ def _stock() -> Mapping[str, Any]:
 
 def _stock_yaml(name: str) -> Path:
     entry = _stock().get(name)
-    if entry is None or entry.yaml_path is None:
-        raise DataError(f"lm-eval has no task {name}; `lm_eval ls tasks` lists them")
+    if entry is None or entry.yaml_path is None or entry.kind.name != "TASK":
+        raise DataError(f"lm-eval has no single task {name}; `lm_eval ls tasks` lists them")
     return Path(entry.yaml_path)
 
 
@@ -227,12 +236,16 @@ def _only(tasks: Mapping[str, Task]) -> Task:
 def _score(found: Mapping[str, Any], name: str) -> TaskScore:
     result = found["results"][name]
     # lm-eval's keys name the filter of the answers; these tasks have none.
-    acc_norm, stderr = result.get("acc_norm,none"), result.get("acc_norm_stderr,none")
+
+    def number(key: str) -> float | None:
+        value = result.get(f"{key},none")
+        return float(value) if isinstance(value, int | float) else None  # Or "N/A".
+
     return TaskScore(
         acc=float(result["acc,none"]),
-        acc_stderr=float(result["acc_stderr,none"]),
-        acc_norm=None if acc_norm is None else float(acc_norm),
-        acc_norm_stderr=None if stderr is None else float(stderr),
+        acc_stderr=number("acc_stderr"),
+        acc_norm=number("acc_norm"),
+        acc_norm_stderr=number("acc_norm_stderr"),
         items=int(found["n-samples"][name]["effective"]),
         version=str(found["versions"][name]),
     )

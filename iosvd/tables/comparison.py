@@ -18,11 +18,13 @@ class Comparison:
     """One cell: what was measured, what it is compared with, and whether that is close enough."""
 
     where: str  # Model, ratio, method and measure.
-    measured: float
+    measured: float | None  # None: the reference has it, this table does not.
     reference: float
     within: bool
 
     def __str__(self) -> str:
+        if self.measured is None:
+            return f"{self.where}: missing, reference {self.reference:g}"
         difference = self.measured - self.reference
         return f"{self.where}: {self.measured:g}, reference {self.reference:g} ({difference:+.3g})"
 
@@ -33,12 +35,14 @@ def compare_with_published(table: Table, tolerance: Tolerance) -> list[Compariso
         _compare(row, column, cell.measured, cell.published.value, tolerance)
         for row in table.rows
         for cell, column in zip(row.cells, table.columns, strict=True)
-        if cell.measured is not None and cell.published is not None
+        if cell.is_compared and cell.measured is not None and cell.published is not None
     ]
 
 
 def compare_with_table(table: Table, path: Path, tolerance: Tolerance) -> list[Comparison]:
     """Compare with an earlier rendering's csv; its rows are found by model, ratio and label.
+
+    What the reference has of this table's rows and the table has not is outside any tolerance.
 
     Raises:
         RecordError: the file is absent or no table's csv.
@@ -49,7 +53,8 @@ def compare_with_table(table: Table, path: Path, tolerance: Tolerance) -> list[C
         rows = dict(zip(keys, earlier.to_dict("records"), strict=True))
         return list(_with_rows(table, rows, tolerance))
     except (OSError, ValueError, KeyError) as error:
-        raise RecordError(f"cannot read {path}: {error}; give a rendered table's csv") from None
+        cause = " ".join(str(error).split())
+        raise RecordError(f"cannot read {path}: {cause}; give a rendered table's csv") from None
 
 
 def _with_rows(table: Table, rows: dict, tolerance: Tolerance) -> Iterator[Comparison]:
@@ -57,17 +62,18 @@ def _with_rows(table: Table, rows: dict, tolerance: Tolerance) -> Iterator[Compa
         earlier = rows.get((row.model, row.ratio, row.label), {})
         for cell, column in zip(row.cells, table.columns, strict=True):
             reference = earlier.get(column.metric)
-            if column.better == 0 or cell.measured is None or pandas.isna(reference):
+            if column.better == 0 or pandas.isna(reference):
                 continue
             yield _compare(row, column, cell.measured, float(reference), tolerance)
 
 
 def _compare(
-    row: Row, column: Column, measured: float, reference: float, tolerance: Tolerance
+    row: Row, column: Column, measured: float | None, reference: float, tolerance: Tolerance
 ) -> Comparison:
     allowed = tolerance.perplexity * reference if column.is_perplexity else tolerance.accuracy
     where = f"{row.model}, ratio {row.ratio:g}, {row.name}, {column.metric}"
-    return Comparison(where, measured, reference, abs(measured - reference) <= allowed)
+    within = measured is not None and abs(measured - reference) <= allowed
+    return Comparison(where, measured, reference, within)
 
 
 def outside(comparisons: Sequence[Comparison]) -> list[Comparison]:

@@ -26,7 +26,7 @@ def _row(row: Row, table: Table) -> dict[str, object]:
             published = cell.published
             name = f"{column.metric}_published"
             values |= {
-                name: published.value,
+                name: published.text,
                 f"{name}_confidence": published.confidence,
                 f"{name}_source": f"{published.source}, {published.table}",
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from iosvd.records import Record
+from iosvd.run import Run
 from iosvd.tables.spec import TableSpec
 from iosvd.tables.sweep import OnDisk, Sweep
 from iosvd.tables.table import Table
@@ -28,6 +29,7 @@ def notes(table: Table, on_disk: OnDisk, spec: TableSpec, sweep: Sweep) -> list[
         *filter(None, [_legend(table), _sources(table, spec)]),
         f"Runs found: {len(records)} of {len(sweep.runs)}.{_provenance(records)}{_flags(table)}",
         *(f"Set aside: {reason}" for reason in on_disk.set_aside),
+        _protocol(sweep.runs[0]),
         _deviations(sweep.overrides),
         *spec.notes,
         *(f"{row.name}: {row.note}" for row in spec.rows if row.note),
@@ -84,6 +86,22 @@ def _provenance(records: Sequence[Record]) -> str:
 def _flags(table: Table) -> str:
     marked = ", ".join(f"{letter}: commit {commit}" for commit, letter in flags(table).items())
     return f" Rows measured by another commit than most are marked: {marked}." if marked else ""
+
+
+def _protocol(run: Run) -> str:
+    """Say which model was measured how, as the runs have it (METHODS 9 asks for id and joins)."""
+    calibration, evaluation, model = run.calibration, run.eval, run.model
+    source = model.path or (f"embedded {model.name}" if model.embedded else model.hub_id)
+    joins = [f"{text.name} joined by {text.join!r}" for text in evaluation.texts.values()]
+    parts = [
+        f"Model {source}, {model.dtype.value}",
+        f"calibration {calibration.windows} × {calibration.seq_len} tokens of {run.dataset.name},"
+        f" seed {calibration.seed}",
+        f"perplexity in windows of {evaluation.seq_len} tokens ({', '.join(joins)})",
+    ]
+    if evaluation.zero_shot.tasks:
+        parts.append("zero-shot accuracy `acc` with lm-eval's prompts")
+    return f"{'; '.join(parts)}."
 
 
 def _deviations(overrides: Sequence[str]) -> str:

@@ -19,10 +19,19 @@ PUBLISHED = Path(__file__).parents[2] / "results" / "paper" / "published.csv"
 class Published:
     """One published number: "primary" was read in the paper, "secondary" quoted by others."""
 
-    value: float
+    text: str  # As printed.
     confidence: str
     source: str
     table: str
+
+    @property
+    def value(self) -> float:
+        return float(self.text)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its digits are all there: some papers print 4e2."""
+        return "e" not in self.text
 
 
 # By source, table, model preset, ratio, the paper's name of the method, and metric.
@@ -36,7 +45,7 @@ def read_published(path: Path = PUBLISHED) -> Library:
         RecordError: it is absent or damaged.
     """
     try:
-        frame = pandas.read_csv(path)
+        frame = pandas.read_csv(path, dtype=str)
         rows = frame.to_dict("records")
         return {
             (
@@ -47,7 +56,7 @@ def read_published(path: Path = PUBLISHED) -> Library:
                 str(row["method"]),
                 str(row["metric"]),
             ): Published(
-                float(row["value"]), str(row["confidence"]), str(row["source"]), str(row["table"])
+                str(row["value"]), str(row["confidence"]), str(row["source"]), str(row["table"])
             )
             for row in rows
         }

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from iosvd.config import baselines, expand
 from iosvd.errors import ConfigError, RecordError
 from iosvd.fingerprints import digest
 from iosvd.records import Record, read_record, run_folder
 from iosvd.run import Run
+from iosvd.sweeps import baselines, expand
 from iosvd.tables.table import Found
 
 

@@ -12,6 +12,10 @@ from iosvd.tables.spec import RowSpec, TableSpec
 
 AVERAGE = "average_acc"
 DENSE = "dense"
+# METHODS 9: what the papers' average is over.
+SEVEN_TASKS = frozenset(
+    ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa"]
+)
 # What papers print of a model other than the table's, shown in columns of its own.
 _REFERENCE_METRICS = ("wikitext2_ppl", "ptb_ppl", "c4_ppl", AVERAGE)
 
@@ -45,7 +49,14 @@ class Cell:
 
     measured: float | None = None
     published: Published | None = None
+    same_items: bool = True  # Whether both were measured on the same windows or items.
     place: int = 0  # 1: best of the group's rows, 2: second, 0: neither.
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether the difference between the two values means anything."""
+        both = self.measured is not None and self.published is not None
+        return both and self.same_items and self.published.is_exact  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -129,10 +140,18 @@ def _row(
             else None
         )
         measured = None if column.reference or record is None else record.value(column.metric)
-        return Cell(measured, published)
+        return Cell(measured, published, mine is not None and _same_items(mine.run, column.metric))
 
     cells = tuple(cell(column) for column in columns)
     return Row(model, ratio, row.name, row.label, cells, record, mine is not None)
+
+
+def _same_items(run: Run, metric: str) -> bool:
+    """Whether a run measures a metric on all that the papers measure it on."""
+    if metric.endswith("_ppl"):
+        return run.eval.windows == 0
+    tasks = run.eval.zero_shot
+    return tasks.limit == 0 and (metric != AVERAGE or set(tasks.tasks) == SEVEN_TASKS)
 
 
 def _columns(spec: TableSpec, found: Sequence[Found]) -> tuple[Column, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iosvd.tables.published import Published
 from iosvd.tables.table import Cell, Column, Row, Table
 
 GAP = "–"
@@ -41,18 +40,13 @@ def cell_text(cell: Cell, column: Column) -> CellText:
         measured = ""
     if cell.published is None:
         return CellText(measured or GAP, cell.place)
-    value, mark = published_text(cell.published, column)
     difference = ""
-    if cell.measured is not None:
-        difference = f"{cell.measured - cell.published.value:+,.{column.digits}f}"
-        difference = difference.replace("-", "−")
-    return CellText(measured, cell.place, value, mark, difference)
-
-
-def published_text(published: Published, column: Column) -> tuple[str, str]:
-    """Write a published value and the mark of its confidence; papers give two decimals or none."""
-    whole = column.is_perplexity and published.value == int(published.value)
-    return number(published.value, 0 if whole else 2), MARKS[published.confidence]
+    if cell.is_compared:
+        assert cell.measured is not None
+        change = cell.measured - cell.published.value
+        difference = ("−" if change < 0 else "+") + number(abs(change), column.digits)
+    published = cell.published
+    return CellText(measured, cell.place, published.text, MARKS[published.confidence], difference)
 
 
 def number(value: float, digits: int) -> str:

@@ -1,0 +1,109 @@
+"""From the overrides of a sweep to its runs, as Hydra would launch them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from iosvd.budget import check_ratio
+from iosvd.config import (
+    METHOD_GROUPS,
+    compose,
+    compose_run,
+    group_of,
+    label,
+    method_options,
+    number,
+    one_line,
+)
+from iosvd.errors import ConfigError
+from iosvd.run import Run
+
+# A row says these by itself.
+_SHOWN_APART = frozenset({"method", "ratio", "model", "model.path", "model.hub_id", "model.name"})
+
+
+def expand(overrides: Sequence[str], sweep: bool) -> list[Run]:
+    """Compose and check the run of these overrides, or every run of the sweep they describe.
+
+    A run of a sweep is named after its method and what distinguishes it from the others; what the
+    command line fixes for all of them names none.
+
+    Raises:
+        ConfigError: one line that names the option and what it may be.
+    """
+    if not sweep:
+        return [compose_run(overrides)]
+    jobs = _jobs(overrides)
+    common = set.intersection(*map(set, jobs))
+    fixed = {line for line in common if _key(line) in {_key(given) for given in overrides}}
+    return [
+        dataclasses.replace(run, label=_label(run, job, common, fixed))
+        for run, job in zip(_composed_once(jobs), jobs, strict=True)
+    ]
+
+
+def baselines(overrides: Sequence[str]) -> list[Run]:
+    """Return the dense runs that the rows of a sweep are to be compared with, one for each model.
+
+    They have one ratio and no method's options, so they cannot be cells of the sweep itself.
+    """
+    dropped = {*METHOD_GROUPS, "method", "ratio"}
+    jobs = [tuple(o for o in job if group_of(o) not in dropped) for job in _jobs(overrides)]
+    runs = [compose_run([*job, "method=dense", "ratio=1"]) for job in dict.fromkeys(jobs)]
+    # What calibrates does not change the dense model.
+    measured = {json.dumps([r.config["model"], r.config["eval"]]): r for r in reversed(runs)}
+    return list(reversed(measured.values()))
+
+
+def _jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """Split a sweep into the overrides of its runs, as Hydra's launcher does."""
+    experiment = [line for line in overrides if _key(line) == "experiment"]
+    # Only an experiment can bring sweep parameters; the rest may hold values of a sweep.
+    parameters = compose(experiment).hydra.sweeper.params or {}
+    lines = [f"{key}={value}" for key, value in parameters.items()] + list(overrides)
+    try:
+        jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), None)
+    except HydraException as error:
+        raise ConfigError(one_line(error)) from None
+    return list(jobs[0])
+
+
+def _composed_once(jobs: Sequence[Sequence[str]]) -> list[Run]:
+    """Compose the runs; those that differ in the ratio alone, to which nothing refers, at once.
+
+    A composition takes Hydra a tenth of a second, and a table has dozens of runs.
+    """
+    composed: dict[tuple[str, ...], Run] = {}
+    runs = []
+    for job in jobs:
+        rest = tuple(line for line in job if group_of(line) != "ratio")
+        run = composed[rest] = composed.get(rest) or compose_run(rest)
+        for line in job:
+            if group_of(line) == "ratio":
+                run = _at_ratio(run, line)
+        runs.append(run)
+    return runs
+
+
+def _at_ratio(run: Run, override: str) -> Run:
+    (parsed,) = OverridesParser.create().parse_overrides([override])
+    ratio = number(parsed.value(), "ratio")
+    check_ratio(ratio)
+    return dataclasses.replace(run, ratio=ratio, config={**run.config, "ratio": parsed.value()})
+
+
+def _label(run: Run, job: Sequence[str], common: set[str], fixed: set[str]) -> str:
+    method = run.label.partition("[")[0]
+    changed = [line for line in method_options(job) if line not in fixed]
+    other = [x for x in job if x not in common and x not in changed and _key(x) not in _SHOWN_APART]
+    return label(method, changed + other)
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=")[0]
