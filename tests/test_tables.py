@@ -190,6 +190,7 @@ def test_the_published_model_has_the_value_and_the_difference_in_each_cell() -> 
         ("eval.zero_shot.tasks=[piqa,mathqa]", "average_acc"),
         ("eval.zero_shot.limit=9", "average_acc"),
         ("eval.windows=9", "wikitext2_ppl"),
+        ("eval.seq_len=512", "wikitext2_ppl"),
     ],
 )
 def test_no_difference_to_what_was_measured_on_other_items(option: str, metric: str) -> None:

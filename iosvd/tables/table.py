@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from iosvd.config import PROTOCOL_LENGTH
 from iosvd.records import Record
 from iosvd.run import Run
 from iosvd.tables.published import Library, Published, look_up
@@ -149,7 +150,7 @@ def _row(
 def _same_items(run: Run, metric: str) -> bool:
     """Whether a run measures a metric on all that the papers measure it on."""
     if metric.endswith("_ppl"):
-        return run.eval.windows == 0
+        return run.eval.windows == 0 and run.eval.seq_len == PROTOCOL_LENGTH
     tasks = run.eval.zero_shot
     return tasks.limit == 0 and (metric != AVERAGE or set(tasks.tasks) == SEVEN_TASKS)
 
@@ -177,8 +178,7 @@ _EXTRA = {
 
 def _reference(metric: str, model: str) -> Column:
     name = "average" if metric == AVERAGE else metric.replace("_ppl", " ppl")
-    digits = 2
-    return Column(metric, f"published, {model}: {name}", digits, 0, reference=True)
+    return Column(metric, f"published, {model}: {name}", 2, 0, reference=True)
 
 
 def _without_empty_references(
