@@ -92,7 +92,12 @@ def _protocol(run: Run) -> str:
     """Say which model was measured how, as the runs have it (METHODS 9 asks for id and joins)."""
     calibration, evaluation, model = run.calibration, run.eval, run.model
     source = model.path or (f"embedded {model.name}" if model.embedded else model.hub_id)
-    joins = [f"{text.name} joined by {text.join!r}" for text in evaluation.texts.values()]
+    joins = [
+        f"{text.name}, every document a sequence"
+        if text.document_windows
+        else f"{text.name} joined by {text.join!r}"
+        for text in evaluation.texts.values()
+    ]
     parts = [
         f"Model {source}, {model.dtype.value}",
         f"calibration {calibration.windows} × {calibration.seq_len} tokens of {run.dataset.name},"
