@@ -1,9 +1,15 @@
 """Low-rank compression of large language models: IO-SVD and the methods it is compared with.
 
-Importing the package teaches transformers to load and save compressed checkpoints.
+Importing the package teaches transformers to load and save compressed checkpoints, as soon as
+transformers has loaded what it knows of them: that takes seconds, which tables do without.
 """
 
-from iosvd.checkpoint import export_dense, save
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from wrapt import when_imported
+
 from iosvd.data import calibration_windows, evaluation_windows
 from iosvd.errors import IosvdError
 from iosvd.evaluation.perplexity import perplexity
@@ -11,6 +17,9 @@ from iosvd.evaluation.zero_shot import ZeroShot, load_tasks, zero_shot
 from iosvd.models import Model, load_model, load_tokenizer
 from iosvd.pipeline import Compressed, compress
 from iosvd.texts import Dataset, Split
+
+if TYPE_CHECKING:
+    from iosvd.checkpoint import export_dense, save
 
 __all__ = [
     "Compressed",
@@ -30,3 +39,14 @@ __all__ = [
     "save",
     "zero_shot",
 ]
+
+
+@when_imported("transformers.quantizers.auto")
+def _teach_transformers(_: ModuleType) -> None:
+    import_module("iosvd.checkpoint")
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("export_dense", "save"):
+        return getattr(import_module("iosvd.checkpoint"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from iosvd.checkpoint import save
 from iosvd.data import calibration_windows, check_vocabulary, evaluation_windows
 from iosvd.errors import ConfigError, IosvdError, ModelError
 from iosvd.evaluation.perplexity import perplexity
@@ -188,6 +187,8 @@ def _stage_summary(stage: Stage) -> dict[str, float]:
 def _save_checkpoint(
     model: PreTrainedModel, folder: Path, plan: Plan, tokenizer: PreTrainedTokenizerBase
 ) -> None:
+    from iosvd.checkpoint import save  # Imports much of transformers.
+
     if folder.exists():  # Left by a run that ended before its metrics were written.
         shutil.rmtree(folder)
     save(model, folder, plan, tokenizer)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from iosvd.allocation import Allocation
 from iosvd.budget import Budget, Shape
-from iosvd.checkpoint import mark_compressed_
 from iosvd.data import warn_if_few
 from iosvd.errors import ModelError
 from iosvd.factorization import Factorization, truncate
@@ -74,6 +73,8 @@ def compress(
     Raises:
         IosvdError: one line that names the cause and the remedy.
     """
+    from iosvd.checkpoint import mark_compressed_  # Imports much of transformers.
+
     if low_rank_layers(model):
         raise ModelError("this model is compressed already; start from the dense one")
     clock = StageClock()

@@ -303,3 +303,21 @@ def test_first_tensor_of_a_layer_never_has_the_dense_shape() -> None:
     for rank in range(1, 6):
         layer = LowRankLinear(in_features=6, out_features=6, rank=rank)
         assert layer.weight.shape != (6, 6)
+
+
+@pytest.mark.parametrize("first", ["iosvd", "transformers.quantizers.auto"])
+def test_transformers_is_taught_whichever_is_imported_first(first: str) -> None:
+    """And the import itself is light: rendering a table must not wait for transformers' models."""
+    code = f"""
+import importlib, sys
+importlib.import_module({first!r})
+light = "transformers.modeling_utils" not in sys.modules
+import iosvd
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert "iosvd" in AUTO_QUANTIZER_MAPPING
+assert iosvd.save and iosvd.export_dense
+print(light)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert first != "iosvd" or done.stdout == "True\n"
