@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from iosvd.config import compose_run
 from iosvd.data import calibration_windows
-from iosvd.errors import IosvdError
+from iosvd.errors import exit_in_one_line
 from iosvd.execution import batch_size, compress_as, device_for
 from iosvd.models import load_model, load_tokenizer
 from iosvd.run import Run
@@ -148,8 +148,5 @@ def report(frame: pandas.DataFrame, reference: Stage, base: Run, tokens: Tensor)
 
 
 if __name__ == "__main__":
-    try:
+    with exit_in_one_line():
         benchmark(sys.argv[1:])
-    except IosvdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -13,30 +13,26 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from iosvd.config import table_spec
-from iosvd.errors import IosvdError, RecordError
+from iosvd.errors import RecordError, exit_in_one_line
 from iosvd.tables.comparison import compare_with_published, compare_with_table, outside
-from iosvd.tables.published import read_published
-from iosvd.tables.sweep import Sweep, find
-from iosvd.tables.table import build_table
+from iosvd.tables.sweep import read_table
 
 
 def compare(overrides: list[str]) -> bool:
     """Print the cells outside tolerance; return whether there is none."""
     references = [o.split("=", 1)[1] for o in overrides if o.startswith("reference=")]
-    sweep = Sweep.from_overrides([o for o in overrides if not o.startswith("reference=")])
-    spec, on_disk = table_spec(sweep.experiment), find(sweep)
-    table = build_table(spec, on_disk.found, read_published())
+    read = read_table([o for o in overrides if not o.startswith("reference=")])
+    sweep, tolerance = read.sweep, read.spec.tolerance
     compared = (
-        compare_with_table(table, Path(references[-1]), spec.tolerance)
+        compare_with_table(read.table, Path(references[-1]), tolerance)
         if references
-        else compare_with_published(table, spec.tolerance)
+        else compare_with_published(read.table, tolerance)
     )
     if not compared:
         models = ", ".join(dict.fromkeys(run.model.name for run in sweep.runs))
         raise RecordError(
-            f"nothing to compare: {len(on_disk.records)} of {len(sweep.runs)} runs of {models} are"
-            " complete, and none has a reference; run the sweep, or give reference=FILE.csv"
+            f"nothing to compare: {len(read.on_disk.records)} of {len(sweep.runs)} runs of {models}"
+            " are complete, and none has a reference; run the sweep, or give reference=FILE.csv"
         )
     far = outside(compared)
     for comparison in far:
@@ -46,8 +42,5 @@ def compare(overrides: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_in_one_line():
         sys.exit(0 if compare(sys.argv[1:]) else 1)
-    except (IosvdError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from iosvd.dashboard import read_runs, to_page
-from iosvd.errors import IosvdError, RecordError
+from iosvd.errors import RecordError, exit_in_one_line
 
 
 def write(results: Path) -> Path:
@@ -31,8 +31,5 @@ def write(results: Path) -> Path:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s %(message)s")
-    try:
+    with exit_in_one_line():
         print(write(Path(*sys.argv[1:2] or ["results"])))
-    except (IosvdError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

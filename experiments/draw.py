@@ -9,26 +9,19 @@ Writes <results>/figures/<experiment>-<model>-<figure>.png, or of another format
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from iosvd import figures
-from iosvd.config import table_spec
-from iosvd.errors import ConfigError, IosvdError, RecordError
-from iosvd.records import PLAN, SPECTRA, run_folder
+from iosvd.errors import ConfigError, exit_in_one_line
+from iosvd.records import read_plan_and_spectra, run_folder
 from iosvd.tables.frame import to_frame
-from iosvd.tables.published import read_published
 from iosvd.tables.spec import TableSpec
-from iosvd.tables.sweep import OnDisk, Sweep, find
-from iosvd.tables.table import AVERAGE, Table, build_table
+from iosvd.tables.sweep import OnDisk, SweepTable, read_table
+from iosvd.tables.table import AVERAGE, Table
 from iosvd.tracking import log_sweep
 
 # Without date or version inside, the same runs give the same file.
@@ -40,9 +33,9 @@ def draw(overrides: list[str]) -> list[Path]:
     form = next((o.split("=")[1] for o in overrides if o.startswith("format=")), "png")
     if form not in FORMATS:
         raise ConfigError(f"format={form} is unknown; formats: {', '.join(FORMATS)}")
-    sweep = Sweep.from_overrides([o for o in overrides if not o.startswith("format=")])
-    spec, on_disk = table_spec(sweep.experiment), find(sweep)
-    drawn = _curves(spec, on_disk) | _runs(spec, on_disk)
+    read = read_table([o for o in overrides if not o.startswith("format=")])
+    sweep = read.sweep
+    drawn = _curves(read) | _runs(read.spec, read.on_disk)
     folder = sweep.results / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{sweep.name}-{name}.{form}" for name in drawn}
@@ -52,18 +45,17 @@ def draw(overrides: list[str]) -> list[Path]:
     return list(paths.values())
 
 
-def _curves(spec: TableSpec, on_disk: OnDisk) -> dict[str, Figure]:
+def _curves(read: SweepTable) -> dict[str, Figure]:
     """Draw quality against each of the preset's axes."""
-    if not on_disk.records:
+    if not read.on_disk.records:
         return {}
-    table = build_table(spec, on_disk.found, read_published())
-    frame = to_frame(table)
+    table, frame = read.table, to_frame(read.table)
     titles = {column.metric: column.title for column in table.columns}
     titles |= {"ratio": "maintenance ratio", "target_bytes": "bytes of the target layers"}
     drawn = {}
-    for x in spec.curves:
+    for x in read.spec.curves:
         if "." in x:
-            frame[x] = frame["label"].map(_option_by_label(x, on_disk))
+            frame[x] = frame["label"].map(_option_by_label(x, read.on_disk))
             drawn[x] = figures.quality_against_option(frame, x, _measures(table), titles)
         else:
             drawn[x] = figures.quality_against(frame, x, _measures(table), titles)
@@ -89,26 +81,13 @@ def _runs(spec: TableSpec, on_disk: OnDisk) -> dict[str, Figure]:
     for label, ratio in spec.shown_run.items():
         for found in on_disk.found:
             if (found.run.label, found.run.ratio) == (label, ratio) and found.record is not None:
-                plan, sigma = _plan_and_spectra(run_folder(found.run))
+                plan, sigma = read_plan_and_spectra(run_folder(found.run))
                 drawn[f"ranks-{label}-{ratio:g}"] = figures.rank_map(plan["sites"])
                 drawn[f"spectra-{label}"] = figures.spectra(sigma)
     return drawn
 
 
-def _plan_and_spectra(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        return plan, load_file(folder / SPECTRA)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise RecordError(
-            f"cannot read the plan and spectra in {folder} ({error}); remove it and run again"
-        ) from error
-
-
 if __name__ == "__main__":
-    try:
+    with exit_in_one_line():
         for path in draw(sys.argv[1:]):
             print(path)
-    except (IosvdError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -11,25 +11,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from iosvd.config import table_spec
-from iosvd.errors import IosvdError
+from iosvd.errors import exit_in_one_line
 from iosvd.tables.frame import to_frame
 from iosvd.tables.latex import to_latex
 from iosvd.tables.markdown import to_markdown
 from iosvd.tables.notes import notes
-from iosvd.tables.published import read_published
-from iosvd.tables.sweep import Sweep, find
-from iosvd.tables.table import build_table
+from iosvd.tables.sweep import read_table
 from iosvd.tracking import log_sweep
 
 
 def render(overrides: list[str]) -> None:
     """Write and print one table."""
-    sweep = Sweep.from_overrides(overrides)
-    spec = table_spec(sweep.experiment)
-    on_disk = find(sweep)
-    table = build_table(spec, on_disk.found, read_published())
-    below = notes(table, on_disk, spec, sweep)
+    read = read_table(overrides)
+    sweep, table = read.sweep, read.table
+    below = notes(table, read.on_disk, read.spec, sweep)
     folder = sweep.results / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     text = to_markdown(table, below)
@@ -46,8 +41,5 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_in_one_line():
         render(sys.argv[1:])
-    except (IosvdError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from iosvd.errors import ConfigError, IosvdError
+from iosvd.errors import ConfigError, exit_in_one_line
 from iosvd.run import Tracking, TrackingMode
 from iosvd.tracking import check_tracking
 
@@ -90,8 +90,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_in_one_line():
         main(sys.argv[1:])
-    except IosvdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from iosvd.budget import check_ratio
-from iosvd.errors import ConfigError, check_at_least
+from iosvd.errors import ConfigError, check_at_least, one_line
 from iosvd.factorization import Algorithm, Factorization, Precision
 from iosvd.models import Model, context_of
 from iosvd.run import Calibration, Evaluation, Run, Runtime, Tracking
@@ -239,11 +239,6 @@ def _explain(error: HydraException, overrides: Sequence[str]) -> str:
     known = siblings if isinstance(siblings, DictConfig) else compose([])
     listed = ", ".join(str(k) for k in known if k not in ("hydra", "_target_")) or "none"
     return f"unknown option {match[1]}; {where}: {listed}"
-
-
-def one_line(error: BaseException) -> str:
-    """Return the text of an error on one line."""
-    return " ".join(str(error).split())
 
 
 def _first_line(error: BaseException) -> str:

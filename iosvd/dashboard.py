@@ -11,8 +11,8 @@ from typing import Any
 
 from iosvd.config import METHOD_GROUPS
 from iosvd.errors import RecordError
-from iosvd.figures import plan_frame
 from iosvd.models import ASSETS
+from iosvd.plan import plan_frame
 from iosvd.records import METRICS, PLAN, read_record
 
 log = logging.getLogger(__name__)

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class IosvdError(Exception):
     """Base of all errors that a user can cause; its text is one line."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error, also of a library's, on one line."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def exit_in_one_line() -> Iterator[None]:
+    """End a command that a user's error stops: one line on standard error, status 2."""
+    try:
+        yield
+    except (IosvdError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
 
 
 class ConfigError(IosvdError):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from iosvd.data import calibration_windows, check_vocabulary, evaluation_windows
-from iosvd.errors import ConfigError, IosvdError, ModelError
+from iosvd.errors import ConfigError, IosvdError, ModelError, one_line
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.zero_shot import ZeroShotResult, load_tasks, zero_shot
 from iosvd.fingerprints import digest
@@ -225,7 +225,7 @@ def _device_name(model: PreTrainedModel) -> str:
 
 def _record_failure(error: Exception, folder: Path) -> None:
     known = isinstance(error, IosvdError)
-    line = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    line = str(error) if known else f"{type(error).__name__}: {one_line(error)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trace = traceback.format_exception(error)

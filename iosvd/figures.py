@@ -12,30 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
 
+from iosvd.plan import layer_and_role, plan_frame
 from iosvd.tables.table import DENSE
 
 _WIDTH = 7.0  # Inches.
 _MARKERS = "os^Dv<>PX*"
-
-
-def layer_and_role(site: str) -> tuple[int, str]:
-    """Split a site's name at its first number: model.layers.3.mlp.up_proj is (3, mlp.up_proj)."""
-    parts = site.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if place is None:
-        return 0, site
-    return int(parts[place]), ".".join(parts[place + 1 :])
-
-
-def plan_frame(sites: Mapping[str, Mapping[str, Any]]) -> pandas.DataFrame:
-    """Return one row per site of a plan: name, layer, role, rank, share of its parameters kept."""
-    rows = []
-    for name, site in sites.items():
-        layer, role = layer_and_role(name)
-        m, n, rank = site["out_features"], site["in_features"], site["rank"]
-        kept = 1.0 if site["dense"] else rank * (m + n) / (m * n)
-        rows.append({"site": name, "layer": layer, "role": role, "rank": rank, "kept": kept})
-    return pandas.DataFrame(rows)
 
 
 def rank_map(sites: Mapping[str, Mapping[str, Any]]) -> Figure:

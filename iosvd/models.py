@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from iosvd.errors import ConfigError, IosvdError, ModelError
+from iosvd.errors import ConfigError, IosvdError, ModelError, one_line
 from iosvd.sites import SiteSelection
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
@@ -116,7 +116,7 @@ def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
         raise
     # transformers, safetensors and the hub client raise many types for a model that cannot be had.
     except Exception as error:
-        cause = " ".join(str(error).split())[:300]
+        cause = one_line(error)[:300]
         if folder is not None:
             raise ModelError(f"cannot load the model in {folder}: {cause}") from error
         raise ModelError(

@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iosvd.budget import Budget
 from iosvd.types import Spectrum
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -90,3 +93,25 @@ def _site_plan(rank: int, spectrum: Spectrum, budget: Budget, name: str) -> Site
         damping_output=spectrum.damping_output,
         damping_input=spectrum.damping_input,
     )
+
+
+def layer_and_role(site: str) -> tuple[int, str]:
+    """Split a site's name at its first number: model.layers.3.mlp.up_proj is (3, mlp.up_proj)."""
+    parts = site.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if place is None:
+        return 0, site
+    return int(parts[place]), ".".join(parts[place + 1 :])
+
+
+def plan_frame(sites: Mapping[str, Mapping[str, Any]]) -> pandas.DataFrame:
+    """Return one row per site of a plan: name, layer, role, rank, share of its parameters kept."""
+    import pandas
+
+    rows = []
+    for name, site in sites.items():
+        layer, role = layer_and_role(name)
+        m, n, rank = site["out_features"], site["in_features"], site["rank"]
+        kept = 1.0 if site["dense"] else rank * (m + n) / (m * n)
+        rows.append({"site": name, "layer": layer, "role": role, "rank": rank, "kept": kept})
+    return pandas.DataFrame(rows)

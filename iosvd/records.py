@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from iosvd.errors import RecordError
 from iosvd.fingerprints import digest
 from iosvd.run import Run
@@ -128,3 +132,18 @@ def _record(metrics: Mapping[str, Any]) -> Record:
         model_revision=metrics["model_revision"],
         commit=metrics["commit"],
     )
+
+
+def read_plan_and_spectra(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the plan of a complete run, and all singular values of every site.
+
+    Raises:
+        RecordError: one of them is absent or damaged.
+    """
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        return plan, load_file(folder / SPECTRA)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RecordError(
+            f"cannot read the plan and spectra in {folder} ({error}); remove it and run again"
+        ) from error

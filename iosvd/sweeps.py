@@ -19,9 +19,8 @@ from iosvd.config import (
     label,
     method_options,
     number,
-    one_line,
 )
-from iosvd.errors import ConfigError
+from iosvd.errors import ConfigError, one_line
 from iosvd.run import Run
 
 # A row says these by itself.

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from iosvd.errors import ConfigError, DataError, check_at_least
+from iosvd.errors import ConfigError, DataError, check_at_least, one_line
 from iosvd.pydoc_text import pydoc_documents
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -101,7 +101,7 @@ def _read_local(path: Path, dataset: Dataset) -> list[str]:
             else pandas.read_parquet(path)
         )
     except (ValueError, OSError) as error:
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise DataError(f"cannot read {path}: {one_line(error)}") from error
     if dataset.text_field not in table:
         raise DataError(
             f"{path} has no field {dataset.text_field!r} (fields: {', '.join(map(str, table))});"
@@ -139,7 +139,7 @@ def _read_hub(dataset: Dataset, split: Split) -> list[str]:
     ) as error:
         raise DataError(
             f"cannot load {dataset.hub_id} ({name}) from the hub:"
-            f" {' '.join(str(error).split())[:200]};"
+            f" {one_line(error)[:200]};"
             f" to use a local copy set the path of dataset {dataset.name} to a folder"
             " (dataset.path=FOLDER, or eval.texts.<name>.path=FOLDER)"
         ) from error

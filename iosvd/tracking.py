@@ -15,11 +15,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
-
-from iosvd.errors import ConfigError
+from iosvd.errors import ConfigError, one_line
 from iosvd.fingerprints import digest
-from iosvd.records import CHECKPOINT, METRICS, PLAN, SPECTRA, TRACKED, write_json
+from iosvd.plan import plan_frame
+from iosvd.records import CHECKPOINT, METRICS, TRACKED, read_plan_and_spectra, write_json
 from iosvd.run import Run, Tracking, TrackingMode
 
 if TYPE_CHECKING:  # Takes a second to import, and most runs do without.
@@ -44,7 +43,7 @@ def check_tracking(tracking: Tracking) -> None:
     try:
         reason = None if wandb.login(prompt=False) else "there is no key"
     except Exception as error:  # noqa: BLE001 (wandb raises many types, for instance for a bad key)
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
     if reason is not None:
         raise ConfigError(
             f"wandb=online, but {reason}: set WANDB_API_KEY or call `wandb login`,"
@@ -85,7 +84,7 @@ def _forgiven(consequence: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 (wandb raises many types)
-        log.warning("wandb: %s (%s)", consequence, " ".join(str(error).split()))
+        log.warning("wandb: %s (%s)", consequence, one_line(error))
 
 
 def open_run(run: Run, name: str, identity: str, **options: Any) -> wandb.Run:
@@ -125,12 +124,9 @@ def log_complete(run: wandb.Run, folder: Path, checkpoint: bool = False) -> None
 
     from iosvd import figures
 
-    plan = json.loads((folder / PLAN).read_text())
-    pictures = {
-        "ranks": figures.rank_map(plan["sites"]),
-        "spectra": figures.spectra(load_file(folder / SPECTRA)),
-    }
-    log_media(run, {"plan": figures.plan_frame(plan["sites"])}, pictures)
+    plan, sigma = read_plan_and_spectra(folder)
+    pictures = {"ranks": figures.rank_map(plan["sites"]), "spectra": figures.spectra(sigma)}
+    log_media(run, {"plan": plan_frame(plan["sites"])}, pictures)
     run.summary.update(json.loads((folder / METRICS).read_text()))
     if checkpoint and (folder / CHECKPOINT).is_dir():
         artifact = wandb.Artifact(f"{run.id}-checkpoint", type="model")

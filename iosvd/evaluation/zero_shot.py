@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iosvd.errors import DataError, check_at_least
+from iosvd.errors import DataError, check_at_least, one_line
 from iosvd.evaluation import pydoc_task
 from iosvd.progress import bars_for_people
 
@@ -26,9 +26,8 @@ SUFFIXES = (".jsonl", ".parquet")
 class ZeroShot:
     """Which tasks are measured, and where their items come from."""
 
-    tasks: list[str] = field(
-        default_factory=list
-    )  # Names of lm-eval's, or the embedded pydoc_continuation.
+    # Names of lm-eval's, or the embedded pydoc_continuation.
+    tasks: list[str] = field(default_factory=list)
     path: str | None = None  # A folder with a folder for each task, which precedes the hub.
     limit: int = 0  # Only the first so many items of each task; 0: all.
 
@@ -191,7 +190,7 @@ def _load_named(name: str, yaml: str, where: str) -> Task:
             return _only(manager.load([name])["tasks"])
         # datasets and templates raise many types for items that are damaged or cannot be had.
         except Exception as error:
-            cause = " ".join(str(error.__cause__ or error).split())[:200]
+            cause = one_line(error.__cause__ or error)[:200]
             raise DataError(
                 f"cannot load the items of {name} from {where}: {cause};"
                 " set eval.zero_shot.path=FOLDER to a folder with a folder for each task"

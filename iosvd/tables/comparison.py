@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas
 
-from iosvd.errors import RecordError
+from iosvd.errors import RecordError, one_line
 from iosvd.tables.spec import Tolerance
 from iosvd.tables.table import Column, Row, Table
 
@@ -53,7 +53,7 @@ def compare_with_table(table: Table, path: Path, tolerance: Tolerance) -> list[C
         rows = dict(zip(keys, earlier.to_dict("records"), strict=True))
         return list(_with_rows(table, rows, tolerance))
     except (OSError, ValueError, KeyError) as error:
-        cause = " ".join(str(error).split())
+        cause = one_line(error)
         raise RecordError(f"cannot read {path}: {cause}; give a rendered table's csv") from None
 
 

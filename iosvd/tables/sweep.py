@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from iosvd.config import table_spec
 from iosvd.errors import ConfigError, RecordError
 from iosvd.fingerprints import digest
 from iosvd.records import Record, read_record, run_folder
 from iosvd.run import Run
 from iosvd.sweeps import baselines, expand
-from iosvd.tables.table import Found
+from iosvd.tables.published import read_published
+from iosvd.tables.spec import TableSpec
+from iosvd.tables.table import Found, Table, build_table
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,23 @@ class OnDisk:
     @property
     def records(self) -> list[Record]:
         return [found.record for found in self.found if found.record is not None]
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """A sweep's table as it stands, and what it was made of."""
+
+    sweep: Sweep
+    spec: TableSpec
+    on_disk: OnDisk
+    table: Table
+
+
+def read_table(overrides: Sequence[str]) -> SweepTable:
+    """Build the table of the sweep that these overrides describe from what is on disk."""
+    sweep = Sweep.from_overrides(overrides)
+    spec, on_disk = table_spec(sweep.experiment), find(sweep)
+    return SweepTable(sweep, spec, on_disk, build_table(spec, on_disk.found, read_published()))
 
 
 def find(sweep: Sweep) -> OnDisk:
