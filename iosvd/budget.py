@@ -1,12 +1,14 @@
-"""What ranks cost, and how many parameters may be kept (METHODS 4)."""
+"""What ranks cost in bits, and how many bits may be kept (METHODS 4 and 6)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from iosvd.errors import BudgetError
+
+ENTRY_BITS = 16  # Of an entry of the dense model, whatever dtype it is computed in.
 
 
 @dataclass(frozen=True)
@@ -21,27 +23,47 @@ class Shape:
         return min(self.m, self.n)
 
     @property
-    def dense_cost(self) -> int:
+    def entries(self) -> int:
         return self.m * self.n
 
-    @property
-    def component_cost(self) -> int:
-        """Parameters of one more rank."""
-        return self.m + self.n
+    def entries_at(self, rank: int) -> int:
+        """Entries of the two factors."""
+        return rank * (self.m + self.n)
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """What a quantisation takes to store a site, in bits: dense, or `fixed` and so much a rank."""
+
+    dense: int
+    fixed: int
+    component: int
+
+    def at(self, rank: int) -> int:
+        """Bits stored for a rank; above break-even the site stays dense."""
+        return min(self.dense, self.fixed + rank * self.component)
 
     @property
     def break_even_rank(self) -> int:
-        """The largest rank whose factors are smaller than the dense weight."""
-        return (self.m * self.n - 1) // (self.m + self.n)
+        """The largest rank whose factors are smaller than the dense weight; 0: always dense."""
+        return max(0, (self.dense - self.fixed - 1) // self.component)
 
-    def cost(self, rank: int) -> int:
-        """Parameters stored for a rank; above break-even the site stays dense."""
-        return min(self.dense_cost, rank * self.component_cost)
+
+def sixteen_bits(shape: Shape) -> SiteCost:
+    """Cost without quantisation: 16 bits an entry."""
+    return SiteCost(ENTRY_BITS * shape.entries, fixed=0, component=ENTRY_BITS * shape.entries_at(1))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The maintenance ratio over all target sites: parameters kept / parameters of the sites.
+    """The maintenance ratio over all target sites: bits kept / 16 bits for every entry.
+
+    Without quantisation that is parameters kept / parameters of the sites.
+
+    Args:
+        shapes: of the sites.
+        ratio: what may be kept.
+        cost_of: the cost of a site under the quantisation.
 
     Raises:
         BudgetError: the ratio is outside (0, 1], or below what rank 1 at every site needs.
@@ -49,38 +71,54 @@ class Budget:
 
     shapes: Mapping[str, Shape]
     ratio: float
+    cost_of: Callable[[Shape], SiteCost] = sixteen_bits
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        floor = sum(shape.cost(1) for shape in self.shapes.values())
+        floor = sum(self.costs[site].at(1) for site in self.shapes)
         if floor > self.limit:
             # Rounded up, so that the number in the message is itself feasible.
             smallest = math.ceil(1e4 * floor / self.total) / 1e4
+            dense = all(cost.break_even_rank == 0 for cost in self.costs.values())
             raise BudgetError(
-                f"ratio {self.ratio:g} is below {smallest:g}, what rank 1 at every one of the"
+                f"ratio {self.ratio:g} is below {smallest:g}, what"
+                f" {'storing' if dense else 'rank 1 at'} every one of the"
                 f" {len(self.shapes)} sites needs;"
                 " raise ratio or exclude sites (model.sites.exclude)"
             )
 
     @property
+    def costs(self) -> dict[str, SiteCost]:
+        """The cost of every site."""
+        return {site: self.cost_of(shape) for site, shape in self.shapes.items()}
+
+    @property
     def total(self) -> int:
-        """Parameters of all target sites."""
-        return sum(shape.dense_cost for shape in self.shapes.values())
+        """Bits of all target sites, dense."""
+        return ENTRY_BITS * sum(shape.entries for shape in self.shapes.values())
 
     @property
     def limit(self) -> int:
-        """Parameters that may be kept."""
+        """Bits that may be kept."""
         # Rounded first: 0.8 * 45 is 36.00000000000001, but 0.7 * 10 is 6.999999999999999.
         return math.floor(round(self.ratio * self.total, 6))
 
     def cost(self, ranks: Mapping[str, int]) -> int:
-        """Parameters kept under these ranks."""
-        return sum(shape.cost(ranks[site]) for site, shape in self.shapes.items())
+        """Bits kept under these ranks."""
+        return sum(cost.at(ranks[site]) for site, cost in self.costs.items())
+
+    def factorised(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        """Return the ranks of the sites that are not above break-even, and so not dense."""
+        return {
+            site: ranks[site]
+            for site, cost in self.costs.items()
+            if ranks[site] <= cost.break_even_rank
+        }
 
 
 def check_ratio(ratio: float) -> None:
     """Raise BudgetError unless the ratio is in (0, 1]."""
     if not 0 < ratio <= 1:
         raise BudgetError(
-            f"ratio {ratio:g} is outside (0, 1]; it is the share of the parameters that is kept"
+            f"ratio {ratio:g} is outside (0, 1]; it is the share of the bits that is kept"
         )

@@ -1,7 +1,7 @@
 """Compressed models as ordinary Hugging Face folders (ECOSYSTEM: transformers' extension point).
 
-`config.json` holds the ranks under `quantization_config`; importing iosvd tells transformers what
-they mean, so `from_pretrained` and `save_pretrained` work as for any model. Without the import,
+`config.json` holds ranks and rows under `quantization_config`; importing iosvd tells transformers
+what they mean, so `from_pretrained` and `save_pretrained` work as for any model. Without the import,
 loading fails on the factors' shapes.
 """
 
@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from iosvd.errors import CheckpointError
-from iosvd.modules import LowRankLinear
+from iosvd.errors import CheckpointError, one_line
+from iosvd.four_bit import FourBitLinear
+from iosvd.modules import empty_layer
 from iosvd.plan import Plan
-from iosvd.replacement import densify_
+from iosvd.replacement import compressed_layers, densify_
+from iosvd.rows import RowLayout
 from iosvd.versions import library_versions
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
@@ -34,14 +37,70 @@ METHOD = "iosvd"
 
 @register_quantization_config(METHOD)
 class LowRankConfig(QuantizationConfigMixin):
-    """The ranks of the factorised layers, by qualified name, as config.json stores them."""
+    """How each compressed layer is stored, by qualified name, as config.json has it.
 
-    def __init__(self, ranks: Mapping[str, int], **_: Any) -> None:
+    `ranks` has the factorised layers; `rows` those with matrices in rows of two widths, a
+    `RowLayout` for each matrix; `four_bit` the size of the groups of those in four bits.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[str, int],
+        rows: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+        four_bit: Mapping[str, int] | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.ranks = dict(ranks)
+        self.ranks, self.rows, self.four_bit = dict(ranks), dict(rows or {}), dict(four_bit or {})
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LowRankConfig:
+        """Describe the compressed layers of a model."""
+        ranks, rows, four_bit = {}, {}, {}
+        for name, layer in compressed_layers(model).items():
+            if isinstance(layer, FourBitLinear):
+                four_bit[name] = layer.group
+                continue
+            if layer.rank is not None:
+                ranks[name] = layer.rank
+            if layer.layouts:
+                rows[name] = {k: layout.to_dict() for k, layout in layer.layouts.items()}
+        return cls(ranks, rows, four_bit)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of all compressed layers."""
+        return list({**self.ranks, **self.rows, **self.four_bit})
+
+    def empty(self, name: str, layer: nn.Linear) -> nn.Module:
+        """Return the uninitialised layer that takes a dense one's place.
+
+        Raises:
+            CheckpointError: what config.json says is impossible.
+        """
+        m, n, biased = layer.out_features, layer.in_features, layer.bias is not None
+        device, dtype = layer.weight.device, layer.weight.dtype
+        rank = self.ranks.get(name)
+        if rank is not None and not 0 < rank <= min(m, n):
+            raise CheckpointError(
+                f"config.json gives {name} rank {rank}, but the layer is {m} × {n};"
+                " save the checkpoint again"
+            )
+        try:
+            if name in self.four_bit:
+                return FourBitLinear(n, m, self.four_bit[name], biased, device, dtype)
+            of_site = self.rows.get(name, {})
+            layouts = {k: RowLayout.from_dict(layout) for k, layout in of_site.items()}
+            return empty_layer(n, m, rank, layouts, biased=biased, device=device, dtype=dtype)
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"config.json describes rows of {name} that cannot be ({one_line(error)});"
+                " save the checkpoint again"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, "ranks": self.ranks}
+        described = {"ranks": self.ranks, "rows": self.rows, "four_bit": self.four_bit}
+        return {"quant_method": self.quant_method, **{k: v for k, v in described.items() if v}}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -49,20 +108,26 @@ class LowRankConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class LowRankQuantizer(HfQuantizer):
-    """Puts the low-rank layers in place before the weights are read, and checks them afterwards."""
+    """Puts the compressed layers in place before the weights are read, and checks them after."""
 
     quantization_config: LowRankConfig
     requires_calibration = True  # Refuses a dense checkpoint: ranks alone compress nothing.
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        for name, rank in self.quantization_config.ranks.items():
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        stored = shapes_in(checkpoint_files or [])
+        for name in self.quantization_config.layers:
             found, layer = _layer(model, name)
-            if not 0 < rank < min(layer.in_features, layer.out_features):
-                raise CheckpointError(
-                    f"config.json gives {name} rank {rank}, but the layer is"
-                    f" {layer.out_features} × {layer.in_features}; save the checkpoint again"
-                )
-            model.set_submodule(found, LowRankLinear.like(layer, rank))
+            new = self.quantization_config.empty(name, layer)
+            for part, tensor in new.state_dict().items():
+                shape = stored.get(f"{name}.{part}", stored.get(f"{found}.{part}"))
+                if shape is not None and shape != tuple(tensor.shape):
+                    raise CheckpointError(
+                        f"config.json and the weights disagree about {name}: {part} should be"
+                        f" {tuple(tensor.shape)} and is {shape}; save the checkpoint again"
+                    )
+            model.set_submodule(found, new)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         # transformers only warns of missing tensors and leaves raw memory in their place.
@@ -71,6 +136,8 @@ class LowRankQuantizer(HfQuantizer):
                 raise CheckpointError(
                     f"the checkpoint has no tensor {name}; it is incomplete, save it again"
                 )
+        for name, layer in compressed_layers(model).items():
+            check_rows(layer, name)
         return model
 
     def is_serializable(self) -> bool:
@@ -85,9 +152,40 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
 
-def mark_compressed_(model: PreTrainedModel, plan: Plan) -> None:
-    """Write the ranks into the model's config, which is what makes `save_pretrained` complete."""
-    model.config.quantization_config = LowRankConfig(plan.ranks)
+def shapes_in(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors in safetensors files, from their headers."""
+    shapes = {}
+    for file in files:
+        if Path(file).suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+    return shapes
+
+
+def check_rows(layer: nn.Module, name: str) -> None:
+    """Check what shapes cannot tell of a layer's rows.
+
+    Raises:
+        CheckpointError: an order that is none, or a scale that is not a finite number.
+    """
+    for part, tensor in layer.named_buffers():
+        if tensor.is_meta:
+            continue
+        if part.endswith("order"):
+            places = tensor.sort().values
+            whole = torch.equal(places, torch.arange(len(places)).to(places))
+        else:
+            whole = not part.endswith("scale") or bool(torch.isfinite(tensor).all())
+        if not whole:
+            raise CheckpointError(
+                f"{part} of {name} in the checkpoint is damaged; save the checkpoint again"
+            )
+
+
+def mark_compressed_(model: PreTrainedModel) -> None:
+    """Describe the layers in the model's config, which is what makes `save_pretrained` complete."""
+    model.config.quantization_config = LowRankConfig.of(model)
 
 
 def save(
@@ -118,7 +216,7 @@ def export_dense(
 
     It has the compressed model's quality and the dense model's size.
     """
-    densify_(model)
+    densify_(model, model.dtype)
     for holder in (model.config, model):
         for name in ("quantization_config", "hf_quantizer", "quantization_method", "is_quantized"):
             if name in vars(holder):
@@ -168,6 +266,4 @@ def _layer(model: nn.Module, name: str) -> tuple[str, nn.Linear]:
             continue
         if isinstance(layer, nn.Linear):
             return candidate, layer
-    raise CheckpointError(
-        f"config.json gives a rank to {name}, but the model has no such linear layer"
-    )
+    raise CheckpointError(f"config.json describes {name}, but the model has no such linear layer")

@@ -174,6 +174,8 @@ def _accuracy_summary(accuracy: ZeroShotResult) -> dict[str, Any]:
 def _plan_summary(plan: Plan) -> dict[str, Any]:
     return {
         "ratio_achieved": plan.ratio_achieved,
+        "bits_kept": plan.bits_kept,
+        "bits_total": plan.bits_total,
         "parameters_kept": plan.parameters_kept,
         "parameters_total": plan.parameters_total,
         "predicted_kl": plan.predicted_kl,

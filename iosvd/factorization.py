@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,26 +51,45 @@ class Factorization:
         """
         weight = weight.detach().to(self.precision.dtype)
         factorise = {Algorithm.gram: _by_gram, Algorithm.svd: _by_svd}[self.algorithm]
-        left, right, sigma = factorise(weight, whitener)
-        if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+        found = factorise(weight, whitener)
+        if not (torch.isfinite(found.left).all() and torch.isfinite(found.right).all()):
             raise NumericalError(
                 f"the factors of {site} are not finite; raise the damping of the whitening"
             )
-        return Spectrum(left, right, sigma, whitener.left.damping, whitener.right.damping)
+        return Spectrum(
+            **found._asdict(),
+            output_diagonal=whitener.left.diagonal(weight[:, 0]),
+            input_diagonal=whitener.right.diagonal(weight[0]),
+            damping_output=whitener.left.damping,
+            damping_input=whitener.right.damping,
+        )
 
 
-def _by_gram(weight: Tensor, whitener: Whitener) -> tuple[Tensor, Tensor, Tensor]:
+class _Components(NamedTuple):
+    """The fields of `Spectrum` of the same names."""
+
+    left: Tensor
+    right: Tensor
+    sigma: Tensor
+    left_energy: Tensor
+    right_energy: Tensor
+
+
+def _by_gram(weight: Tensor, whitener: Whitener) -> _Components:
     whitened = whitener.whiten(weight)
     if weight.shape[0] <= weight.shape[1]:
         u, sigma = principal_directions(whitened @ whitened.T)
-        return whitener.left.unapply(u), whitener.left.apply(weight).T.matmul(u).T, sigma
+        right = whitener.left.apply(weight).T.matmul(u).T
+        return _Components(whitener.left.unapply(u), right, sigma, torch.ones_like(sigma), sigma**2)
     v, sigma = principal_directions(whitened.T @ whitened)
-    return whitener.right.apply(weight.T).T @ v, whitener.right.unapply(v).T, sigma
+    left = whitener.right.apply(weight.T).T @ v
+    return _Components(left, whitener.right.unapply(v).T, sigma, sigma**2, torch.ones_like(sigma))
 
 
-def _by_svd(weight: Tensor, whitener: Whitener) -> tuple[Tensor, Tensor, Tensor]:
+def _by_svd(weight: Tensor, whitener: Whitener) -> _Components:
     u, sigma, vh = torch.linalg.svd(whitener.whiten(weight), full_matrices=False)
-    return whitener.left.unapply(u), whitener.right.unapply(vh.T * sigma).T, sigma
+    right = whitener.right.unapply(vh.T * sigma).T
+    return _Components(whitener.left.unapply(u), right, sigma, torch.ones_like(sigma), sigma**2)
 
 
 def truncate(spectrum: Spectrum, rank: int) -> Factors:
@@ -83,4 +103,9 @@ def truncate(spectrum: Spectrum, rank: int) -> Factors:
     norm_right = right.norm(dim=1)
     # A component that is zero needs no balance.
     scale = torch.where(norm_right > 0, (norm_right / norm_left).sqrt(), torch.ones_like(norm_left))
-    return Factors(left=left * scale, right=right / scale[:, None])
+    return Factors(
+        left=left * scale,
+        right=right / scale[:, None],
+        left_energy=spectrum.left_energy[:rank] * scale**2,
+        right_energy=spectrum.right_energy[:rank] / scale**2,
+    )

@@ -1,7 +1,8 @@
 """Square roots of metrics: one damping policy, three kinds of root, precision chosen by the caller.
 
 A root L of a metric satisfies L Lᵀ = metric + damping. Callers need only two products,
-`Lᵀ A` and `L⁻ᵀ A`; products from the right are the transposes of these.
+`Lᵀ A` and `L⁻ᵀ A`; products from the right are the transposes of these. The diagonal of the metric
+is what a root still tells of it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Root(Protocol):
         """Return L⁻ᵀ A."""
         ...
 
+    def diagonal(self, like: Tensor) -> Tensor:
+        """Return the diagonal of L Lᵀ, in the shape and type of a vector (n,)."""
+        ...
+
 
 @dataclass(frozen=True)
 class IdentityRoot:
@@ -56,6 +61,9 @@ class IdentityRoot:
 
     def unapply(self, matrix: Tensor) -> Tensor:
         return matrix
+
+    def diagonal(self, like: Tensor) -> Tensor:
+        return torch.ones_like(like)
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,9 @@ class DiagonalRoot:
     def unapply(self, matrix: Tensor) -> Tensor:
         return matrix / self.scale[:, None]
 
+    def diagonal(self, like: Tensor) -> Tensor:
+        return (self.scale**2).to(like)
+
 
 @dataclass(frozen=True)
 class CholeskyRoot:
@@ -84,6 +95,9 @@ class CholeskyRoot:
 
     def unapply(self, matrix: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.lower.T, matrix, upper=True)
+
+    def diagonal(self, like: Tensor) -> Tensor:
+        return (self.lower**2).sum(1).to(like)
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,9 @@ class EigenRoot:
     def unapply(self, matrix: Tensor) -> Tensor:
         # L⁻ᵀ = Q diag(1/scale), because Q is orthogonal.
         return self.vectors @ (matrix / self.scale[:, None])
+
+    def diagonal(self, like: Tensor) -> Tensor:
+        return (self.vectors**2 @ self.scale**2).to(like)
 
 
 def root_of(metric: Tensor, damping: float, kind: RootKind, what: str) -> Root:

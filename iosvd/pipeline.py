@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +15,11 @@ from iosvd.budget import Budget, Shape
 from iosvd.data import warn_if_few
 from iosvd.errors import ModelError
 from iosvd.factorization import Factorization, truncate
-from iosvd.plan import Plan, make_plan
+from iosvd.plan import Plan, dropped_energy, make_plan
 from iosvd.progress import track
-from iosvd.quantization import NoQuantization
-from iosvd.replacement import low_rank_layers, replace_
+from iosvd.quantization import NoQuantization, Quantization, Site
+from iosvd.replacement import compressed_layers, replace_, store_
+from iosvd.rows import half_dtype
 from iosvd.scoring import with_loss_change
 from iosvd.sites import SiteSelection, find_sites, in_groups
 from iosvd.stages import Stage, StageClock
@@ -49,7 +50,7 @@ def compress(
     ratio: float,
     whitening: Whitening,
     allocation: Allocation,
-    quantization: NoQuantization = NoQuantization(),  # noqa: B008 (frozen)
+    quantization: Quantization = NoQuantization(),  # noqa: B008 (frozen)
     factorization: Factorization = Factorization(),  # noqa: B008 (frozen)
     selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
     batch_size: int = 8,
@@ -61,7 +62,8 @@ def compress(
     Args:
         model: changed in place.
         tokens: calibration windows (windows, length).
-        ratio: parameters kept / parameters of the target sites, in (0, 1].
+        ratio: bits kept / 16 bits for every parameter of the target sites, in (0, 1]; without
+            quantisation that is the share of the parameters.
         whitening, allocation, quantization: the method.
         factorization: precision and algorithm of the decompositions.
         selection: which layers are targets.
@@ -75,12 +77,14 @@ def compress(
     """
     from iosvd.checkpoint import mark_compressed_  # Imports much of transformers.
 
-    if low_rank_layers(model):
+    if compressed_layers(model):
         raise ModelError("this model is compressed already; start from the dense one")
     clock = StageClock()
     sites = find_sites(model, selection)
-    budget = Budget({name: Shape(*site.weight.shape) for name, site in sites.items()}, ratio)
-    needs = whitening.needs | allocation.needs | quantization.needs
+    shapes = {name: Shape(*site.weight.shape) for name, site in sites.items()}
+    budget = Budget(shapes, ratio, quantization.cost)
+    rank_budgets = quantization.rank_budgets(budget)
+    needs = whitening.needs | allocation.needs
     groups = in_groups(sites, passes)
     largest = max(statistics_bytes(group, needs) for group in groups)
     log.info("%d sites; statistics take at most %.1f MiB", len(sites), largest / 2**20)
@@ -93,13 +97,21 @@ def compress(
         with clock.stage("factorization"):
             scored = needs.gradient_windows > 0
             spectra |= _spectra(group, found, whitening, factorization, budget, scored)
+    halves = half_dtype(model.dtype)
     with clock.stage("allocation"):
-        ranks = allocation(spectra, budget)
-        plan = make_plan(ranks, spectra, budget, kl=needs.kl_metric is not None)
+        candidates = [allocation(spectra, rank_budget) for rank_budget in rank_budgets]
+        ranks = _best(candidates, sites, spectra, budget, quantization, halves)
+        truncated = _truncated(ranks, sites, spectra, budget)
     with clock.stage("replacement"):
-        factors = {site: truncate(spectra[site], rank) for site, rank in plan.ranks.items()}
-        replace_(model, quantization(factors))
-        mark_compressed_(model, plan)
+        replace_(model, {name: s.factors for name, s in truncated.items() if s.factors})
+    with clock.stage("gradient"):
+        asked = Needs(gradient_windows=quantization.gradient_windows)
+        truncated = _with_gradient(truncated, model, tokens, asked, batch_size)
+    with clock.stage("quantization"):
+        stored = quantization(truncated, budget.limit, halves)
+        store_(model, stored)
+    plan = make_plan(ranks, spectra, budget, kl=needs.kl_metric is not None, stored=stored)
+    mark_compressed_(model)
     sigma = {site: spectrum.sigma for site, spectrum in spectra.items()}
     return Compressed(model, plan, sigma, clock.stages)
 
@@ -122,5 +134,59 @@ def _spectra(
         if scored:
             spectrum = with_loss_change(spectrum, of_site.need("gradient"))
         keep = torch.promote_types(weight.dtype, torch.float32)
-        spectra[name] = spectrum.head(budget.shapes[name].break_even_rank, keep)
+        spectra[name] = spectrum.head(budget.costs[name].break_even_rank, keep)
     return spectra
+
+
+def _best(
+    candidates: Sequence[Mapping[str, int]],
+    sites: Mapping[str, nn.Linear],
+    spectra: Mapping[str, Spectrum],
+    budget: Budget,
+    quantization: Quantization,
+    halves: torch.dtype,
+) -> Mapping[str, int]:
+    """Return the ranks with the least predicted loss, of truncation and of rounding together."""
+    if len(candidates) == 1:
+        return candidates[0]
+
+    def loss(ranks: Mapping[str, int]) -> float:
+        truncated = _truncated(ranks, sites, spectra, budget)
+        rounding = quantization.predicted_loss(truncated, budget.limit, halves)
+        dropped = dropped_energy(ranks, spectra, budget) / 2
+        log.info("predicted loss: %.4g by truncation, %.4g by rounding", dropped, rounding)
+        return dropped + rounding
+
+    return min(candidates, key=loss)
+
+
+def _truncated(
+    ranks: Mapping[str, int],
+    sites: Mapping[str, nn.Linear],
+    spectra: Mapping[str, Spectrum],
+    budget: Budget,
+) -> dict[str, Site]:
+    factorised = budget.factorised(ranks)
+    return {
+        name: Site(
+            name=name,
+            weight=layer.weight,
+            factors=truncate(spectra[name], factorised[name]) if name in factorised else None,
+            output_diagonal=spectra[name].output_diagonal,
+            input_diagonal=spectra[name].input_diagonal,
+        )
+        for name, layer in sites.items()
+    }
+
+
+def _with_gradient(
+    truncated: Mapping[str, Site],
+    model: PreTrainedModel,
+    tokens: Tensor,
+    needs: Needs,
+    batch_size: int,
+) -> dict[str, Site]:
+    """Add the gradient of the calibration loss at what the model computes now, if asked for."""
+    layers = {name: model.get_submodule(name) for name in truncated}
+    found = collect(model, tokens, layers, needs, batch_size)
+    return {name: replace(site, gradient=found[name].gradient) for name, site in truncated.items()}

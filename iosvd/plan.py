@@ -6,13 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from iosvd.budget import Budget
+from iosvd.budget import ENTRY_BITS, Budget, Shape
 from iosvd.types import Spectrum
 
 if TYPE_CHECKING:
     import pandas
+
+    from iosvd.quantization import Stored
 
 
 @dataclass(frozen=True)
@@ -23,26 +26,39 @@ class SitePlan:
     in_features: int
     rank: int
     dense: bool
+    bits: int  # Stored for its weight or factors, an entry of the model's dtype counted as 16.
+    rounded_rows: int  # Rows in int8 or less.
+    rows: int  # All rows of its matrices; 0 where none is quantised.
+    rounding_loss: float  # Predicted, in the units of half the dropped energy.
     dropped_energy: float  # Σ σ² of the dropped components: squared error in the metrics.
     loss_change: float | None  # Its first-order counterpart, nats per token, if a gradient was had.
     damping_output: float  # Relative damping that the roots needed.
     damping_input: float
 
+    @property
+    def entries(self) -> int:
+        """Parameters kept."""
+        shape = Shape(self.out_features, self.in_features)
+        return shape.entries if self.dense else shape.entries_at(self.rank)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The ranks of a model under a budget, counted in parameters of the target sites."""
+    """The ranks of a model under a budget, counted in bits of the target sites."""
 
     ratio_asked: float
+    bits_kept: int
+    bits_total: int  # 16 for every parameter of the target sites.
     parameters_kept: int
     parameters_total: int
-    predicted_kl: float | None  # ½ Σ σ² in nats per token, where the output metric is KL's.
+    # ½ Σ σ² of what is dropped and the loss of rounding, nats per token, where the metric is KL's.
+    predicted_kl: float | None
     sites: Mapping[str, SitePlan]
 
     @property
     def ratio_achieved(self) -> float:
-        """Parameters kept / parameters of all target sites."""
-        return self.parameters_kept / self.parameters_total
+        """Bits kept / 16 bits for every parameter of the target sites."""
+        return self.bits_kept / self.bits_total
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -56,7 +72,11 @@ class Plan:
 
 
 def make_plan(
-    ranks: Mapping[str, int], spectra: Mapping[str, Spectrum], budget: Budget, kl: bool
+    ranks: Mapping[str, int],
+    spectra: Mapping[str, Spectrum],
+    budget: Budget,
+    kl: bool,
+    stored: Mapping[str, Stored] = MappingProxyType({}),
 ) -> Plan:
     """Complete an allocation's ranks: sites above break-even stay dense, the rest is counted.
 
@@ -65,33 +85,57 @@ def make_plan(
         spectra: of all sites.
         budget: what was asked.
         kl: whether the whitening's output metric is the KL curvature.
+        stored: the sites that were quantised.
     """
-    sites = {name: _site_plan(rank, spectra[name], budget, name) for name, rank in ranks.items()}
-    kept = budget.cost(ranks)
-    assert kept <= budget.limit, "an allocation exceeded its budget"
+    sites = {
+        name: _site_plan(name, rank, spectra[name], budget, stored.get(name))
+        for name, rank in ranks.items()
+    }
+    kept = sum(site.bits for site in sites.values())
+    assert kept <= budget.limit, "an allocation or a quantisation exceeded its budget"
+    lost = sum(site.dropped_energy / 2 + site.rounding_loss for site in sites.values())
     return Plan(
         ratio_asked=budget.ratio,
-        parameters_kept=kept,
-        parameters_total=budget.total,
-        predicted_kl=sum(site.dropped_energy for site in sites.values()) / 2 if kl else None,
+        bits_kept=kept,
+        bits_total=budget.total,
+        parameters_kept=sum(site.entries for site in sites.values()),
+        parameters_total=sum(shape.entries for shape in budget.shapes.values()),
+        predicted_kl=lost if kl else None,
         sites=sites,
     )
 
 
-def _site_plan(rank: int, spectrum: Spectrum, budget: Budget, name: str) -> SitePlan:
-    shape = budget.shapes[name]
-    dense = rank > shape.break_even_rank
+def _site_plan(
+    name: str, rank: int, spectrum: Spectrum, budget: Budget, stored: Stored | None
+) -> SitePlan:
+    shape, cost = budget.shapes[name], budget.cost_of(budget.shapes[name])
+    dense = rank > cost.break_even_rank
     kept = shape.full_rank if dense else rank
     change = spectrum.loss_change
+    rounded, rows = (0, 0) if stored is None else stored.rounded
     return SitePlan(
         out_features=shape.m,
         in_features=shape.n,
         rank=kept,
         dense=dense,
+        bits=cost.at(kept) if stored is None else stored.bits,
+        rounded_rows=rounded,
+        rows=rows,
+        rounding_loss=0.0 if stored is None else stored.rounding_loss,
         dropped_energy=float((spectrum.sigma[kept:] ** 2).sum()),
         loss_change=None if change is None else float(change[kept:].sum()),
         damping_output=spectrum.damping_output,
         damping_input=spectrum.damping_input,
+    )
+
+
+def dropped_energy(
+    ranks: Mapping[str, int], spectra: Mapping[str, Spectrum], budget: Budget
+) -> float:
+    """Return Σ σ² of all components that these ranks drop."""
+    return sum(
+        float((spectra[site].sigma[rank:] ** 2).sum())
+        for site, rank in budget.factorised(ranks).items()
     )
 
 
@@ -105,13 +149,13 @@ def layer_and_role(site: str) -> tuple[int, str]:
 
 
 def plan_frame(sites: Mapping[str, Mapping[str, Any]]) -> pandas.DataFrame:
-    """Return one row per site of a plan: name, layer, role, rank, share of its parameters kept."""
+    """Return one row per site of a plan: name, layer, role, rank, share of its bits kept."""
     import pandas
 
     rows = []
     for name, site in sites.items():
         layer, role = layer_and_role(name)
-        m, n, rank = site["out_features"], site["in_features"], site["rank"]
-        kept = 1.0 if site["dense"] else rank * (m + n) / (m * n)
-        rows.append({"site": name, "layer": layer, "role": role, "rank": rank, "kept": kept})
+        kept = site["bits"] / (ENTRY_BITS * site["out_features"] * site["in_features"])
+        columns = {"site": name, "layer": layer, "role": role, "rank": site["rank"], "kept": kept}
+        rows.append({**columns, "rounded_rows": site["rounded_rows"], "rows": site["rows"]})
     return pandas.DataFrame(rows)

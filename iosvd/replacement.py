@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
-from iosvd.modules import LowRankLinear
+from iosvd.four_bit import FourBitLinear
+from iosvd.modules import LowRankLinear, StoredLinear
+from iosvd.quantization import Stored
 from iosvd.types import Factors
+
+CompressedLayer = StoredLinear | FourBitLinear
 
 
 def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> None:
-    """Put low-rank layers in place of the named dense ones."""
+    """Put low-rank layers in the model's dtype in place of the named dense ones."""
     for name, value in factors.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         model.set_submodule(name, LowRankLinear.from_factors(layer, value))
 
 
-def densify_(model: nn.Module) -> None:
-    """Put dense layers in place of all low-rank ones."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LowRankLinear):
-            model.set_submodule(name, layer.dense())
+def store_(model: nn.Module, stored: Mapping[str, Stored]) -> None:
+    """Put quantised layers in place of the named ones, dense or of low rank."""
+    for name, site in stored.items():
+        model.set_submodule(name, site.module(model.get_submodule(name)))
+
+
+def densify_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put dense layers in place of all compressed ones."""
+    for name, layer in compressed_layers(model).items():
+        model.set_submodule(name, layer.dense(dtype))
 
 
 def stored_bytes(model: nn.Module, names: Iterable[str]) -> int:
@@ -30,6 +40,11 @@ def stored_bytes(model: nn.Module, names: Iterable[str]) -> int:
     layers = [model.get_submodule(name) for name in names]
     tensors = [t for x in layers for n, t in x.state_dict().items() if n != "bias"]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
+    """Return the layers of a model that took a dense one's place, by qualified name."""
+    return {n: layer for n, layer in model.named_modules() if isinstance(layer, CompressedLayer)}
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:

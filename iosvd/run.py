@@ -10,7 +10,7 @@ from iosvd.allocation import Allocation
 from iosvd.evaluation.zero_shot import ZeroShot
 from iosvd.factorization import Factorization
 from iosvd.models import Model
-from iosvd.quantization import NoQuantization
+from iosvd.quantization import Quantization
 from iosvd.texts import Dataset
 from iosvd.whitening import Whitening
 
@@ -77,7 +77,7 @@ class Run:
     calibration: Calibration
     whitening: Whitening
     allocation: Allocation
-    quantization: NoQuantization
+    quantization: Quantization
     factorization: Factorization
     ratio: float
     eval: Evaluation

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # transformers' models take seconds to import.
 def collect(
     model: PreTrainedModel,
     tokens: Tensor,
-    sites: Mapping[str, nn.Linear],
+    sites: Mapping[str, nn.Module],
     needs: Needs,
     batch_size: int = 8,
 ) -> dict[str, SiteStatistics]:
@@ -41,7 +41,7 @@ def collect(
     Args:
         model: a causal language model; its weights and their `requires_grad` are left as they were.
         tokens: calibration windows (windows, length), without padding.
-        sites: target layers by qualified name.
+        sites: target layers by qualified name; linear, or what took a linear layer's place.
         needs: which statistics; none at all costs nothing.
         batch_size: windows per forward pass; it changes results by rounding only.
 
@@ -190,7 +190,7 @@ def _scalars(
 
 @contextmanager
 def _observed(
-    model: PreTrainedModel, sites: Mapping[str, nn.Linear], sums: _Sums
+    model: PreTrainedModel, sites: Mapping[str, nn.Module], sums: _Sums
 ) -> Iterator[None]:
     """Attach the hooks, with gradients only of activations; put everything back at the end."""
     asked = {p: p.requires_grad for p in model.parameters()}
@@ -214,7 +214,7 @@ def _observed(
 
 
 def _shared_inputs(
-    model: PreTrainedModel, tokens: Tensor, sites: Mapping[str, nn.Linear]
+    model: PreTrainedModel, tokens: Tensor, sites: Mapping[str, nn.Module]
 ) -> dict[str, str]:
     """Map each site to the first one that reads the very same tensor (q, k, v; gate, up)."""
     seen: dict[int, tuple[str, Tensor]] = {}  # The tensor is kept so that its id stays its own.

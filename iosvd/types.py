@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,8 +92,12 @@ class Spectrum:
     """
 
     left: Tensor  # (m, r)
-    right: Tensor  # (r, n), σ included
+    right: Tensor  # (r, n)
     sigma: Tensor  # (min(m, n),) descending, complete even where left and right were cut
+    left_energy: Tensor  # (r,) squared lengths left[:, i]ᵀ C left[:, i] in the output metric
+    right_energy: Tensor  # (r,) squared lengths right[i] R right[i]ᵀ; together they make σ²
+    output_diagonal: Tensor  # (m,) of the damped output metric
+    input_diagonal: Tensor  # (n,) of the damped input metric
     damping_output: float
     damping_input: float
     loss_change: Tensor | None = None  # (min(m, n),) first-order change when i is dropped: −g_i σ_i
@@ -102,11 +107,11 @@ class Spectrum:
         # copy: a view would keep the whole matrix in memory.
         left = self.left[:, :rank].to("cpu", dtype, copy=True)
         right = self.right[:rank].to("cpu", dtype, copy=True)
-        numbers = {
-            name: value.cpu()
-            for name in ("sigma", "loss_change")
-            if (value := getattr(self, name)) is not None
-        }
+        names = (
+            *("sigma", "left_energy", "right_energy", "output_diagonal", "input_diagonal"),
+            *(("loss_change",) if self.loss_change is not None else ()),
+        )
+        numbers: dict[str, Any] = {name: getattr(self, name).cpu() for name in names}
         return replace(self, left=left, right=right, **numbers)
 
 
@@ -116,6 +121,8 @@ class Factors:
 
     left: Tensor  # (m, k)
     right: Tensor  # (k, n)
+    left_energy: Tensor  # (k,) squared lengths of left's columns in the output metric
+    right_energy: Tensor  # (k,) squared lengths of right's rows in the input metric
 
     @property
     def rank(self) -> int:

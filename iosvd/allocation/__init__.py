@@ -10,6 +10,7 @@ from typing import Protocol
 from iosvd.allocation.loss_aware import LossAware
 from iosvd.allocation.spectral import Spectral
 from iosvd.allocation.uniform import Uniform
+from iosvd.allocation.zero_sum import ZeroSum
 from iosvd.budget import Budget
 from iosvd.types import Needs, Spectrum
 
@@ -27,4 +28,4 @@ class Allocation(Protocol):
         ...
 
 
-__all__ = ["Allocation", "LossAware", "Spectral", "Uniform"]
+__all__ = ["Allocation", "LossAware", "Spectral", "Uniform", "ZeroSum"]

@@ -25,12 +25,13 @@ def drop_cheapest(costs: Mapping[str, Tensor], budget: Budget) -> dict[str, int]
     ranks = {site: len(cost) for site, cost in values.items()}
     offers = [(cost[-1], site) for site, cost in values.items() if len(cost) > 1]
     heapq.heapify(offers)
+    prices = budget.costs
     kept = budget.cost(ranks)
     while kept > budget.limit:
         _, site = heapq.heappop(offers)
-        shape, rank = budget.shapes[site], ranks[site]
+        rank = ranks[site]
         ranks[site] = rank - 1
-        kept -= shape.cost(rank) - shape.cost(rank - 1)
+        kept -= prices[site].at(rank) - prices[site].at(rank - 1)
         if rank - 1 > 1:
             heapq.heappush(offers, (values[site][rank - 2], site))
     return ranks

@@ -18,17 +18,16 @@ class Spectral:
     predicts, so sites compare directly; it needs no gradient.
     """
 
-    per_parameter: bool = False  # Divide by m + n, what the component costs.
+    per_parameter: bool = False  # Divide by the bits that the component costs.
 
     @property
     def needs(self) -> Needs:
         return Needs()
 
     def __call__(self, spectra: Mapping[str, Spectrum], budget: Budget) -> dict[str, int]:
+        prices = budget.costs
         costs = {
-            site: 0.5
-            * spectrum.sigma**2
-            / (budget.shapes[site].component_cost if self.per_parameter else 1)
+            site: 0.5 * spectrum.sigma**2 / (prices[site].component if self.per_parameter else 1)
             for site, spectrum in spectra.items()
         }
         return drop_cheapest(costs, budget)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from iosvd.budget import Budget
+from iosvd.budget import ENTRY_BITS, Budget
 from iosvd.types import Needs, Spectrum
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """k = ⌊ρ mn / (m+n)⌋ at every site, at least 1.
+    """k = ⌊ρ mn / (m+n)⌋ at every site, at least 1; quantised, the rank that fits into ρ of its bits.
 
     What rounding down leaves of the budget goes, one component a site, to the sites that lost most
     by it; so the ratio is met as closely as by the other allocations.
@@ -23,10 +23,14 @@ class Uniform:
 
     def __call__(self, spectra: Mapping[str, Spectrum], budget: Budget) -> dict[str, int]:
         exact = {
-            site: budget.ratio * shape.dense_cost / shape.component_cost
-            for site, shape in budget.shapes.items()
+            site: (budget.ratio * ENTRY_BITS * budget.shapes[site].entries - cost.fixed)
+            / cost.component
+            for site, cost in budget.costs.items()
         }
-        ranks = {site: max(1, int(rank)) for site, rank in exact.items()}
+        ranks = {
+            site: min(max(1, int(rank)), budget.shapes[site].full_rank)
+            for site, rank in exact.items()
+        }
         _return_excess(ranks, budget)
         return _spend_rest(ranks, exact, budget)
 
@@ -41,11 +45,10 @@ def _return_excess(ranks: dict[str, int], budget: Budget) -> None:
 def _spend_rest(
     ranks: dict[str, int], exact: Mapping[str, float], budget: Budget
 ) -> dict[str, int]:
-    rest = budget.limit - budget.cost(ranks)
+    rest, prices = budget.limit - budget.cost(ranks), budget.costs
     for site in sorted(exact, key=lambda site: exact[site] - ranks[site], reverse=True):
-        shape = budget.shapes[site]
-        extra = shape.cost(ranks[site] + 1) - shape.cost(ranks[site])
-        if ranks[site] < shape.full_rank and extra <= rest:
+        extra = prices[site].at(ranks[site] + 1) - prices[site].at(ranks[site])
+        if ranks[site] < budget.shapes[site].full_rank and extra <= rest:
             ranks[site] += 1
             rest -= extra
     return ranks

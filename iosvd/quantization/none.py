@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from iosvd.types import Factors, Needs
+import torch
+
+from iosvd.budget import Shape, SiteCost, sixteen_bits
+from iosvd.quantization.base import Quantization, Site, Stored
 
 
 @dataclass(frozen=True)
-class NoQuantization:
-    """Every entry of every factor keeps the model's dtype."""
+class NoQuantization(Quantization):
+    """Every entry of every factor keeps the model's dtype, and counts as 16 bits."""
 
-    @property
-    def needs(self) -> Needs:
-        return Needs()
+    def cost(self, shape: Shape) -> SiteCost:
+        return sixteen_bits(shape)
 
-    def __call__(self, factors: Mapping[str, Factors]) -> dict[str, Factors]:
-        return dict(factors)
+    def __call__(
+        self, sites: Mapping[str, Site], limit: int, dtype: torch.dtype
+    ) -> dict[str, Stored]:
+        return {}

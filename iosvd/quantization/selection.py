@@ -1,0 +1,68 @@
+"""Which rows become int8, so that all of them together fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from iosvd.budget import ENTRY_BITS
+from iosvd.rows import int8_row_bits, order_dtype
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """The rows of a matrix: how wide they are, and what rounding each costs."""
+
+    columns: int
+    scores: Tensor  # (R,)
+
+    @property
+    def saved_bits(self) -> int:
+        """Bits that a row in int8 saves; negative for rows of one entry, whose scale is larger."""
+        return ENTRY_BITS * self.columns - int8_row_bits(self.columns)
+
+    def bits(self, int8: int) -> int:
+        """Bits of the matrix with so many rows in int8; an order is stored where both kinds are."""
+        rows = len(self.scores)
+        mixed = 0 < int8 < rows
+        order = rows * torch.iinfo(order_dtype(rows)).bits if mixed else 0
+        return ENTRY_BITS * self.columns * rows - int8 * self.saved_bits + order
+
+
+def choose_int8(matrices: Mapping[Key, ScoredRows], limit: int) -> dict[Key, Tensor]:
+    """Return which rows of each matrix become int8: those of the lowest scores, as few as fit.
+
+    From all rows in int8 (where that saves anything) the highest scores are put back into 16 bits
+    as long as they fit; a row that does not fit is passed over for smaller ones. So the bytes used
+    are within one row of the limit.
+
+    Args:
+        matrices: the scores of all rows.
+        limit: bits for all of them.
+    """
+    int8 = {key: torch.full((len(m.scores),), m.saved_bits > 0) for key, m in matrices.items()}
+    counts = {key: int(chosen.sum()) for key, chosen in int8.items()}
+    free = limit - sum(matrix.bits(counts[key]) for key, matrix in matrices.items())
+    keys = list(matrices)
+    owner = torch.cat([torch.full((len(matrices[k].scores),), i) for i, k in enumerate(keys)])
+    place = torch.cat([torch.arange(len(matrices[key].scores)) for key in keys])
+    scores = torch.cat([matrices[key].scores.double().cpu() for key in keys])
+    order = scores.argsort(descending=True, stable=True)
+    smallest = min((m.saved_bits for m in matrices.values() if m.saved_bits > 0), default=0)
+    for owned, row in zip(owner[order].tolist(), place[order].tolist(), strict=True):
+        key = keys[owned]
+        count, matrix = counts[key], matrices[key]
+        extra = matrix.bits(count - 1) - matrix.bits(count)
+        if matrix.saved_bits > 0 and extra <= free:
+            int8[key][row] = False
+            counts[key] = count - 1
+            free -= extra
+        elif free < smallest:
+            break
+    return int8

@@ -1,0 +1,171 @@
+"""A matrix whose rows are stored in two widths: some as int8 with a scale, the others in 16 bits.
+
+What a row is can be chosen: the weights of one output of the matrix, or of one input. Both products
+follow the rows as stored; nothing is ever expanded to the whole matrix but a temporary of its int8
+part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from iosvd.budget import ENTRY_BITS
+from iosvd.int8 import Code, levels_of, quantize_rows
+
+SCALE_BITS = 16
+PACKED_ROWS = 8  # Up to so many tokens the packed kernel is faster (make bench).
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """What cannot be seen from the tensors; config.json stores it."""
+
+    int8: int  # Rows stored as int8.
+    by_output: bool  # A row holds the weights of one output of the matrix, else of one input.
+    ordered: bool  # Whether an order is stored; else the int8 rows are the first ones.
+    code: Code = Code.linear
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return {**asdict(self), "code": self.code.value}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RowLayout:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            TypeError, ValueError, KeyError: it did not.
+        """
+        return cls(**{**values, "code": Code(values["code"])})
+
+
+class Rows(NamedTuple):
+    """The tensors of a matrix of R rows and C columns, b of the rows in int8.
+
+    `order` is the index that brings outputs back to their places after the int8 rows and the kept
+    ones were multiplied, or that brings inputs to the rows as stored.
+    """
+
+    kept: Tensor  # (R − b, C), 16 bits
+    codes: Tensor  # (b, C), int8
+    scale: Tensor  # (b,), float16
+    order: Tensor | None  # (R,), int16 or int32
+
+    @property
+    def bits(self) -> int:
+        """Bits stored."""
+        stored = ENTRY_BITS * self.kept.numel() + 8 * self.codes.numel()
+        stored += SCALE_BITS * self.scale.numel()
+        return stored + (0 if self.order is None else 8 * self.order.nbytes)
+
+
+def int8_row_bits(columns: int) -> int:
+    """Bits of one int8 row."""
+    return 8 * columns + SCALE_BITS
+
+
+def half_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the 16-bit type of the rows that are kept in a model of this type."""
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def order_dtype(rows: int) -> torch.dtype:
+    """Return the smallest integer type that numbers the rows."""
+    return torch.int16 if rows <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def store_rows(
+    matrix: Tensor,
+    int8: Tensor,
+    dtype: torch.dtype,
+    by_output: bool,
+    what: str,
+    code: Code = Code.linear,
+) -> tuple[Rows, RowLayout]:
+    """Store a matrix.
+
+    Args:
+        matrix: (out, in), float32 or better.
+        int8: which rows become int8, boolean, (out,) or (in,).
+        dtype: of the other rows, 16 bits wide.
+        by_output: what a row is.
+        what: the site, for errors.
+        code: of the int8 rows.
+    """
+    rows = matrix if by_output else matrix.T
+    count = int(int8.sum())
+    codes, scale = quantize_rows(rows[int8], code, what)
+    kept = rows[~int8].to(dtype)
+    ordered = not bool(int8[:count].all())
+    order = None
+    if ordered:
+        stored = torch.cat([int8.nonzero()[:, 0], (~int8).nonzero()[:, 0]])
+        order = (stored.argsort() if by_output else stored).to(order_dtype(len(rows)))
+    # Contiguous copies: views would keep the whole matrix, and safetensors refuses them.
+    stored_rows = Rows(kept.contiguous(), codes.contiguous(), scale, order)
+    return stored_rows, RowLayout(count, by_output, ordered, code)
+
+
+def restore(rows: Rows, layout: RowLayout) -> Tensor:
+    """Return the matrix (out, in) that the rows stand for, in float32."""
+    accumulate = torch.float32
+    decoded = levels_of(rows.codes, layout.code, accumulate) * rows.scale.to(accumulate)[:, None]
+    stacked = torch.cat([decoded, rows.kept.to(accumulate)])
+    if rows.order is not None:
+        order = rows.order.int()
+        stacked = stacked[order if layout.by_output else order.argsort()]
+    return stacked if layout.by_output else stacked.T
+
+
+def multiply(x: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
+    """Return x Aᵀ for inputs (…, in) and the matrix A (out, in) that the rows stand for."""
+    return _by_output(x, rows, layout) if layout.by_output else _by_input(x, rows, layout)
+
+
+def _by_output(x: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
+    parts = []
+    if len(rows.codes):
+        parts.append(_int8_outputs(x, rows.codes, rows.scale, layout.code))
+    if len(rows.kept):
+        parts.append(linear(x, rows.kept.to(x.dtype)))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return y if rows.order is None else y.index_select(-1, rows.order.int())
+
+
+def _by_input(x: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
+    if rows.order is not None:
+        x = x.index_select(-1, rows.order.int())
+    if not len(rows.codes):
+        return x @ rows.kept.to(x.dtype)
+    quantized, kept = x.split([len(rows.codes), len(rows.kept)], dim=-1)
+    scaled = (quantized * rows.scale).to(x.dtype)
+    y = scaled @ levels_of(rows.codes, layout.code, x.dtype)
+    return y + kept @ rows.kept.to(x.dtype) if len(rows.kept) else y
+
+
+def _int8_outputs(x: Tensor, codes: Tensor, scale: Tensor, code: Code) -> Tensor:
+    if x.dtype == torch.float16:
+        # Sums of integer multiples could exceed fp16; the weights themselves do not.
+        return linear(x, levels_of(codes, code, x.dtype) * scale[:, None].to(x.dtype))
+    if _packed_is_faster(x, code):
+        flat = x.reshape(-1, x.shape[-1])
+        ones = torch.ones_like(scale, dtype=x.dtype)
+        y = torch._weight_int8pack_mm(flat, codes, ones).unflatten(0, x.shape[:-1])
+    else:
+        y = linear(x, levels_of(codes, code, x.dtype))
+    # Promoted to float32 for the product: bfloat16 would round the scale itself.
+    return (y * scale).to(x.dtype)
+
+
+def _packed_is_faster(x: Tensor, code: Code) -> bool:
+    """Whether torch's packed kernel can be used, and is worth it: few rows of bfloat16 on a CPU."""
+    few = x.numel() <= PACKED_ROWS * x.shape[-1]
+    suited = x.dtype == torch.bfloat16 and x.device.type == "cpu" and code is Code.linear
+    # The kernel has no derivative.
+    return few and suited and not (torch.is_grad_enabled() and x.requires_grad)
