@@ -1,8 +1,8 @@
 """Compressed models as ordinary Hugging Face folders (ECOSYSTEM: transformers' extension point).
 
 `config.json` holds ranks and rows under `quantization_config`; importing iosvd tells transformers
-what they mean, so `from_pretrained` and `save_pretrained` work as for any model. Without the import,
-loading fails on the factors' shapes.
+what they mean, so `from_pretrained` and `save_pretrained` work as for any model. Without the
+import, loading fails on the shapes.
 """
 
 from __future__ import annotations
@@ -99,8 +99,9 @@ class LowRankConfig(QuantizationConfigMixin):
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        described = {"ranks": self.ranks, "rows": self.rows, "four_bit": self.four_bit}
-        return {"quant_method": self.quant_method, **{k: v for k, v in described.items() if v}}
+        described = {"rows": self.rows, "four_bit": self.four_bit}
+        present = {key: value for key, value in described.items() if value}
+        return {"quant_method": self.quant_method, "ranks": self.ranks, **present}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

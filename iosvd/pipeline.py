@@ -17,7 +17,8 @@ from iosvd.errors import ModelError
 from iosvd.factorization import Factorization, truncate
 from iosvd.plan import Plan, dropped_energy, make_plan
 from iosvd.progress import track
-from iosvd.quantization import NoQuantization, Quantization, Site
+from iosvd.quantization import NoQuantization, Quantization
+from iosvd.quantization.base import Site
 from iosvd.replacement import compressed_layers, replace_, store_
 from iosvd.rows import half_dtype
 from iosvd.scoring import with_loss_change

@@ -15,7 +15,7 @@ from iosvd.types import Spectrum
 if TYPE_CHECKING:
     import pandas
 
-    from iosvd.quantization import Stored
+    from iosvd.quantization.base import Stored
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from iosvd.four_bit import FourBitLinear
 from iosvd.modules import LowRankLinear, StoredLinear
-from iosvd.quantization import Stored
+from iosvd.quantization.base import Stored
 from iosvd.types import Factors
 
 CompressedLayer = StoredLinear | FourBitLinear

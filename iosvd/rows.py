@@ -112,9 +112,8 @@ def store_rows(
     return stored_rows, RowLayout(count, by_output, ordered, code)
 
 
-def restore(rows: Rows, layout: RowLayout) -> Tensor:
-    """Return the matrix (out, in) that the rows stand for, in float32."""
-    accumulate = torch.float32
+def restore(rows: Rows, layout: RowLayout, accumulate: torch.dtype = torch.float32) -> Tensor:
+    """Return the matrix (out, in) that the rows stand for."""
     decoded = levels_of(rows.codes, layout.code, accumulate) * rows.scale.to(accumulate)[:, None]
     stacked = torch.cat([decoded, rows.kept.to(accumulate)])
     if rows.order is not None:

@@ -11,7 +11,7 @@ from iosvd.types import Needs, Spectrum
 
 @dataclass(frozen=True)
 class Uniform:
-    """k = ⌊ρ mn / (m+n)⌋ at every site, at least 1; quantised, the rank that fits into ρ of its bits.
+    """k = ⌊ρ mn / (m+n)⌋ at every site, at least 1; if quantised, what fits into ρ of its bits.
 
     What rounding down leaves of the budget goes, one component a site, to the sites that lost most
     by it; so the ratio is met as closely as by the other allocations.

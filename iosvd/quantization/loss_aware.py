@@ -11,6 +11,7 @@ import torch
 from iosvd.allocation.loss_aware import ALL_WINDOWS
 from iosvd.budget import Budget, Shape, SiteCost
 from iosvd.errors import BudgetError, ConfigError, check_at_least
+from iosvd.progress import track
 from iosvd.quantization.axis import Axis
 from iosvd.quantization.base import Matrix, Quantization, Site, Stored
 from iosvd.quantization.scores import Score, row_scores
@@ -87,27 +88,26 @@ class LossAwareRemap(Quantization):
     def __call__(
         self, sites: Mapping[str, Site], limit: int, dtype: torch.dtype
     ) -> dict[str, Stored]:
-        generator = torch.Generator().manual_seed(self.seed)
-        scored = {
-            (name, key): self._score(matrix, key, site, generator)
-            for name, site in sites.items()
-            for key, matrix in site.matrices().items()
-        }
-        int8 = choose_int8(scored, limit)
+        int8 = choose_int8(self._scored(sites), limit)
         stored: dict[str, Stored] = {}
-        for name, site in sites.items():
+        for name, site in track(sites.items(), len(sites), "int8 rows", "site"):
             mine = {key: rows for (owner, key), rows in int8.items() if owner == name}
             by_output = {key: self.axis.by_output(key, site.factors is None) for key in mine}
             stored[name] = store_site(site, mine, by_output, dtype)
         return stored
 
-    def _score(
-        self, matrix: Matrix, key: str, site: Site, generator: torch.Generator
-    ) -> ScoredRows:
-        by_output = self.axis.by_output(key, site.factors is None)
+    def _scored(self, sites: Mapping[str, Site]) -> dict[tuple[str, str], ScoredRows]:
+        scored: dict[tuple[str, str], ScoredRows] = {}
+        for name, site in track(sites.items(), len(sites), "row scores", "site"):
+            for key, matrix in site.matrices().items():
+                by_output = self.axis.by_output(key, site.factors is None)
+                seed = self.seed * 1_000_003 + len(scored)  # Another for each matrix.
+                scored[name, key] = self._score(matrix, by_output, name, seed)
+        return scored
+
+    def _score(self, matrix: Matrix, by_output: bool, what: str, seed: int) -> ScoredRows:
         rows, columns = matrix.values.shape if by_output else matrix.values.shape[::-1]
         everything = torch.ones(rows, dtype=torch.bool)
-        # The dtype of no row: all of them are int8 here.
-        rounded = store_rows(matrix.values, everything, torch.float16, by_output, site.name)
+        rounded = store_rows(matrix.values, everything, torch.float16, by_output, what)
         error = restore(*rounded).to(matrix.values) - matrix.values
-        return ScoredRows(columns, row_scores(matrix, error, by_output, self.score, generator))
+        return ScoredRows(columns, row_scores(matrix, error, by_output, self.score, seed))

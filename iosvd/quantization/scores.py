@@ -30,7 +30,7 @@ class Score(Enum):
 
 
 def row_scores(
-    matrix: Matrix, error: Tensor, by_output: bool, score: Score, generator: torch.Generator
+    matrix: Matrix, error: Tensor, by_output: bool, score: Score, seed: int = 0
 ) -> Tensor:
     """Return one score a row: the higher, the worse it is to round the row.
 
@@ -39,11 +39,12 @@ def row_scores(
         error: Q(F) − F, (out, in).
         by_output: whether a row holds the weights of one output, or of one input.
         score: how.
-        generator: of the random control.
+        seed: of the random control.
     """
     if score is Score.second_order:
         return second_order(matrix, error, by_output)
     if score is Score.random:
+        generator = torch.Generator().manual_seed(seed)
         return torch.rand(error.shape[0 if by_output else 1], generator=generator)
     assert matrix.gradient is not None, "the pipeline collects the gradient that is asked for"
     change = (matrix.gradient * error).sum(1 if by_output else 0)

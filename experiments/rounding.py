@@ -1,0 +1,274 @@
+"""The evidence behind the defaults of int8: row scores, axes, rank budgets, and their predictions.
+
+    python experiments/rounding.py model=local model.path=FOLDER dataset=local dataset.path=TEXTS
+
+Ranks and whitening are those of io_svd_spectral, one set of statistics for all. Perplexity and KL
+are measured on the evaluation text: KL(dense ‖ compressed), nats per token, which tells apart what
+perplexity does not. The predictions for single rows are compared on calibration windows in float64,
+because rounding one row moves the loss by less than float32 can tell. Prints the tables and writes
+them to <results>/tables/rounding-<model>.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import PreTrainedModel
+
+from iosvd.budget import Budget, Shape
+from iosvd.config import compose_run
+from iosvd.data import calibration_windows, evaluation_windows
+from iosvd.errors import exit_in_one_line
+from iosvd.execution import batch_size, device_for
+from iosvd.factorization import truncate
+from iosvd.models import load_model, load_tokenizer
+from iosvd.pipeline import Compressed, compress
+from iosvd.progress import track
+from iosvd.quantization import (
+    Axis,
+    Half,
+    LossAwareRemap,
+    Quantization,
+    RankBudget,
+    Remap,
+    Score,
+)
+from iosvd.quantization.base import Site
+from iosvd.quantization.scores import row_scores
+from iosvd.replacement import replace_
+from iosvd.rows import restore, store_rows
+from iosvd.run import Run
+from iosvd.sites import find_sites
+from iosvd.statistics import collect
+from iosvd.types import Needs, SiteStatistics
+from iosvd.versions import commit
+
+METHOD = "io_svd_spectral"
+RATIOS = (0.8, 0.6, 0.4)
+COMPARED = (Score.absolute, Score.signed, Score.second_order)
+SEEDS = range(5)  # Of the random control.
+ROWS = 300  # Whose predictions are compared with measurements.
+WINDOWS = 8  # Calibration windows of that comparison.
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, its texts, and what all its compressions share."""
+
+    run: Run
+    tokens: Tensor
+    text: Tensor
+    collected: Mapping[str, SiteStatistics]
+    log_probabilities: Tensor  # Of the dense model on `text`, (windows, length, vocabulary).
+
+    @classmethod
+    def of(cls, run: Run) -> Bench:
+        """Load, and collect once."""
+        tokenizer, c = load_tokenizer(run.model), run.calibration
+        tokens = calibration_windows(tokenizer, run.dataset, c.windows, c.seq_len, c.seed)
+        text = evaluation_windows(tokenizer, run.dataset, run.eval.seq_len, run.eval.windows)
+        model = fresh(run)
+        needs = run.whitening.needs | run.allocation.needs
+        sites = find_sites(model, run.model.sites)
+        collected = collect(model, tokens, sites, needs, batch_size(run, tokens))
+        return cls(run, tokens, text, collected, log_probabilities(model, text, run))
+
+    def compressed(self, ratio: float, quantization: Quantization) -> Compressed:
+        """Compress the model anew."""
+        return compress(
+            fresh(self.run),
+            self.tokens,
+            ratio=ratio,
+            whitening=self.run.whitening,
+            allocation=self.run.allocation,
+            quantization=quantization,
+            selection=self.run.model.sites,
+            batch_size=batch_size(self.run, self.tokens),
+            statistics=self.collected,
+        )
+
+    def measure(self, model: PreTrainedModel) -> tuple[float, float]:
+        """Return perplexity, and KL from the dense model, on the evaluation text."""
+        found = log_probabilities(model, self.text, self.run)
+        dense = self.log_probabilities
+        kl = (dense.exp() * (dense - found)).sum(-1).mean()
+        loss = cross_entropy(found[:, :-1].flatten(0, 1), self.text[:, 1:].flatten())
+        return float(loss.double().exp()), float(kl)
+
+
+def fresh(run: Run) -> PreTrainedModel:
+    """Load the model anew: compression changes it."""
+    return load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, text: Tensor, run: Run) -> Tensor:
+    """Return the log-probabilities of all next tokens, in main memory."""
+    batches = text.split(batch_size(run, text))
+    logits = [model(input_ids=b.to(model.device), use_cache=False).logits.cpu() for b in batches]
+    stacked = torch.cat(logits)
+    return log_softmax(stacked.to(torch.promote_types(stacked.dtype, torch.float32)), dim=-1)
+
+
+def schemes(ratio: float) -> Iterator[tuple[str, list[Quantization]]]:
+    """Yield what is compared at one ratio: a name, and what is measured under it."""
+    yield "remap", [Remap()]
+    for axis in Axis:
+        yield f"half, axis {axis.value}", [Half(axis)]
+    for score in COMPARED:
+        yield f"rank budget min(1, 2 ratio), {score.value}", [LossAwareRemap(score)]
+    for share in (0.25, 0.5, 0.75):  # From the ratio itself to all that fits.
+        most = min(1.0, 2 * ratio) * 0.98  # The scales take their part of the bytes.
+        kept = round(ratio + share * (most - ratio), 3)
+        fixed = LossAwareRemap(rank_budget=RankBudget.fixed, rank_ratio=kept)
+        for score in COMPARED:
+            yield f"rank budget {kept}, {score.value}", [replace(fixed, score=score)]
+        random = [replace(fixed, score=Score.random, seed=seed) for seed in SEEDS]
+        yield f"rank budget {kept}, random, {len(SEEDS)} seeds", list(random)
+    searched = LossAwareRemap(Score.second_order, rank_budget=RankBudget.search)
+    yield "rank budget searched", [searched]
+
+
+def comparison(bench: Bench) -> pandas.DataFrame:
+    """Measure every scheme at every ratio."""
+    jobs = [(ratio, name, found) for ratio in RATIOS for name, found in schemes(ratio)]
+    rows = []
+    for ratio, name, quantizations in track(jobs, len(jobs), "schemes", "scheme"):
+        results = [bench.compressed(ratio, quantization) for quantization in quantizations]
+        measured = [bench.measure(result.model) for result in results]
+        sites = results[0].plan.sites.values()
+        rounded = sum(s.rounded_rows for s in sites) / sum(s.rows for s in sites)
+        perplexities, kls = zip(*measured, strict=True)
+        spread = f" ± {statistics.stdev(kls):.6f}" if len(kls) > 1 else ""
+        rows.append(
+            {
+                "ratio": f"{ratio:g}",
+                "scheme": name,
+                "achieved": f"{results[0].plan.ratio_achieved:.4f}",
+                "int8 rows": f"{rounded:.0%}",
+                "perplexity": f"{statistics.mean(perplexities):.5f}",
+                "KL": f"{statistics.mean(kls):.6f}{spread}",
+                "predicted KL": f"{results[0].plan.predicted_kl:.6f}",
+            }
+        )
+    return pandas.DataFrame(rows)
+
+
+def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, dict[str, Site]]:
+    """Return the truncated model in float64, and its sites with the gradient of its own loss."""
+    run = bench.run
+    model = fresh(run)
+    layers = find_sites(model, run.model.sites)
+    budget = Budget({name: Shape(*x.weight.shape) for name, x in layers.items()}, ratio)
+    spectra = {
+        name: run.factorization(x.weight, run.whitening(bench.collected[name]), name)
+        for name, x in layers.items()
+    }
+    ranks = budget.factorised(run.allocation(spectra, budget))
+    factors = {name: truncate(spectra[name], rank) for name, rank in ranks.items()}
+    replace_(model.double(), factors)
+    found = collect(
+        model,
+        bench.tokens[:WINDOWS],
+        {name: model.get_submodule(name) for name in layers},
+        Needs(gradient_windows=WINDOWS),
+        batch_size(run, bench.tokens),
+    )
+    sites = {
+        name: Site(
+            name,
+            layer.weight.double(),
+            factors.get(name),
+            spectra[name].output_diagonal,
+            spectra[name].input_diagonal,
+            found[name].gradient,
+        )
+        for name, layer in layers.items()
+    }
+    return model, sites
+
+
+def single_rows(bench: Bench, ratio: float, axis: Axis) -> pandas.DataFrame:
+    """Round rows one at a time; return what was predicted and what was measured."""
+    model, sites = truncated(bench, ratio)
+    text = bench.tokens[:WINDOWS]
+    before = log_probabilities(model, text, bench.run)
+    candidates = [
+        (site, key, row)
+        for site in sites.values()
+        for key, matrix in site.matrices().items()
+        for row in range(matrix.values.shape[0 if axis.by_output(key, not site.factors) else 1])
+    ]
+    chosen = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))[:ROWS]
+    found = []
+    for index in track(chosen.tolist(), len(chosen), "rows", "row"):
+        site, key, row = candidates[index]
+        matrix, out = site.matrices()[key], axis.by_output(key, not site.factors)
+        only = torch.zeros(matrix.values.shape[0 if out else 1], dtype=torch.bool)
+        only[row] = True
+        rows, layout = store_rows(matrix.values, only, torch.float64, out, site.name)
+        error = restore(rows, layout, torch.float64) - matrix.values
+        predicted = {
+            kind.value: float(row_scores(matrix, error, out, kind).sum())
+            for kind in (Score.signed, Score.second_order)
+        }
+        parameter = model.get_submodule(site.name).get_parameter(key)
+        with torch.no_grad():
+            original = parameter.clone()
+            parameter.add_(error)
+            after = log_probabilities(model, text, bench.run)
+            parameter.copy_(original)
+        labels = text[:, 1:, None]
+        change = (before - after)[:, :-1].gather(-1, labels).mean()
+        kl = (before.exp() * (before - after)).sum(-1).mean()
+        found.append({**predicted, "loss change": float(change), "KL": float(kl)})
+    return pandas.DataFrame(found)
+
+
+def agreement(found: pandas.DataFrame) -> str:
+    """Say how well single rows were predicted."""
+    ratios = (found["second_order"] / found["KL"]).median()
+    pearson = found["signed"].corr(found["loss change"])
+    ranks = found["second_order"].corr(found["KL"], method="spearman")
+    rough = found["signed"].abs().corr(found["KL"], method="spearman")
+    return (
+        f"{len(found)} rows rounded one at a time in the model truncated to 0.6, its own"
+        f" {WINDOWS} calibration windows, float64: first-order against measured change of the loss,"
+        f" Pearson {pearson:.3f}; second-order against measured KL, Spearman {ranks:.3f}, median"
+        f" predicted / measured {ratios:.2f}; |first order| against measured KL, Spearman"
+        f" {rough:.3f}."
+    )
+
+
+def report(bench: Bench) -> str:
+    """Measure and return the page."""
+    table = comparison(bench).to_markdown(index=False, disable_numparse=True)
+    run, shape = bench.run, bench.text.shape
+    dense, _ = bench.measure(fresh(run))
+    return (
+        f"# int8 rows, {run.model.name}\n\n{table}\n\n"
+        f"Dense: perplexity {dense:.5f}. KL(dense ‖ compressed), nats per token, on"
+        f" {shape[0]} × {shape[1]} tokens of evaluation text; random: mean and standard deviation."
+        f" Ranks of {METHOD}, calibration {bench.tokens.shape[0]} × {bench.tokens.shape[1]} tokens"
+        f" of {run.dataset.name}. Commit {commit()}, {time.strftime('%Y-%m-%d')}.\n\n"
+        f"{agreement(single_rows(bench, 0.6, Axis.component))}\n"
+    )
+
+
+if __name__ == "__main__":
+    with exit_in_one_line():
+        asked = compose_run([*sys.argv[1:], f"method={METHOD}"])
+        page = report(Bench.of(asked))
+        target = Path(asked.runtime.results) / "tables" / f"rounding-{asked.model.name}.md"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+        print(page)
