@@ -169,12 +169,14 @@ def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, dict[str, Si
     model = fresh(run)
     layers = find_sites(model, run.model.sites)
     budget = Budget({name: Shape(*x.weight.shape) for name, x in layers.items()}, ratio)
+    metrics = {name: bench.collected[name].to(torch.float64) for name in layers}
     spectra = {
-        name: run.factorization(x.weight, run.whitening(bench.collected[name]), name)
+        name: run.factorization(x.weight, run.whitening(metrics[name]), name)
         for name, x in layers.items()
     }
     ranks = budget.factorised(run.allocation(spectra, budget))
     factors = {name: truncate(spectra[name], rank) for name, rank in ranks.items()}
+    weights = {name: x.weight.detach().double() for name, x in layers.items()}
     replace_(model.double(), factors)
     found = collect(
         model,
@@ -186,13 +188,13 @@ def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, dict[str, Si
     sites = {
         name: Site(
             name,
-            layer.weight.double(),
+            weights[name],
             factors.get(name),
             spectra[name].output_diagonal,
             spectra[name].input_diagonal,
             found[name].gradient,
         )
-        for name, layer in layers.items()
+        for name in layers
     }
     return model, sites
 

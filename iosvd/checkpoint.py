@@ -123,6 +123,11 @@ class LowRankQuantizer(HfQuantizer):
             new = self.quantization_config.empty(name, layer)
             for part, tensor in new.state_dict().items():
                 shape = stored.get(f"{name}.{part}", stored.get(f"{found}.{part}"))
+                if shape is None and stored:
+                    raise CheckpointError(
+                        f"the checkpoint has no tensor {name}.{part}; it is incomplete, save it"
+                        " again"
+                    )
                 if shape is not None and shape != tuple(tensor.shape):
                     raise CheckpointError(
                         f"config.json and the weights disagree about {name}: {part} should be"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import Enum
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +24,19 @@ class Code(Enum):
 
     linear = "linear"
     dynamic = "dynamic"
+
+
+def _dynamic_levels() -> Tensor:
+    positive = []
+    for exponent in range(7):
+        # 2^e fractions of a decade, each the middle of its share of [0.1, 1].
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float64)
+        positive.append((edges[1:] + edges[:-1]) / 2 * 10.0 ** (exponent - 6))
+    ascending = torch.cat(positive)
+    return torch.cat([-ascending, torch.tensor([0.0, 1.0]), ascending]).sort().values.float()
+
+
+DYNAMIC_LEVELS = _dynamic_levels()  # Ascending, (256,).
 
 
 def quantize_rows(rows: Tensor, code: Code, what: str) -> tuple[Tensor, Tensor]:
@@ -57,7 +69,7 @@ def quantize_rows(rows: Tensor, code: Code, what: str) -> tuple[Tensor, Tensor]:
     relative = rows / torch.where(scale > 0, scale, 1).to(rows.dtype)[:, None]
     if code is Code.linear:
         return relative.round().clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), scale
-    levels = dynamic_levels().to(rows)
+    levels = DYNAMIC_LEVELS.to(rows)
     place = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2)
     return (place - 128).to(torch.int8), scale
 
@@ -66,19 +78,7 @@ def levels_of(codes: Tensor, code: Code, dtype: torch.dtype) -> Tensor:
     """Return the multiples of the scale that codes stand for, in a floating-point type."""
     if code is Code.linear:
         return codes.to(dtype)
-    return dynamic_levels().to(codes.device, dtype)[codes.int() + 128]
-
-
-@cache
-def dynamic_levels() -> Tensor:
-    """Return the 256 levels of the dynamic code, ascending, (256,)."""
-    positive = []
-    for exponent in range(7):
-        # 2^e fractions of a decade, each the middle of its share of [0.1, 1].
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float64)
-        positive.append((edges[1:] + edges[:-1]) / 2 * 10.0 ** (exponent - 6))
-    ascending = torch.cat(positive)
-    return torch.cat([-ascending, torch.tensor([0.0, 1.0]), ascending]).sort().values.float()
+    return DYNAMIC_LEVELS.to(codes.device, dtype)[codes.int() + 128]
 
 
 def _at_least(values: Tensor) -> Tensor:

@@ -105,10 +105,9 @@ def compress(
         truncated = _truncated(ranks, sites, spectra, budget)
     with clock.stage("replacement"):
         replace_(model, {name: s.factors for name, s in truncated.items() if s.factors})
-    with clock.stage("gradient"):
+    with clock.stage("quantization"):
         asked = Needs(gradient_windows=quantization.gradient_windows)
         truncated = _with_gradient(truncated, model, tokens, asked, batch_size)
-    with clock.stage("quantization"):
         stored = quantization(truncated, budget.limit, halves)
         store_(model, stored)
     plan = make_plan(ranks, spectra, budget, kl=needs.kl_metric is not None, stored=stored)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from iosvd.errors import RecordError
 from iosvd.fingerprints import digest
+from iosvd.plan import SitePlan
 from iosvd.run import Run
 
 METRICS = "metrics.json"  # Written last.
@@ -142,8 +143,10 @@ def read_plan_and_spectra(folder: Path) -> tuple[dict[str, Any], dict[str, Tenso
     """
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        for site in plan["sites"].values():
+            SitePlan(**site)  # As this version writes it.
         return plan, load_file(folder / SPECTRA)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise RecordError(
             f"cannot read the plan and spectra in {folder} ({error}); remove it and run again"
         ) from error

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from iosvd.budget import ENTRY_BITS
+from iosvd.errors import NumericalError
 from iosvd.int8 import Code, levels_of, quantize_rows
 
 SCALE_BITS = 16
 PACKED_ROWS = 8  # Up to so many tokens the packed kernel is faster (make bench).
+_PACKED_WIDTH = 32  # The kernel reads in such blocks, beyond the end of other rows: it crashes.
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def store_rows(
     by_output: bool,
     what: str,
     code: Code = Code.linear,
+    first: bool = False,
 ) -> tuple[Rows, RowLayout]:
     """Store a matrix.
 
@@ -97,12 +100,21 @@ def store_rows(
         by_output: what a row is.
         what: the site, for errors.
         code: of the int8 rows.
+        first: whether the int8 rows are the first ones, so that no order is stored.
+
+    Raises:
+        NumericalError: an entry or a scale is beyond the range of 16 bits.
     """
     rows = matrix if by_output else matrix.T
     count = int(int8.sum())
     codes, scale = quantize_rows(rows[int8], code, what)
     kept = rows[~int8].to(dtype)
-    ordered = not bool(int8[:count].all())
+    if not torch.isfinite(kept).all():
+        raise NumericalError(
+            f"a weight of {what} is not finite in {str(dtype).removeprefix('torch.')} (fp16 ends at"
+            " 65504); try model.dtype=bfloat16 or exclude the site (model.sites.exclude)"
+        )
+    ordered = 0 < count < len(rows) and not first
     order = None
     if ordered:
         stored = torch.cat([int8.nonzero()[:, 0], (~int8).nonzero()[:, 0]])
@@ -153,7 +165,7 @@ def _int8_outputs(x: Tensor, codes: Tensor, scale: Tensor, code: Code) -> Tensor
         # Sums of integer multiples could exceed fp16; the weights themselves do not.
         return linear(x, levels_of(codes, code, x.dtype) * scale[:, None].to(x.dtype))
     if _packed_is_faster(x, code):
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         ones = torch.ones_like(scale, dtype=x.dtype)
         y = torch._weight_int8pack_mm(flat, codes, ones).unflatten(0, x.shape[:-1])
     else:
@@ -164,7 +176,7 @@ def _int8_outputs(x: Tensor, codes: Tensor, scale: Tensor, code: Code) -> Tensor
 
 def _packed_is_faster(x: Tensor, code: Code) -> bool:
     """Whether torch's packed kernel can be used, and is worth it: few rows of bfloat16 on a CPU."""
-    few = x.numel() <= PACKED_ROWS * x.shape[-1]
+    few = 0 < x.numel() <= PACKED_ROWS * x.shape[-1] and x.shape[-1] % _PACKED_WIDTH == 0
     suited = x.dtype == torch.bfloat16 and x.device.type == "cpu" and code is Code.linear
     # The kernel has no derivative.
     return few and suited and not (torch.is_grad_enabled() and x.requires_grad)

@@ -7,9 +7,9 @@ import torch
 from conftest import all_variants, random_statistics
 
 import iosvd.allocation
-from iosvd.allocation import Allocation, LossAware, Spectral, Uniform
+from iosvd.allocation import Allocation, LossAware, Spectral, Uniform, ZeroSum
 from iosvd.allocation.greedy import drop_cheapest
-from iosvd.budget import Budget, Shape
+from iosvd.budget import Budget, Shape, sixteen_bits
 from iosvd.errors import BudgetError
 from iosvd.factorization import Factorization
 from iosvd.plan import make_plan
@@ -35,10 +35,10 @@ def spectra() -> dict[str, Spectrum]:
 
 @pytest.mark.parametrize(("m", "n"), [(16, 16), (8, 16), (40, 16), (7, 13), (1, 5), (4096, 11008)])
 def test_break_even_is_the_last_rank_cheaper_than_dense(m: int, n: int) -> None:
-    shape = Shape(m, n)
-    assert shape.break_even_rank * (m + n) < m * n <= (shape.break_even_rank + 1) * (m + n)
-    assert shape.cost(shape.break_even_rank + 1) == m * n
-    assert shape.cost(shape.full_rank) == m * n
+    cost = sixteen_bits(Shape(m, n))
+    assert cost.break_even_rank * (m + n) < m * n <= (cost.break_even_rank + 1) * (m + n)
+    assert cost.at(cost.break_even_rank + 1) == 16 * m * n
+    assert cost.at(min(m, n)) == 16 * m * n
 
 
 @allocations
@@ -55,7 +55,7 @@ def test_budget_is_met_within_one_component(allocation: type[Allocation], ratio:
     assert plan.parameters_total == TOTAL
     assert stored <= ratio * TOTAL
     floor = all(site.rank == 1 for site in plan.sites.values())
-    assert floor or ratio * TOTAL - stored < max(shape.component_cost for shape in SHAPES.values())
+    assert floor or ratio * TOTAL - stored < max(shape.m + shape.n for shape in SHAPES.values())
     assert all(site.rank >= 1 for site in plan.sites.values())
 
 
@@ -73,7 +73,7 @@ def test_smallest_feasible_ratio_is_stated_and_feasible() -> None:
         Budget(SHAPES, 0.05)
     stated = float(str(error.value).split("below ")[1].split(",")[0])
     budget = Budget(SHAPES, stated)
-    assert FLOOR <= budget.limit < FLOOR + 0.001 * TOTAL
+    assert FLOOR <= budget.limit / 16 < FLOOR + 0.001 * TOTAL
     assert Spectral()(spectra(), budget) == dict.fromkeys(SHAPES, 1)
 
 
@@ -84,7 +84,8 @@ def test_ratio_outside_its_range_is_an_error(ratio: float) -> None:
 
 
 def test_limit_does_not_suffer_from_rounding() -> None:
-    assert Budget({"x": Shape(10, 10)}, 0.29).limit == 29  # 0.29 * 100 is 28.999999999999996.
+    # 0.29 * 1600 is 463.99999999999994.
+    assert Budget({"x": Shape(10, 10)}, 0.29).limit == 16 * 29
 
 
 @pytest.mark.parametrize("ratio", [0.4, 0.6, 0.8])
@@ -102,7 +103,7 @@ def literal_greedy(costs: dict[str, list[float]], budget: Budget) -> dict[str, i
     def parameters() -> int:
         return sum(min(s.m * s.n, ranks[name] * (s.m + s.n)) for name, s in budget.shapes.items())
 
-    while parameters() > budget.ratio * budget.total:
+    while parameters() > budget.ratio * TOTAL:
         open_sites = [name for name in ranks if ranks[name] > 1]
         ranks[min(open_sites, key=lambda name: costs[name][ranks[name] - 1])] -= 1
     return ranks
@@ -121,6 +122,38 @@ def test_loss_aware_ignores_the_sign_of_the_change() -> None:
     found, budget = spectra(), Budget(SHAPES, 0.5)
     costs = {n: s.loss_change.abs().tolist() for n, s in found.items()}  # type: ignore[union-attr]
     assert LossAware()(found, budget) == literal_greedy(costs, budget)
+
+
+def literal_zero_sum(changes: dict[str, list[float]], budget: Budget) -> dict[str, int]:
+    """METHODS 5 as worded: of the offers with the wanted sign the smallest |ΔL|, else the other."""
+    ranks, total = {name: len(values) for name, values in changes.items()}, 0.0
+    while sum(min(s.m * s.n, ranks[n] * (s.m + s.n)) for n, s in SHAPES.items()) > (
+        budget.ratio * TOTAL
+    ):
+        offers = {n: changes[n][rank - 1] for n, rank in ranks.items() if rank > 1}
+        wanted = {n: x for n, x in offers.items() if (x > 0) == (total <= 0)} or offers
+        site = min(wanted, key=lambda n: abs(offers[n]))
+        total += changes[site][ranks[site] - 1]
+        ranks[site] -= 1
+    return ranks
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6, 0.8, 0.95])
+def test_zero_sum_is_the_literal_rule(ratio: float) -> None:
+    found, budget = spectra(), Budget(SHAPES, ratio)
+    changes = {n: s.loss_change.tolist() for n, s in found.items()}  # type: ignore[union-attr]
+    assert ZeroSum()(found, budget) == literal_zero_sum(changes, budget)
+
+
+def test_zero_sum_lets_the_changes_cancel() -> None:
+    """In absolute value far less than what dropping the smallest changes adds up to."""
+    found, budget = spectra(), Budget(SHAPES, 0.5)
+
+    def predicted(allocation: Allocation) -> float:
+        plan = make_plan(allocation(found, budget), found, budget, kl=True)
+        return abs(sum(site.loss_change or 0.0 for site in plan.sites.values()))
+
+    assert predicted(ZeroSum()) < predicted(LossAware()) / 2
 
 
 def test_spectral_drops_the_smallest_predicted_kl() -> None:

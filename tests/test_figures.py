@@ -11,9 +11,15 @@ import torch
 from iosvd import figures
 
 SITES: dict[str, Any] = {
-    "model.layers.0.attn.q": {"out_features": 8, "in_features": 8, "rank": 2, "dense": False},
-    "model.layers.1.attn.q": {"out_features": 8, "in_features": 8, "rank": 8, "dense": True},
-    "model.layers.0.up": {"out_features": 24, "in_features": 8, "rank": 3, "dense": False},
+    name: {
+        **dict(zip(("out_features", "in_features", "rank", "bits"), numbers, strict=True)),
+        **{"rounded_rows": 0, "rows": 0},
+    }
+    for name, numbers in {
+        "model.layers.0.attn.q": (8, 8, 2, 16 * 32),
+        "model.layers.1.attn.q": (8, 8, 8, 16 * 64),
+        "model.layers.0.up": (24, 8, 3, 16 * 96),
+    }.items()
 }
 FRAME = pandas.DataFrame(
     [

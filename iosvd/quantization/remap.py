@@ -45,4 +45,4 @@ class Remap(Quantization):
         names = ["weight"] if dense else ["weight", "left"]
         int8 = {name: torch.arange(channels[name]) < shared for name in names}
         by_output = {name: Axis.channel.by_output(name, dense) for name in names}
-        return store_site(site, int8, by_output, dtype, self.code)
+        return store_site(site, int8, by_output, dtype, self.code, first=True)

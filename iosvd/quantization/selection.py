@@ -40,7 +40,7 @@ def choose_int8(matrices: Mapping[Key, ScoredRows], limit: int) -> dict[Key, Ten
 
     From all rows in int8 (where that saves anything) the highest scores are put back into 16 bits
     as long as they fit; a row that does not fit is passed over for smaller ones. So the bytes used
-    are within one row of the limit.
+    are within one row of the limit, and that row's order where no matrix is mixed.
 
     Args:
         matrices: the scores of all rows.
@@ -49,20 +49,29 @@ def choose_int8(matrices: Mapping[Key, ScoredRows], limit: int) -> dict[Key, Ten
     int8 = {key: torch.full((len(m.scores),), m.saved_bits > 0) for key, m in matrices.items()}
     counts = {key: int(chosen.sum()) for key, chosen in int8.items()}
     free = limit - sum(matrix.bits(counts[key]) for key, matrix in matrices.items())
+    waiting = _by_descending_score(matrices)
+    smallest = min((m.saved_bits for m in matrices.values() if m.saved_bits > 0), default=0)
+    fitted = True
+    while fitted and free >= smallest:
+        fitted, passed_over = False, []
+        for key, row in waiting:
+            matrix, count = matrices[key], counts[key]
+            extra = matrix.bits(count - 1) - matrix.bits(count)
+            if matrix.saved_bits > 0 and extra <= free:
+                int8[key][row], counts[key], fitted = False, count - 1, True
+                free -= extra
+            else:
+                passed_over.append((key, row))
+        waiting = passed_over  # A matrix whose last row was put back has freed its order.
+    return int8
+
+
+def _by_descending_score(matrices: Mapping[Key, ScoredRows]) -> list[tuple[Key, int]]:
     keys = list(matrices)
     owner = torch.cat([torch.full((len(matrices[k].scores),), i) for i, k in enumerate(keys)])
     place = torch.cat([torch.arange(len(matrices[key].scores)) for key in keys])
     scores = torch.cat([matrices[key].scores.double().cpu() for key in keys])
     order = scores.argsort(descending=True, stable=True)
-    smallest = min((m.saved_bits for m in matrices.values() if m.saved_bits > 0), default=0)
-    for owned, row in zip(owner[order].tolist(), place[order].tolist(), strict=True):
-        key = keys[owned]
-        count, matrix = counts[key], matrices[key]
-        extra = matrix.bits(count - 1) - matrix.bits(count)
-        if matrix.saved_bits > 0 and extra <= free:
-            int8[key][row] = False
-            counts[key] = count - 1
-            free -= extra
-        elif free < smallest:
-            break
-    return int8
+    return [
+        (keys[i], row) for i, row in zip(owner[order].tolist(), place[order].tolist(), strict=True)
+    ]

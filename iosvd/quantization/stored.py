@@ -61,6 +61,7 @@ def store_site(
     by_output: Mapping[str, bool],
     dtype: torch.dtype,
     code: Code = Code.linear,
+    first: bool = False,
 ) -> StoredRows:
     """Store a site with the given rows in int8.
 
@@ -70,13 +71,14 @@ def store_site(
         by_output: by matrix, what a row is.
         dtype: of the other rows.
         code: of the int8 rows.
+        first: whether they are the first ones.
     """
     rows: dict[str, Rows] = {}
     layouts: dict[str, RowLayout] = {}
     loss = 0.0
     for name, matrix in site.matrices().items():
         rows[name], layouts[name] = store_rows(
-            matrix.values, int8[name], dtype, by_output[name], site.name, code
+            matrix.values, int8[name], dtype, by_output[name], site.name, code, first
         )
         loss += _loss(matrix, rows[name], layouts[name])
     rank = None if site.factors is None else site.factors.rank
