@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -124,16 +124,16 @@ def schemes(ratio: float) -> Iterator[tuple[str, list[Quantization]]]:
     yield "remap", [Remap()]
     for axis in Axis:
         yield f"half, axis {axis.value}", [Half(axis)]
-    for score in COMPARED:
-        yield f"rank budget min(1, 2 ratio), {score.value}", [LossAwareRemap(score)]
-    for share in (0.25, 0.5, 0.75):  # From the ratio itself to all that fits.
-        most = min(1.0, 2 * ratio) * 0.98  # The scales take their part of the bytes.
-        kept = round(ratio + share * (most - ratio), 3)
-        fixed = LossAwareRemap(rank_budget=RankBudget.fixed, rank_ratio=kept)
+    most = min(1.0, 2 * ratio)
+    budgets = {"min(1, 2 ratio)": LossAwareRemap()}
+    for share in (0.25, 0.5, 0.75):  # From the ratio itself to almost all that fits.
+        kept = round(ratio + share * (0.98 * most - ratio), 3)  # The scales take their part.
+        budgets[f"{kept}"] = LossAwareRemap(rank_budget=RankBudget.fixed, rank_ratio=kept)
+    for name, scheme in budgets.items():
         for score in COMPARED:
-            yield f"rank budget {kept}, {score.value}", [replace(fixed, score=score)]
-        random = [replace(fixed, score=Score.random, seed=seed) for seed in SEEDS]
-        yield f"rank budget {kept}, random, {len(SEEDS)} seeds", list(random)
+            yield f"rank budget {name}, {score.value}", [replace(scheme, score=score)]
+        random = [replace(scheme, score=Score.random, seed=seed) for seed in SEEDS]
+        yield f"rank budget {name}, random, {len(SEEDS)} seeds", list(random)
     searched = LossAwareRemap(Score.second_order, rank_budget=RankBudget.search)
     yield "rank budget searched", [searched]
 
@@ -148,19 +148,23 @@ def comparison(bench: Bench) -> pandas.DataFrame:
         sites = results[0].plan.sites.values()
         rounded = sum(s.rounded_rows for s in sites) / sum(s.rows for s in sites)
         perplexities, kls = zip(*measured, strict=True)
-        spread = f" ± {statistics.stdev(kls):.6f}" if len(kls) > 1 else ""
         rows.append(
             {
                 "ratio": f"{ratio:g}",
                 "scheme": name,
                 "achieved": f"{results[0].plan.ratio_achieved:.4f}",
                 "int8 rows": f"{rounded:.0%}",
-                "perplexity": f"{statistics.mean(perplexities):.5f}",
-                "KL": f"{statistics.mean(kls):.6f}{spread}",
+                "perplexity": _mean(perplexities, 5),
+                "KL": _mean(kls, 6),
                 "predicted KL": f"{results[0].plan.predicted_kl:.6f}",
             }
         )
     return pandas.DataFrame(rows)
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, dict[str, Site]]:
