@@ -24,7 +24,7 @@ OPTIONS = $(strip $(if $(MODEL),$(MODEL_OPTIONS)) $(if $(DATA),$(DATA_OPTIONS)) 
 SWEEP = $(BIN)/python experiments
 
 .PHONY: help install demo tables table1 table3 table4 table6 figure3 figures compare dashboard \
-	test check tiny-model bench clean
+	test check tiny-model bench rounding clean
 help: ## List the targets
 	@grep -hE '^[a-z0-9%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
@@ -75,8 +75,12 @@ check: install ## Lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ## Seconds and peak memory of the stages, against a training step in the same run
+bench: install ## Seconds and memory of the stages against a training step; latency of the layers
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/benchmark.py
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/latency.py
+
+rounding: install ## The evidence behind int8's defaults: row scores, axes, rank budgets
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/rounding.py $(OPTIONS)
 
 tiny-model: install ## Train the embedded model anew (half an hour of one core)
 	$(BIN)/python experiments/train_tiny.py

@@ -32,7 +32,7 @@ from iosvd.statistics import collect, statistics_bytes
 from iosvd.types import Needs
 from iosvd.versions import commit
 
-METHODS = ("svd", "asvd", "svd_llm", "io_svd", "io_svd_spectral")
+METHODS = ("svd", "asvd", "svd_llm", "io_svd", "io_svd_plus", "io_svd_spectral")
 REPETITIONS = 3
 GRAM_SHARE = 5 / 8  # Of a symmetric product's multiplications, what linalg.add_lower_gram_ takes.
 

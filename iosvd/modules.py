@@ -58,8 +58,11 @@ class StoredLinear(nn.Module):
                 continue
             count, width = shape if layout.by_output else shape[::-1]
             kept_dtype = half_dtype(dtype or torch.get_default_dtype())
-            kept = torch.empty(count - layout.int8, width, device=device, dtype=kept_dtype)
-            codes = torch.empty(layout.int8, width, device=device, dtype=torch.int8)
+            kept_shape, shape8 = (count - layout.int8, width), (layout.int8, width)
+            if not layout.by_output:
+                kept_shape, shape8 = kept_shape[::-1], shape8[::-1]
+            kept = torch.empty(kept_shape, device=device, dtype=kept_dtype)
+            codes = torch.empty(shape8, device=device, dtype=torch.int8)
             scale = torch.empty(layout.int8, device=device, dtype=torch.float16)
             order = torch.empty(count, device=device, dtype=order_dtype(count))
             self.register_parameter(name, nn.Parameter(kept))

@@ -1,8 +1,8 @@
 """A matrix whose rows are stored in two widths: some as int8 with a scale, the others in 16 bits.
 
-What a row is can be chosen: the weights of one output of the matrix, or of one input. Both products
-follow the rows as stored; nothing is ever expanded to the whole matrix but a temporary of its int8
-part.
+What a row is can be chosen: the weights of one output of the matrix, or of one input. Either way
+the tensors keep the orientation (out, in) of a linear layer's weight, in which products are fast.
+Nothing is expanded to the whole matrix but a temporary of its int8 part.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class RowLayout:
 
 
 class Rows(NamedTuple):
-    """The tensors of a matrix of R rows and C columns, b of the rows in int8.
+    """The tensors of a matrix (out, in) of R rows, b of them in int8.
 
     `order` is the index that brings outputs back to their places after the int8 rows and the kept
     ones were multiplied, or that brings inputs to the rows as stored.
     """
 
-    kept: Tensor  # (R − b, C), 16 bits
-    codes: Tensor  # (b, C), int8
+    kept: Tensor  # (R − b, in) or, where a row is an input, (out, R − b); 16 bits
+    codes: Tensor  # (b, in) or (out, b), int8
     scale: Tensor  # (b,), float16
     order: Tensor | None  # (R,), int16 or int32
 
@@ -119,6 +119,8 @@ def store_rows(
     if ordered:
         stored = torch.cat([int8.nonzero()[:, 0], (~int8).nonzero()[:, 0]])
         order = (stored.argsort() if by_output else stored).to(order_dtype(len(rows)))
+    if not by_output:
+        kept, codes = kept.T, codes.T
     # Contiguous copies: views would keep the whole matrix, and safetensors refuses them.
     stored_rows = Rows(kept.contiguous(), codes.contiguous(), scale, order)
     return stored_rows, RowLayout(count, by_output, ordered, code)
@@ -126,12 +128,14 @@ def store_rows(
 
 def restore(rows: Rows, layout: RowLayout, accumulate: torch.dtype = torch.float32) -> Tensor:
     """Return the matrix (out, in) that the rows stand for."""
-    decoded = levels_of(rows.codes, layout.code, accumulate) * rows.scale.to(accumulate)[:, None]
-    stacked = torch.cat([decoded, rows.kept.to(accumulate)])
-    if rows.order is not None:
-        order = rows.order.int()
-        stacked = stacked[order if layout.by_output else order.argsort()]
-    return stacked if layout.by_output else stacked.T
+    axis = 0 if layout.by_output else 1
+    scale = rows.scale.to(accumulate)
+    decoded = levels_of(rows.codes, layout.code, accumulate) * scale.unsqueeze(1 - axis)
+    stacked = torch.cat([decoded, rows.kept.to(accumulate)], dim=axis)
+    if rows.order is None:
+        return stacked
+    order = rows.order.int()
+    return stacked.index_select(axis, order if layout.by_output else order.argsort())
 
 
 def multiply(x: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
@@ -141,8 +145,13 @@ def multiply(x: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
 
 def _by_output(x: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
     parts = []
-    if len(rows.codes):
-        parts.append(_int8_outputs(x, rows.codes, rows.scale, layout.code))
+    if layout.int8:
+        if x.dtype == torch.float16:
+            # Sums of integer multiples could exceed fp16; the weights themselves do not.
+            levels = levels_of(rows.codes, layout.code, x.dtype)
+            parts.append(linear(x, levels * rows.scale[:, None].to(x.dtype)))
+        else:
+            parts.append(_scaled(_times_levels(x, rows.codes, layout.code), rows.scale))
     if len(rows.kept):
         parts.append(linear(x, rows.kept.to(x.dtype)))
     y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -152,26 +161,25 @@ def _by_output(x: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
 def _by_input(x: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
     if rows.order is not None:
         x = x.index_select(-1, rows.order.int())
-    if not len(rows.codes):
-        return x @ rows.kept.to(x.dtype)
-    quantized, kept = x.split([len(rows.codes), len(rows.kept)], dim=-1)
-    scaled = (quantized * rows.scale).to(x.dtype)
-    y = scaled @ levels_of(rows.codes, layout.code, x.dtype)
-    return y + kept @ rows.kept.to(x.dtype) if len(rows.kept) else y
+    if not layout.int8:
+        return linear(x, rows.kept.to(x.dtype))
+    quantized, kept = x.split([layout.int8, x.shape[-1] - layout.int8], dim=-1)
+    y = _times_levels(_scaled(quantized, rows.scale), rows.codes, layout.code)
+    return y + linear(kept, rows.kept.to(x.dtype)) if kept.shape[-1] else y
 
 
-def _int8_outputs(x: Tensor, codes: Tensor, scale: Tensor, code: Code) -> Tensor:
-    if x.dtype == torch.float16:
-        # Sums of integer multiples could exceed fp16; the weights themselves do not.
-        return linear(x, levels_of(codes, code, x.dtype) * scale[:, None].to(x.dtype))
-    if _packed_is_faster(x, code):
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        ones = torch.ones_like(scale, dtype=x.dtype)
-        y = torch._weight_int8pack_mm(flat, codes, ones).unflatten(0, x.shape[:-1])
-    else:
-        y = linear(x, levels_of(codes, code, x.dtype))
-    # Promoted to float32 for the product: bfloat16 would round the scale itself.
-    return (y * scale).to(x.dtype)
+def _scaled(values: Tensor, scale: Tensor) -> Tensor:
+    # The product of bfloat16 and float16 is float32: bfloat16 would round the scale itself.
+    return (values * scale).to(values.dtype)
+
+
+def _times_levels(x: Tensor, codes: Tensor, code: Code) -> Tensor:
+    """Return x times the transposed levels (out, in), without their scales."""
+    if not _packed_is_faster(x, code):
+        return linear(x, levels_of(codes, code, x.dtype))
+    ones = torch.ones(len(codes), dtype=x.dtype, device=x.device)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return torch._weight_int8pack_mm(flat, codes, ones).unflatten(0, x.shape[:-1])
 
 
 def _packed_is_faster(x: Tensor, code: Code) -> bool:

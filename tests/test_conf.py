@@ -120,7 +120,7 @@ def test_rows_of_a_sweep_are_named_after_what_distinguishes_them() -> None:
         *("io_svd[calibration.seed=0]", "io_svd[calibration.seed=1]"),
     ]
     assert len(baselines(seeds)) == 1  # What calibrates does not change the dense model.
-    fixed = ["experiment=main", "factorization.algorithm=svd", "eval=own"]
+    fixed = ["experiment=demo", "factorization.algorithm=svd"]
     labels = {run.label for run in expand(fixed, sweep=True)}
     assert labels == {"svd", "asvd", "svd_llm", "io_svd", "io_svd_spectral"}
 

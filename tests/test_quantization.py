@@ -146,7 +146,7 @@ def test_remap_counts_as_its_papers_say() -> None:
         assert site.rounded_rows == 2 * min(m, n) and site.rows == m + n
         assert layer.rows("left").order is None and layer.rows("weight").order is None
         assert layer.rows("left").codes.shape == (min(m, n), k)
-        assert layer.rows("weight").codes.shape == (min(m, n), k)
+        assert layer.rows("weight").codes.shape == (k, min(m, n))
 
 
 def test_half_at_a_ratio_that_fits_everything_is_the_int8_model() -> None:

@@ -40,7 +40,8 @@ def stored(
 def test_rows_stand_for_the_matrix(pattern: str, by_output: bool) -> None:
     matrix, rows, layout = stored(pattern, by_output, torch.float32)
     int8 = PATTERNS[pattern](20 if by_output else 14)
-    assert layout.int8 == int8.sum() == len(rows.codes)
+    assert layout.int8 == int8.sum() == len(rows.scale)
+    assert rows.codes.shape == ((layout.int8, 14) if by_output else (20, layout.int8))
     assert layout.ordered == (pattern == "mixed") == (rows.order is not None)
     error = restore(rows, layout) - matrix
     lines = error if by_output else error.T
@@ -91,9 +92,13 @@ def test_numbers_of_rows_are_as_short_as_they_can_be() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch, "_weight_int8pack_mm"), reason="no packed kernel here")
-def test_the_packed_kernel_agrees_with_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+@by_outputs
+def test_the_packed_kernel_agrees_with_the_plain_path(
+    by_output: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     matrix = torch.randn(64, 96)
-    rows, layout = store_rows(matrix, torch.ones(64, dtype=torch.bool), torch.bfloat16, True, "x")
+    everything = torch.ones(64 if by_output else 96, dtype=torch.bool)
+    rows, layout = store_rows(matrix, everything, torch.bfloat16, by_output, "x")
     x = torch.randn(4, 96).bfloat16()
     calls = []
     kernel = torch._weight_int8pack_mm

@@ -31,7 +31,11 @@ class StoredRows:
     @property
     def rounded(self) -> tuple[int, int]:
         int8 = sum(layout.int8 for layout in self.layouts.values())
-        return int8, int8 + sum(len(rows.kept) for rows in self.rows.values())
+        kept = sum(
+            rows.kept.shape[0 if self.layouts[name].by_output else 1]
+            for name, rows in self.rows.items()
+        )
+        return int8, int8 + kept
 
     def module(self, layer: nn.Module) -> nn.Module:
         assert isinstance(layer, nn.Linear | StoredLinear)

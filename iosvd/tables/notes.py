@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from iosvd.models import Dtype
 from iosvd.records import Record
 from iosvd.run import Run
 from iosvd.tables.spec import TableSpec
@@ -30,6 +31,7 @@ def notes(table: Table, on_disk: OnDisk, spec: TableSpec, sweep: Sweep) -> list[
         f"Runs found: {len(records)} of {len(sweep.runs)}.{_provenance(records)}{_flags(table)}",
         *(f"Set aside: {reason}" for reason in on_disk.set_aside),
         _protocol(sweep.runs[0]),
+        *filter(None, [_bytes(spec, sweep.runs)]),
         _deviations(sweep.overrides),
         *spec.notes,
         *(f"{row.name}: {row.note}" for row in spec.rows if row.note),
@@ -39,7 +41,8 @@ def notes(table: Table, on_disk: OnDisk, spec: TableSpec, sweep: Sweep) -> list[
 
 def _legend(table: Table) -> str:
     return (
-        "`ratio` is the maintenance ratio: parameters kept / parameters of the target layers."
+        "`ratio` is the maintenance ratio: bits kept / 16 bits for every parameter of the target"
+        " layers; without quantisation, parameters kept / parameters."
         " Best of each ratio's methods in bold, second underlined; – is a gap."
         + (
             " In brackets the published value and the difference to it."
@@ -107,6 +110,17 @@ def _protocol(run: Run) -> str:
     if evaluation.zero_shot.tasks:
         parts.append("zero-shot accuracy `acc` with lm-eval's prompts")
     return f"{'; '.join(parts)}."
+
+
+def _bytes(spec: TableSpec, runs: Sequence[Run]) -> str:
+    """Say that the column of bytes is not the ratio's count, where it is not."""
+    wide = any(run.model.dtype is Dtype.float32 for run in runs)
+    if "target_bytes" not in spec.extra or not wide:
+        return ""
+    return (
+        "Bytes are those stored: in float32 an entry that is not quantised takes four, where the"
+        " ratio counts two."
+    )
 
 
 def _deviations(overrides: Sequence[str]) -> str:
