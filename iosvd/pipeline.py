@@ -103,11 +103,14 @@ def compress(
         candidates = [allocation(spectra, rank_budget) for rank_budget in rank_budgets]
         ranks = _best(candidates, sites, spectra, budget, quantization, halves)
         truncated = _truncated(ranks, sites, spectra, budget)
+    # The factors are copies; from here on only the numbers of the spectra are needed.
+    spectra = {name: spectrum.head(0, torch.float32) for name, spectrum in spectra.items()}
     with clock.stage("replacement"):
         replace_(model, {name: s.factors for name, s in truncated.items() if s.factors})
     with clock.stage("quantization"):
         asked = Needs(gradient_windows=quantization.gradient_windows)
-        truncated = _with_gradient(truncated, model, tokens, asked, batch_size)
+        if asked != Needs():
+            truncated = _with_gradient(truncated, model, tokens, asked, groups, batch_size)
         stored = quantization(truncated, budget.limit, halves)
         store_(model, stored)
     plan = make_plan(ranks, spectra, budget, kl=needs.kl_metric is not None, stored=stored)
@@ -184,9 +187,13 @@ def _with_gradient(
     model: PreTrainedModel,
     tokens: Tensor,
     needs: Needs,
+    groups: Sequence[Mapping[str, nn.Linear]],
     batch_size: int,
 ) -> dict[str, Site]:
-    """Add the gradient of the calibration loss at what the model computes now, if asked for."""
-    layers = {name: model.get_submodule(name) for name in truncated}
-    found = collect(model, tokens, layers, needs, batch_size)
-    return {name: replace(site, gradient=found[name].gradient) for name, site in truncated.items()}
+    """Add the gradient of the calibration loss at what the model computes now, in main memory."""
+    gradients: dict[str, Tensor] = {}
+    for group in groups:
+        layers = {name: model.get_submodule(name) for name in group}
+        of_group = collect(model, tokens, layers, needs, batch_size)
+        gradients |= {name: of_group[name].need("gradient").cpu() for name in group}
+    return {name: replace(site, gradient=gradients[name]) for name, site in truncated.items()}

@@ -105,7 +105,7 @@ def store_rows(
     Raises:
         NumericalError: an entry or a scale is beyond the range of 16 bits.
     """
-    rows = matrix if by_output else matrix.T
+    rows, int8 = matrix if by_output else matrix.T, int8.to(matrix.device)
     count = int(int8.sum())
     codes, scale = quantize_rows(rows[int8], code, what)
     kept = rows[~int8].to(dtype)

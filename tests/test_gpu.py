@@ -12,8 +12,17 @@ from conftest import build
 from torch.testing import assert_close
 
 from iosvd.allocation import LossAware
+from iosvd.int8 import Code
 from iosvd.kl_metric import KLMetric
 from iosvd.pipeline import compress
+from iosvd.quantization import (
+    Axis,
+    Half,
+    LossAwareRemap,
+    Quantization,
+    Remap,
+    RoundToNearest,
+)
 from iosvd.sites import SiteSelection, find_sites
 from iosvd.statistics import collect
 from iosvd.types import Needs
@@ -52,3 +61,39 @@ def test_a_model_on_a_gpu_is_compressed_there(dtype: torch.dtype) -> None:
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert result.plan.ratio_achieved <= 0.6
     assert torch.isfinite(model(input_ids=TOKENS.cuda()).logits).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "quantization",
+    [Half(Axis.channel), Half(), Remap(Code.dynamic), LossAwareRemap(), RoundToNearest(8)],
+    ids=str,
+)
+def test_quantised_layers_agree_with_the_cpu(
+    quantization: Quantization, dtype: torch.dtype
+) -> None:
+    logits = {}
+    for device in ("cpu", "cuda"):
+        result = compress(
+            build("llama", dtype),
+            TOKENS,
+            ratio=0.6,
+            whitening=InputOutput(),
+            allocation=LossAware(),
+            quantization=quantization,
+        )  # On the CPU: on the GPU rounding could choose other ranks.
+        model = result.model.to(device)
+        with torch.no_grad():
+            logits[device] = model(input_ids=TOKENS.to(device)).logits.cpu().float()
+    assert_close(logits["cuda"], logits["cpu"], rtol=2e-2, atol=2e-2)
+    on_gpu = compress(
+        build("llama", dtype).to("cuda"),
+        TOKENS,
+        ratio=0.6,
+        whitening=InputOutput(),
+        allocation=LossAware(),
+        quantization=quantization,
+    )
+    assert {t.device.type for t in on_gpu.model.state_dict().values()} == {"cuda"}
+    assert on_gpu.plan.ratio_achieved <= 0.6
+    assert torch.isfinite(on_gpu.model(input_ids=TOKENS.cuda()).logits).all()

@@ -13,7 +13,8 @@ from iosvd.allocation import Allocation, LossAware, Spectral, Uniform
 from iosvd.errors import BudgetError, ConfigError, NumericalError
 from iosvd.factorization import Algorithm, Factorization
 from iosvd.pipeline import Compressed, compress
-from iosvd.replacement import low_rank_layers
+from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization
+from iosvd.replacement import compressed_layers, low_rank_layers
 from iosvd.sites import SiteSelection, find_sites, in_groups
 from iosvd.statistics import collect
 from iosvd.whitening import Identity, InputOutput, Whitening
@@ -69,13 +70,14 @@ def test_ratio_one_changes_nothing() -> None:
 
 
 def weights(result: Compressed) -> dict[str, torch.Tensor]:
-    return {name: layer.dense().weight for name, layer in low_rank_layers(result.model).items()}
+    return {name: layer.product() for name, layer in compressed_layers(result.model).items()}
 
 
+@pytest.mark.parametrize("quantization", [NoQuantization(), LossAwareRemap()], ids=str)
 @pytest.mark.parametrize("passes", [2, 5, 100])
-def test_passes_change_nothing(passes: int) -> None:
-    one = run(allocation=LossAware())
-    several = run(allocation=LossAware(), passes=passes)
+def test_passes_change_nothing(passes: int, quantization: Quantization) -> None:
+    one = run(allocation=LossAware(), quantization=quantization)
+    several = run(allocation=LossAware(), quantization=quantization, passes=passes)
     assert several.plan.ranks == one.plan.ranks
     for name, weight in weights(several).items():
         assert_close(weight, weights(one)[name], rtol=1e-5, atol=1e-6)
