@@ -120,5 +120,5 @@ def check_ratio(ratio: float) -> None:
     """Raise BudgetError unless the ratio is in (0, 1]."""
     if not 0 < ratio <= 1:
         raise BudgetError(
-            f"ratio {ratio:g} is outside (0, 1]; it is the share of the bits that is kept"
+            f"ratio {ratio:g} is outside (0, 1]; it is the share of the 16-bit model that is kept"
         )

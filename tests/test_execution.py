@@ -196,7 +196,7 @@ def test_a_wrong_command_loads_nothing(
     monkeypatch.setattr(command, "job", lambda: pytest.fail("a run was started"))
     assert command.main() == 2
     assert capfd.readouterr().err == (
-        "error: ratio 7 is outside (0, 1]; it is the share of the parameters that is kept\n"
+        "error: ratio 7 is outside (0, 1]; it is the share of the 16-bit model that is kept\n"
     )
 
 

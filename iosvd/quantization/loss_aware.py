@@ -82,8 +82,9 @@ class LossAwareRemap(Quantization):
         return [replace(budget, ratio=min(share * whole, budget.ratio)) for share in shares]
 
     def predicted_loss(self, sites: Mapping[str, Site], limit: int, dtype: torch.dtype) -> float:
+        # Ranks are chosen before there is a gradient.
         by_metrics = replace(self, score=Score.second_order)
-        return sum(stored.rounding_loss for stored in by_metrics(sites, limit, dtype).values())
+        return Quantization.predicted_loss(by_metrics, sites, limit, dtype)
 
     def __call__(
         self, sites: Mapping[str, Site], limit: int, dtype: torch.dtype

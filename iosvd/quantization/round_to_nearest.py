@@ -42,7 +42,7 @@ class RoundToNearest(Quantization):
     ) -> dict[str, Stored]:
         eight = {name: _all_int8(site, dtype) for name, site in sites.items()}
         if sum(stored.bits for stored in eight.values()) <= limit:
-            return _some_in_sixteen(sites, limit, dtype)
+            return _some_in_sixteen(sites, eight, limit, dtype)
         four = {name: _four_bit(site, self.group) for name, site in sites.items()}
         return _some_in_eight(sites, four, eight, limit)
 
@@ -103,13 +103,16 @@ def _all_int8(site: Site, dtype: torch.dtype) -> StoredRows:
 
 
 def _some_in_sixteen(
-    sites: Mapping[str, Site], limit: int, dtype: torch.dtype
+    sites: Mapping[str, Site],
+    eight: Mapping[str, StoredRows],
+    limit: int,
+    dtype: torch.dtype,
 ) -> dict[str, Stored]:
     scored = {}
-    for name, site in sites.items():
-        stored = _all_int8(site, dtype)
+    for name, stored in eight.items():
         decoded = restore(stored.rows["weight"], stored.layouts["weight"])
-        scored[name] = ScoredRows(site.weight.shape[1], _squared_error(site, decoded))
+        error = _squared_error(sites[name], decoded)
+        scored[name] = ScoredRows(decoded.shape[1], error)
     int8 = choose_int8(scored, limit)
     return {
         name: store_site(site, {"weight": int8[name]}, {"weight": True}, dtype)
