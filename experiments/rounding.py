@@ -29,7 +29,6 @@ from iosvd.config import compose_run
 from iosvd.data import calibration_windows, evaluation_windows
 from iosvd.errors import exit_in_one_line
 from iosvd.execution import batch_size, device_for
-from iosvd.factorization import truncate
 from iosvd.models import load_model, load_tokenizer
 from iosvd.pipeline import Compressed, compress
 from iosvd.progress import track
@@ -49,6 +48,7 @@ from iosvd.rows import restore, store_rows
 from iosvd.run import Run
 from iosvd.sites import find_sites
 from iosvd.statistics import collect
+from iosvd.truncation import truncated_sites, with_gradient
 from iosvd.types import Needs, SiteStatistics
 from iosvd.versions import commit
 
@@ -57,6 +57,7 @@ RATIOS = (0.8, 0.6, 0.4)
 COMPARED = (Score.absolute, Score.signed, Score.second_order)
 SEEDS = range(5)  # Of the random control.
 ROWS = 300  # Whose predictions are compared with measurements.
+TRUNCATED = 0.6  # Ratio of that comparison.
 WINDOWS = 8  # Calibration windows of that comparison.
 
 
@@ -169,8 +170,7 @@ def _mean(values: Sequence[float], digits: int) -> str:
 
 def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, dict[str, Site]]:
     """Return the truncated model in float64, and its sites with the gradient of its own loss."""
-    run = bench.run
-    model = fresh(run)
+    run, model = bench.run, fresh(bench.run).double()
     layers = find_sites(model, run.model.sites)
     budget = Budget({name: Shape(*x.weight.shape) for name, x in layers.items()}, ratio)
     metrics = {name: bench.collected[name].to(torch.float64) for name in layers}
@@ -178,29 +178,10 @@ def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, dict[str, Si
         name: run.factorization(x.weight, run.whitening(metrics[name]), name)
         for name, x in layers.items()
     }
-    ranks = budget.factorised(run.allocation(spectra, budget))
-    factors = {name: truncate(spectra[name], rank) for name, rank in ranks.items()}
-    weights = {name: x.weight.detach().double() for name, x in layers.items()}
-    replace_(model.double(), factors)
-    found = collect(
-        model,
-        bench.tokens[:WINDOWS],
-        {name: model.get_submodule(name) for name in layers},
-        Needs(gradient_windows=WINDOWS),
-        batch_size(run, bench.tokens),
-    )
-    sites = {
-        name: Site(
-            name,
-            weights[name],
-            factors.get(name),
-            spectra[name].output_diagonal,
-            spectra[name].input_diagonal,
-            found[name].gradient,
-        )
-        for name in layers
-    }
-    return model, sites
+    sites = truncated_sites(run.allocation(spectra, budget), layers, spectra, budget)
+    replace_(model, {name: site.factors for name, site in sites.items() if site.factors})
+    needs, size = Needs(gradient_windows=WINDOWS), batch_size(run, bench.tokens)
+    return model, with_gradient(sites, model, bench.tokens, needs, [layers], size)
 
 
 def single_rows(bench: Bench, ratio: float, axis: Axis) -> pandas.DataFrame:
@@ -240,17 +221,17 @@ def single_rows(bench: Bench, ratio: float, axis: Axis) -> pandas.DataFrame:
     return pandas.DataFrame(found)
 
 
-def agreement(found: pandas.DataFrame) -> str:
-    """Say how well single rows were predicted."""
+def agreement(found: pandas.DataFrame, ratio: float) -> str:
+    """Say how well single rows were predicted in a model truncated to a ratio."""
     ratios = (found["second_order"] / found["KL"]).median()
     pearson = found["signed"].corr(found["loss change"])
     ranks = found["second_order"].corr(found["KL"], method="spearman")
     rough = found["signed"].abs().corr(found["KL"], method="spearman")
     return (
-        f"{len(found)} rows rounded one at a time in the model truncated to 0.6, its own"
-        f" {WINDOWS} calibration windows, float64: first-order against measured change of the loss,"
-        f" Pearson {pearson:.3f}; second-order against measured KL, Spearman {ranks:.3f}, median"
-        f" predicted / measured {ratios:.2f}; |first order| against measured KL, Spearman"
+        f"{len(found)} rows rounded one at a time in the model truncated to {ratio:g}, its own"
+        f" {WINDOWS} calibration windows, float64: first-order against measured change of the"
+        f" loss, Pearson {pearson:.3f}; second-order against measured KL, Spearman {ranks:.3f},"
+        f" median predicted / measured {ratios:.2f}; |first order| against measured KL, Spearman"
         f" {rough:.3f}."
     )
 
@@ -266,7 +247,7 @@ def report(bench: Bench) -> str:
         f" {shape[0]} × {shape[1]} tokens of evaluation text; random: mean and standard deviation."
         f" Ranks of {METHOD}, calibration {bench.tokens.shape[0]} × {bench.tokens.shape[1]} tokens"
         f" of {run.dataset.name}. Commit {commit()}, {time.strftime('%Y-%m-%d')}.\n\n"
-        f"{agreement(single_rows(bench, 0.6, Axis.component))}\n"
+        f"{agreement(single_rows(bench, TRUNCATED, Axis.component), TRUNCATED)}\n"
     )
 
 

@@ -75,7 +75,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        floor = sum(self.costs[site].at(1) for site in self.shapes)
+        floor = sum(cost.at(1) for cost in self.costs.values())
         if floor > self.limit:
             # Rounded up, so that the number in the message is itself feasible.
             smallest = math.ceil(1e4 * floor / self.total) / 1e4

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from iosvd.errors import CheckpointError, one_line
 from iosvd.four_bit import FourBitLinear
-from iosvd.modules import empty_layer
+from iosvd.modules import StoredLinear, empty_layer
 from iosvd.plan import Plan
 from iosvd.replacement import compressed_layers, densify_
 from iosvd.rows import RowLayout
@@ -60,11 +60,11 @@ class LowRankConfig(QuantizationConfigMixin):
         for name, layer in compressed_layers(model).items():
             if isinstance(layer, FourBitLinear):
                 four_bit[name] = layer.group
-                continue
-            if layer.rank is not None:
-                ranks[name] = layer.rank
-            if layer.layouts:
-                rows[name] = {k: layout.to_dict() for k, layout in layer.layouts.items()}
+            elif isinstance(layer, StoredLinear):
+                if layer.rank is not None:
+                    ranks[name] = layer.rank
+                if layer.layouts:
+                    rows[name] = {k: layout.to_dict() for k, layout in layer.layouts.items()}
         return cls(ranks, rows, four_bit)
 
     @property
@@ -92,7 +92,7 @@ class LowRankConfig(QuantizationConfigMixin):
             of_site = self.rows.get(name, {})
             layouts = {k: RowLayout.from_dict(layout) for k, layout in of_site.items()}
             return empty_layer(n, m, rank, layouts, biased=biased, device=device, dtype=dtype)
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"config.json describes rows of {name} that cannot be ({one_line(error)});"
                 " save the checkpoint again"
@@ -121,18 +121,8 @@ class LowRankQuantizer(HfQuantizer):
         for name in self.quantization_config.layers:
             found, layer = _layer(model, name)
             new = self.quantization_config.empty(name, layer)
-            for part, tensor in new.state_dict().items():
-                shape = stored.get(f"{name}.{part}", stored.get(f"{found}.{part}"))
-                if shape is None and stored:
-                    raise CheckpointError(
-                        f"the checkpoint has no tensor {name}.{part}; it is incomplete, save it"
-                        " again"
-                    )
-                if shape is not None and shape != tuple(tensor.shape):
-                    raise CheckpointError(
-                        f"config.json and the weights disagree about {name}: {part} should be"
-                        f" {tuple(tensor.shape)} and is {shape}; save the checkpoint again"
-                    )
+            if stored:
+                check_shapes(name, new, stored)
             model.set_submodule(found, new)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -159,14 +149,51 @@ class LowRankQuantizer(HfQuantizer):
 
 
 def shapes_in(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors in safetensors files, from their headers."""
+    """Return the shapes of all tensors in a checkpoint's files, from their headers.
+
+    Raises:
+        CheckpointError: a file is not safetensors.
+    """
     shapes = {}
     for file in files:
-        if Path(file).suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+        if Path(file).suffix != ".safetensors":
+            raise CheckpointError(
+                f"{file} is no safetensors file, which compressed checkpoints are read from;"
+                " save the checkpoint again"
+            )
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                shapes[name] = tuple(opened.get_slice(name).get_shape())
     return shapes
+
+
+def check_shapes(name: str, layer: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a layer, as config.json describes it, with the shapes of the tensors in the files.
+
+    Raises:
+        CheckpointError: a tensor is missing, too many, or of another shape; the site is named.
+    """
+    # A file written by a model without head has names without the prefix of its body.
+    prefix = next((p for p in (name, name.partition(".")[2]) if f"{p}.weight" in stored), name)
+    found = {
+        n.removeprefix(f"{prefix}."): s for n, s in stored.items() if n.startswith(f"{prefix}.")
+    }
+    for part, tensor in layer.state_dict().items():
+        shape = found.pop(part, None)
+        if shape is None:
+            raise CheckpointError(
+                f"the checkpoint has no tensor {name}.{part}; it is incomplete, save it again"
+            )
+        if shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"config.json and the weights disagree about {name}: {part} should be"
+                f" {tuple(tensor.shape)} and is {shape}; save the checkpoint again"
+            )
+    if found:
+        raise CheckpointError(
+            f"config.json and the weights disagree about {name}: it describes no"
+            f" {', '.join(sorted(found))}; save the checkpoint again"
+        )
 
 
 def check_rows(layer: nn.Module, name: str) -> None:

@@ -6,10 +6,11 @@ Symmetric codes −7 … 7, two to a byte, and one fp16 scale for every group of
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from iosvd.errors import NumericalError
+from iosvd.modules import CompressedLinear
 
 LARGEST_CODE = 7
 _OFFSET = 8  # Codes are stored as 1 … 15.
@@ -28,9 +29,9 @@ def quantize_groups(weight: Tensor, group: int, what: str) -> tuple[Tensor, Tens
     groups = -(-n // group)
     grouped = pad(weight, (0, groups * group - n)).view(m, groups, group)
     scale = (grouped.abs().amax(2) / LARGEST_CODE).to(torch.float16)
-    if not torch.isfinite(scale).all():
+    if not torch.isfinite(scale * LARGEST_CODE).all():
         raise NumericalError(
-            f"the 4-bit scales of {what} are not finite in fp16; exclude it (model.sites.exclude)"
+            f"the 4-bit weights of {what} are not finite in fp16; exclude it (model.sites.exclude)"
         )
     divisor = torch.where(scale > 0, scale, 1).to(weight.dtype)[:, :, None]
     codes = (grouped / divisor).round().clamp(-LARGEST_CODE, LARGEST_CODE) + _OFFSET
@@ -51,7 +52,7 @@ def four_bit_bits(m: int, n: int, group: int) -> int:
     return 8 * m * -(-n // 2) + 16 * m * -(-n // group)
 
 
-class FourBitLinear(nn.Module):
+class FourBitLinear(CompressedLinear):
     """y = W x + bias with W in four bits; `weight` holds the codes, so no dense model loads it."""
 
     weight: Tensor
@@ -66,29 +67,19 @@ class FourBitLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.group = in_features, out_features, group
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.group = group
         packed, groups = -(-in_features // 2), -(-in_features // group)
         codes = torch.empty(out_features, packed, device=device, dtype=torch.uint8)
         scale = torch.empty(out_features, groups, device=device, dtype=torch.float16)
         self.register_buffer("weight", codes)
         self.register_buffer("scale", scale)
-        empty_bias = torch.empty(out_features, device=device, dtype=dtype)
-        self.bias = nn.Parameter(empty_bias) if bias else None
 
     def product(self) -> Tensor:
-        """Return the weight (out, in) that the codes stand for."""
         return restore_groups(self.weight, self.scale, self.in_features, self.group)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.product().to(x.dtype), self.bias)
 
-    def dense(self, dtype: torch.dtype) -> nn.Linear:
-        """Return the equivalent dense layer."""
-        biased, device = self.bias is not None, self.weight.device
-        layer = nn.Linear(self.in_features, self.out_features, biased, device, dtype)
-        with torch.no_grad():
-            layer.weight.copy_(self.product())
-            if self.bias is not None:
-                layer.bias.copy_(self.bias)
-        return layer
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group={self.group}"

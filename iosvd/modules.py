@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,12 @@ from torch.nn.functional import linear
 from iosvd.rows import RowLayout, Rows, half_dtype, multiply, order_dtype, restore
 from iosvd.types import Factors
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class StoredLinear(nn.Module):
-    """A linear layer that holds matrices: each a parameter in the model's dtype, or `Rows`.
 
-    The matrix `left` in rows is the parameter `left` (the rows in 16 bits) and the buffers
-    `left_int8`, `left_scale` and `left_order`. One matrix is always called `weight`, and its shape
-    is never the (out, in) of the layer replaced, so transformers refuses to load the checkpoint
-    into a model without these layers.
-    """
-
-    layouts: Mapping[str, RowLayout]
-    rank: int | None = None  # None: the weight is one matrix.
+class CompressedLinear(nn.Module):
+    """A layer that takes a linear layer's place, and can be turned back into one."""
 
     def __init__(
         self,
@@ -36,7 +31,49 @@ class StoredLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         empty_bias = torch.empty(out_features, device=device, dtype=dtype)
         self.bias = nn.Parameter(empty_bias) if bias else None
-        self.layouts = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the layer, all but the scales' type: bfloat16 would round them."""
+        buffers = self.named_buffers(recurse=False)
+        scales = {name: tensor for name, tensor in buffers if name.endswith("scale")}
+        super()._apply(fn, recurse)
+        for name, tensor in scales.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype:
+                self.register_buffer(name, tensor.to(moved.device))
+        return self
+
+    def product(self) -> Tensor:
+        """Return the weight (out, in) of the equivalent dense layer."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """Return the equivalent dense layer."""
+        weight = self.product()
+        biased = self.bias is not None
+        layer = nn.Linear(self.in_features, self.out_features, biased, weight.device, dtype)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            if self.bias is not None:
+                layer.bias.copy_(self.bias)
+        return layer
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}"
+
+
+class StoredLinear(CompressedLinear):
+    """A linear layer that holds matrices: each a parameter in the model's dtype, or `Rows`.
+
+    The matrix `left` in rows is the parameter `left` (the rows in 16 bits) and the buffers
+    `left_int8`, `left_scale` and `left_order`. One matrix is always called `weight`, and where
+    anything is compressed its shape is not the (out, in) of the layer replaced, so transformers
+    refuses to load the checkpoint into a model without these layers.
+    """
+
+    layouts: Mapping[str, RowLayout]
+    rank: int | None = None  # None: the weight is one matrix.
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -88,25 +125,8 @@ class StoredLinear(nn.Module):
         y = multiply(x, self.rows(name), self.layouts[name])
         return y if bias is None else y + bias
 
-    def product(self) -> Tensor:
-        """Return the weight (out, in) of the equivalent dense layer, in float32 or better."""
-        raise NotImplementedError
-
-    def dense(self, dtype: torch.dtype) -> nn.Linear:
-        """Return the equivalent dense layer."""
-        weight = self.product()
-        biased = self.bias is not None
-        layer = nn.Linear(self.in_features, self.out_features, biased, weight.device, dtype)
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            if self.bias is not None:
-                layer.bias.copy_(self.bias)
-        return layer
-
     def extra_repr(self) -> str:
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        rows = "".join(f", {name}: {kept}" for name, kept in self.layouts.items())
-        return f"{shape}, bias={self.bias is not None}{rows}"
+        return super().extra_repr() + "".join(f", {n}: {kept}" for n, kept in self.layouts.items())
 
 
 class LowRankLinear(StoredLinear):

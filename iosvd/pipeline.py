@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,17 +14,17 @@ from iosvd.allocation import Allocation
 from iosvd.budget import Budget, Shape
 from iosvd.data import warn_if_few
 from iosvd.errors import ModelError
-from iosvd.factorization import Factorization, truncate
-from iosvd.plan import Plan, dropped_energy, make_plan
+from iosvd.factorization import Factorization
+from iosvd.plan import Plan, make_plan
 from iosvd.progress import track
 from iosvd.quantization import NoQuantization, Quantization
-from iosvd.quantization.base import Site
 from iosvd.replacement import compressed_layers, replace_, store_
 from iosvd.rows import half_dtype
 from iosvd.scoring import with_loss_change
 from iosvd.sites import SiteSelection, find_sites, in_groups
 from iosvd.stages import Stage, StageClock
 from iosvd.statistics import collect, statistics_bytes
+from iosvd.truncation import best_ranks, truncated_sites, with_gradient
 from iosvd.types import Needs, SiteStatistics, Spectrum
 from iosvd.whitening import Whitening
 
@@ -98,11 +98,10 @@ def compress(
         with clock.stage("factorization"):
             scored = needs.gradient_windows > 0
             spectra |= _spectra(group, found, whitening, factorization, budget, scored)
-    halves = half_dtype(model.dtype)
     with clock.stage("allocation"):
         candidates = [allocation(spectra, rank_budget) for rank_budget in rank_budgets]
-        ranks = _best(candidates, sites, spectra, budget, quantization, halves)
-        truncated = _truncated(ranks, sites, spectra, budget)
+        ranks = best_ranks(candidates, sites, spectra, budget, quantization)
+        truncated = truncated_sites(ranks, sites, spectra, budget)
     # The factors are copies; from here on only the numbers of the spectra are needed.
     spectra = {name: spectrum.head(0, torch.float32) for name, spectrum in spectra.items()}
     with clock.stage("replacement"):
@@ -110,8 +109,8 @@ def compress(
     with clock.stage("quantization"):
         asked = Needs(gradient_windows=quantization.gradient_windows)
         if asked != Needs():
-            truncated = _with_gradient(truncated, model, tokens, asked, groups, batch_size)
-        stored = quantization(truncated, budget.limit, halves)
+            truncated = with_gradient(truncated, model, tokens, asked, groups, batch_size)
+        stored = quantization(truncated, budget.limit, half_dtype(model.dtype))
         store_(model, stored)
     plan = make_plan(ranks, spectra, budget, kl=needs.kl_metric is not None, stored=stored)
     mark_compressed_(model)
@@ -128,7 +127,7 @@ def _spectra(
     scored: bool,
 ) -> dict[str, Spectrum]:
     """Factorise site by site, freeing each site's statistics; keep the vectors a plan may use."""
-    spectra = {}
+    spectra, costs = {}, budget.costs
     for name in track(list(sites), len(sites), "factorization", "site"):
         weight = sites[name].weight
         # Absent only where the caller gave statistics of other sites; `need` then names the site.
@@ -137,63 +136,5 @@ def _spectra(
         if scored:
             spectrum = with_loss_change(spectrum, of_site.need("gradient"))
         keep = torch.promote_types(weight.dtype, torch.float32)
-        spectra[name] = spectrum.head(budget.costs[name].break_even_rank, keep)
+        spectra[name] = spectrum.head(costs[name].break_even_rank, keep)
     return spectra
-
-
-def _best(
-    candidates: Sequence[Mapping[str, int]],
-    sites: Mapping[str, nn.Linear],
-    spectra: Mapping[str, Spectrum],
-    budget: Budget,
-    quantization: Quantization,
-    halves: torch.dtype,
-) -> Mapping[str, int]:
-    """Return the ranks with the least predicted loss, of truncation and of rounding together."""
-    if len(candidates) == 1:
-        return candidates[0]
-
-    def loss(ranks: Mapping[str, int]) -> float:
-        truncated = _truncated(ranks, sites, spectra, budget)
-        rounding = quantization.predicted_loss(truncated, budget.limit, halves)
-        dropped = dropped_energy(ranks, spectra, budget) / 2
-        log.info("predicted loss: %.4g by truncation, %.4g by rounding", dropped, rounding)
-        return dropped + rounding
-
-    return min(candidates, key=loss)
-
-
-def _truncated(
-    ranks: Mapping[str, int],
-    sites: Mapping[str, nn.Linear],
-    spectra: Mapping[str, Spectrum],
-    budget: Budget,
-) -> dict[str, Site]:
-    factorised = budget.factorised(ranks)
-    return {
-        name: Site(
-            name=name,
-            weight=layer.weight,
-            factors=truncate(spectra[name], factorised[name]) if name in factorised else None,
-            output_diagonal=spectra[name].output_diagonal,
-            input_diagonal=spectra[name].input_diagonal,
-        )
-        for name, layer in sites.items()
-    }
-
-
-def _with_gradient(
-    truncated: Mapping[str, Site],
-    model: PreTrainedModel,
-    tokens: Tensor,
-    needs: Needs,
-    groups: Sequence[Mapping[str, nn.Linear]],
-    batch_size: int,
-) -> dict[str, Site]:
-    """Add the gradient of the calibration loss at what the model computes now, in main memory."""
-    gradients: dict[str, Tensor] = {}
-    for group in groups:
-        layers = {name: model.get_submodule(name) for name in group}
-        of_group = collect(model, tokens, layers, needs, batch_size)
-        gradients |= {name: of_group[name].need("gradient").cpu() for name in group}
-    return {name: replace(site, gradient=gradients[name]) for name, site in truncated.items()}

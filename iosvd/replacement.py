@@ -7,12 +7,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from iosvd.four_bit import FourBitLinear
-from iosvd.modules import LowRankLinear, StoredLinear
+from iosvd.modules import CompressedLinear, LowRankLinear
 from iosvd.quantization.base import Stored
 from iosvd.types import Factors
-
-CompressedLayer = StoredLinear | FourBitLinear
 
 
 def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> None:
@@ -42,9 +39,9 @@ def stored_bytes(model: nn.Module, names: Iterable[str]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
+def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
     """Return the layers of a model that took a dense one's place, by qualified name."""
-    return {n: layer for n, layer in model.named_modules() if isinstance(layer, CompressedLayer)}
+    return {n: layer for n, layer in model.named_modules() if isinstance(layer, CompressedLinear)}
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:

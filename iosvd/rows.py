@@ -107,13 +107,13 @@ def store_rows(
     """
     rows, int8 = matrix if by_output else matrix.T, int8.to(matrix.device)
     count = int(int8.sum())
-    codes, scale = quantize_rows(rows[int8], code, what)
     kept = rows[~int8].to(dtype)
-    if not torch.isfinite(kept).all():
+    if not torch.isfinite(rows.to(dtype)).all():  # Of int8 rows too: fp16 computes with them.
         raise NumericalError(
             f"a weight of {what} is not finite in {str(dtype).removeprefix('torch.')} (fp16 ends at"
             " 65504); try model.dtype=bfloat16 or exclude the site (model.sites.exclude)"
         )
+    codes, scale = quantize_rows(rows[int8], code, what)
     ordered = 0 < count < len(rows) and not first
     order = None
     if ordered:
@@ -147,9 +147,7 @@ def _by_output(x: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
     parts = []
     if layout.int8:
         if x.dtype == torch.float16:
-            # Sums of integer multiples could exceed fp16; the weights themselves do not.
-            levels = levels_of(rows.codes, layout.code, x.dtype)
-            parts.append(linear(x, levels * rows.scale[:, None].to(x.dtype)))
+            parts.append(linear(x, _weights(rows, layout)))
         else:
             parts.append(_scaled(_times_levels(x, rows.codes, layout.code), rows.scale))
     if len(rows.kept):
@@ -164,8 +162,17 @@ def _by_input(x: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
     if not layout.int8:
         return linear(x, rows.kept.to(x.dtype))
     quantized, kept = x.split([layout.int8, x.shape[-1] - layout.int8], dim=-1)
-    y = _times_levels(_scaled(quantized, rows.scale), rows.codes, layout.code)
+    if x.dtype == torch.float16:
+        y = linear(quantized, _weights(rows, layout))
+    else:
+        y = _times_levels(_scaled(quantized, rows.scale), rows.codes, layout.code)
     return y + linear(kept, rows.kept.to(x.dtype)) if kept.shape[-1] else y
+
+
+def _weights(rows: Rows, layout: RowLayout) -> Tensor:
+    """Return the int8 part (out, in) in fp16, whose range integer sums and scaled inputs leave."""
+    scale = rows.scale[:, None] if layout.by_output else rows.scale
+    return levels_of(rows.codes, layout.code, torch.float16) * scale
 
 
 def _scaled(values: Tensor, scale: Tensor) -> Tensor:

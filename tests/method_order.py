@@ -61,11 +61,11 @@ class Bench:
         return collect(model, self.calibration(seed), sites, EVERYTHING, batch_size=16)
 
     @functools.cache  # noqa: B019
-    def relative(self, method: str, ratio: float, seed: int = 0) -> float:
+    def relative(self, method: str, ratio: float, seed: int = 0, *options: str) -> float:
         """Perplexity of a method, in units of the dense model's."""
         # Fewer windows for the rows' gradient, which no run here shares with another.
         fewer = ["quantization.windows=40"] if method == "io_svd_plus" else []
-        run = compose_run([f"method={method}", *fewer])
+        run = compose_run([f"method={method}", *fewer, *options])
         result = compress(
             load_model(self.model),
             self.calibration(seed),

@@ -150,6 +150,15 @@ def test_quantised_layers_generate_train_compile_and_export(
     assert_close(logits(dense), before, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("quantization", [NoQuantization(), Half(), MIXED], ids=str)
+def test_a_body_saved_alone_loads_with_a_head(quantization: Quantization, tmp_path: Path) -> None:
+    result = compressed("llama_tied", quantization=quantization)
+    iosvd.save(result.model, tmp_path / "whole")
+    AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "body")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "body").eval()
+    assert torch.equal(logits(again), logits(result.model))
+
+
 @pytest.mark.parametrize("quantization", [Half(), RoundToNearest(8)], ids=str)
 def test_quantised_dense_layers_are_not_loaded_without_the_package(
     quantization: Quantization, tmp_path: Path
@@ -334,6 +343,26 @@ def test_rows_that_cannot_be_name_the_site(change: dict[str, Any], tmp_path: Pat
     with pytest.raises(CheckpointError, match=f"rows of {site} that cannot be") as error:
         load(folder)
     assert "\n" not in str(error.value)
+
+
+def test_an_order_that_config_does_not_know_names_the_site(tmp_path: Path) -> None:
+    folder = saved(tmp_path, MIXED)
+    site, _ = first_mixed(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["rows"][site]["weight"]["ordered"] = False
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"about {site}: it describes no weight_order"):
+        load(folder)
+
+
+def test_other_files_than_safetensors_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, MIXED)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is no safetensors file"):
+        load(folder)
 
 
 @pytest.mark.parametrize(("part", "bad"), [("order", 0), ("scale", float("nan"))])

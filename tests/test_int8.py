@@ -67,7 +67,7 @@ def test_a_scale_beyond_fp16_names_the_site() -> None:
     rows[7, 2] = 127 * 65505.0 * 1.01
     with pytest.raises(NumericalError, match=r"scale of a row of layers\.3\.up is 6\.6.*fp16"):
         quantize_rows(rows, Code.linear, "layers.3.up")
-    with pytest.raises(NumericalError, match=r"4-bit scales of layers\.3\.up"):
+    with pytest.raises(NumericalError, match=r"4-bit weights of layers\.3\.up"):
         quantize_groups(rows, 8, "layers.3.up")
 
 

@@ -17,3 +17,14 @@ def bench(baby: Model, stories: Dataset) -> Bench:
 
 def test_io_svd_at_080_is_within_three_percent_of_dense(bench: Bench) -> None:
     assert bench.relative("io_svd", 0.8) < 1.03
+
+
+@pytest.mark.parametrize("ratio", [0.8, 0.6])
+def test_chosen_rows_are_better_than_as_many_random_ones(bench: Bench, ratio: float) -> None:
+    random = [
+        bench.relative(
+            "io_svd_plus", ratio, 0, "quantization.score=random", f"quantization.seed={seed}"
+        )
+        for seed in range(5)
+    ]
+    assert bench.relative("io_svd_plus", ratio) < min(random)

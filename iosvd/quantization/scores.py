@@ -13,10 +13,10 @@ from iosvd.quantization.base import Matrix
 class Score(Enum):
     """How rows are compared.
 
-    absolute, signed: the first-order change of the calibration loss ⟨∂L/∂F_row, Q(F_row) − F_row⟩
-    at the truncated weights (IO-SVD+, METHODS 6), and its absolute value; the paper does not say
-    which. second_order: the KL that the two metrics predict, without any gradient (ours).
-    random: a control.
+    signed: the first-order change of the calibration loss ⟨∂L/∂F_row, Q(F_row) − F_row⟩ at the
+    truncated weights (IO-SVD+, METHODS 6). absolute: its absolute value; the paper does not say
+    which of the two. second_order: the KL that the two metrics predict, without any gradient
+    (ours). random: a control.
     """
 
     absolute = "absolute"

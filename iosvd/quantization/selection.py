@@ -63,6 +63,11 @@ def choose_int8(matrices: Mapping[Key, ScoredRows], limit: int) -> dict[Key, Ten
             else:
                 passed_over.append((key, row))
         waiting = passed_over  # A matrix whose last row was put back has freed its order.
+    for key in sorted(counts, key=lambda key: counts[key]):
+        whole = matrices[key].bits(0) - matrices[key].bits(counts[key])
+        if counts[key] and whole <= free:  # All that is left of it, for the order it frees.
+            int8[key][:] = False
+            free -= whole
     return int8
 
 

@@ -40,6 +40,12 @@ class StoredRows:
     def module(self, layer: nn.Module) -> nn.Module:
         assert isinstance(layer, nn.Linear | StoredLinear)
         like = next(layer.parameters())
+        if (
+            self.rank is None
+            and not self.rounded[0]
+            and like.dtype == self.rows["weight"].kept.dtype
+        ):
+            return layer  # Nothing is rounded.
         new = empty_layer(
             layer.in_features,
             layer.out_features,

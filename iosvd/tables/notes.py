@@ -118,7 +118,7 @@ def _bytes(spec: TableSpec, runs: Sequence[Run]) -> str:
     if "target_bytes" not in spec.extra or not wide:
         return ""
     return (
-        "Bytes are those stored: in float32 an entry that is not quantised takes four, where the"
+        "Bytes are those stored: without quantisation an entry takes four in float32, where the"
         " ratio counts two."
     )
 
