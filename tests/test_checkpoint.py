@@ -7,67 +7,30 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, build
+from checkpoints import (
+    TOKENS,
+    change_config,
+    compressed,
+    first_site,
+    load,
+    logits,
+    saved,
+)
+from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 import iosvd
 from iosvd.allocation import Spectral
 from iosvd.errors import CheckpointError, ModelError
-from iosvd.int8 import Code
 from iosvd.modules import LowRankLinear
-from iosvd.pipeline import Compressed, compress
-from iosvd.quantization import (
-    Axis,
-    Half,
-    LossAwareRemap,
-    NoQuantization,
-    Quantization,
-    RankBudget,
-    Remap,
-    RoundToNearest,
-)
-from iosvd.replacement import compressed_layers, low_rank_layers
+from iosvd.pipeline import compress
+from iosvd.replacement import low_rank_layers
 from iosvd.whitening import InputOutput
-
-TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
-
-
-def compressed(
-    family: str = "llama",
-    dtype: torch.dtype = torch.float32,
-    quantization: Quantization = NoQuantization(),  # noqa: B008 (frozen)
-) -> Compressed:
-    return compress(
-        build(family, dtype),
-        TOKENS,
-        ratio=0.6,
-        whitening=InputOutput(),
-        allocation=Spectral(),
-        quantization=quantization,
-    )
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=TOKENS).logits
-
-
-MIXED = LossAwareRemap(rank_budget=RankBudget.fixed, rank_ratio=0.8)  # Factors, dense, both kinds.
-QUANTIZATIONS = [Half(Axis.channel), Half(Axis.output), Remap(Code.dynamic), MIXED,
-                 RoundToNearest(8)]  # fmt: skip
-
-
-def saved(folder: Path, quantization: Quantization = NoQuantization()) -> Path:  # noqa: B008
-    result = compressed(quantization=quantization)
-    iosvd.save(result.model, folder / "model", result.plan)
-    return folder / "model"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -85,93 +48,6 @@ def test_logits_are_equal_bit_for_bit_after_save_and_load(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "two", dtype=dtype).eval()
     assert torch.equal(logits(again), logits(result.model))
     assert {name: layer.rank for name, layer in low_rank_layers(again).items()} == ranks
-
-
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
-def test_quantised_layers_come_back_bit_for_bit(
-    family: str, dtype: torch.dtype, quantization: Quantization, tmp_path: Path
-) -> None:
-    result = compressed(family, dtype, quantization)
-    iosvd.save(result.model, tmp_path / "one", result.plan)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=dtype).eval()
-    assert torch.equal(logits(loaded), logits(result.model))
-    before, after = result.model.state_dict(), loaded.state_dict()
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
-    loaded.save_pretrained(tmp_path / "two")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two", dtype=dtype).eval()
-    assert torch.equal(logits(again), logits(result.model))
-
-
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
-def test_the_file_and_the_loaded_layers_take_the_bytes_of_the_plan(
-    quantization: Quantization, tmp_path: Path
-) -> None:
-    result = compressed("qwen2", torch.bfloat16, quantization)
-    iosvd.save(result.model, tmp_path / "model", result.plan)
-    sites = tuple(f"{name}." for name in result.plan.sites)
-    tensors = load_file(tmp_path / "model" / "model.safetensors")
-    on_disk = {n: t for n, t in tensors.items() if n.startswith(sites) and not n.endswith(".bias")}
-    assert 8 * sum(t.nbytes for t in on_disk.values()) == result.plan.bits_kept
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
-    # Of all tensors there are, persistent or not, and of the memory behind them.
-    held = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for name, layer in compressed_layers(loaded).items()
-        for part, t in (*layer.named_parameters(), *layer.named_buffers())
-        if part != "bias" and t.numel()  # An empty one may have its neighbour's address.
-    }
-    dense = [n for n in result.plan.sites if isinstance(loaded.get_submodule(n), torch.nn.Linear)]
-    weights = sum(loaded.get_submodule(name).weight.nbytes for name in dense)
-    assert 8 * (sum(held.values()) + weights) == result.plan.bits_kept
-
-
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
-def test_quantised_layers_generate_train_compile_and_export(
-    quantization: Quantization, tmp_path: Path
-) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        saved(tmp_path, quantization), device_map="cpu"
-    ).eval()
-    generated = model.generate(TOKENS[:2], max_new_tokens=5, do_sample=False)
-    assert generated.shape[1] > TOKENS.shape[1]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        assert_close(compiled(input_ids=TOKENS, use_cache=False).logits, logits(model))
-    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
-    before = logits(model)
-    iosvd.export_dense(model, tmp_path / "dense")
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-    assert not compressed_layers(dense)
-    assert_close(logits(dense), before, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("quantization", [NoQuantization(), Half(), MIXED], ids=str)
-def test_a_body_saved_alone_loads_with_a_head(quantization: Quantization, tmp_path: Path) -> None:
-    result = compressed("llama_tied", quantization=quantization)
-    iosvd.save(result.model, tmp_path / "whole")
-    AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "body")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "body").eval()
-    assert torch.equal(logits(again), logits(result.model))
-
-
-@pytest.mark.parametrize("quantization", [Half(), RoundToNearest(8)], ids=str)
-def test_quantised_dense_layers_are_not_loaded_without_the_package(
-    quantization: Quantization, tmp_path: Path
-) -> None:
-    folder = saved(tmp_path, quantization)
-    assert not json.loads((folder / "config.json").read_text())["quantization_config"]["ranks"]
-    script = (
-        "import sys; from transformers import AutoModelForCausalLM\n"
-        "AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    )
-    command = [sys.executable, "-c", script, str(folder)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode != 0 and "mismatch" in ended.stderr
 
 
 def test_the_folder_holds_what_it_should(tmp_path: Path) -> None:
@@ -297,96 +173,6 @@ def test_compressing_twice_is_refused() -> None:
         compress(result.model, TOKENS, ratio=0.5, whitening=InputOutput(), allocation=Spectral())
 
 
-def change_config(folder: Path, site: str, rank: int) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"]["ranks"][site] = rank
-    path.write_text(json.dumps(config))
-
-
-def first_site(folder: Path) -> tuple[str, int]:
-    config = json.loads((folder / "config.json").read_text())
-    return next(iter(config["quantization_config"]["ranks"].items()))
-
-
-def load(folder: Path) -> PreTrainedModel:
-    return iosvd.load_model(iosvd.Model("damaged", path=str(folder)))
-
-
-def first_mixed(folder: Path) -> tuple[str, dict[str, Any]]:
-    config = json.loads((folder / "config.json").read_text())
-    rows = config["quantization_config"]["rows"]
-    return next((name, of) for name, of in rows.items() if of["weight"]["ordered"])
-
-
-def test_rows_that_the_weights_do_not_have_name_the_site(tmp_path: Path) -> None:
-    folder = saved(tmp_path, MIXED)
-    site, _ = first_mixed(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"]["rows"][site]["weight"]["int8"] -= 1
-    path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"disagree about {site}: weight should be"):
-        load(folder)
-
-
-@pytest.mark.parametrize(
-    "change", [{"int8": 10**6}, {"int8": "many"}, {"code": "morse"}, {"colour": 1}], ids=str
-)
-def test_rows_that_cannot_be_name_the_site(change: dict[str, Any], tmp_path: Path) -> None:
-    folder = saved(tmp_path, MIXED)
-    site, _ = first_mixed(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"]["rows"][site]["weight"].update(change)
-    path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"rows of {site} that cannot be") as error:
-        load(folder)
-    assert "\n" not in str(error.value)
-
-
-def test_an_order_that_config_does_not_know_names_the_site(tmp_path: Path) -> None:
-    folder = saved(tmp_path, MIXED)
-    site, _ = first_mixed(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"]["rows"][site]["weight"]["ordered"] = False
-    path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"about {site}: it describes no weight_order"):
-        load(folder)
-
-
-def test_other_files_than_safetensors_are_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path, MIXED)
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save(tensors, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is no safetensors file"):
-        load(folder)
-
-
-@pytest.mark.parametrize(("part", "bad"), [("order", 0), ("scale", float("nan"))])
-def test_damaged_rows_name_the_site(part: str, bad: float, tmp_path: Path) -> None:
-    folder = saved(tmp_path, MIXED)
-    site, _ = first_mixed(folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors[f"{site}.weight_{part}"][:] = bad
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"weight_{part} of {site} .* damaged"):
-        load(folder)
-
-
-@pytest.mark.parametrize("part", ["weight", "weight_int8", "weight_scale", "weight_order"])
-def test_missing_rows_are_an_error(part: str, tmp_path: Path) -> None:
-    folder = saved(tmp_path, MIXED)
-    site, _ = first_mixed(folder)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors[f"{site}.{part}"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"no tensor {site}.{part}"):
-        load(folder)
-
-
 @pytest.mark.parametrize("part", ["weight", "left"])
 def test_a_missing_tensor_is_an_error(part: str, tmp_path: Path) -> None:
     folder = saved(tmp_path)
@@ -410,7 +196,7 @@ def test_a_missing_norm_is_an_error_too(tmp_path: Path) -> None:
 def test_a_wrong_rank_is_an_error(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     site, rank = first_site(folder)
-    change_config(folder, site, rank + 1)
+    change_config(folder, "ranks", site, value=rank + 1)
     with pytest.raises(CheckpointError, match=f"disagree about {site}: weight"):
         load(folder)
 
@@ -419,14 +205,14 @@ def test_a_wrong_rank_is_an_error(tmp_path: Path) -> None:
 def test_an_impossible_rank_names_the_site(rank: int, tmp_path: Path) -> None:
     folder = saved(tmp_path)
     site, _ = first_site(folder)
-    change_config(folder, site, rank)
+    change_config(folder, "ranks", site, value=rank)
     with pytest.raises(CheckpointError, match=f"{site} rank {rank}"):
         load(folder)
 
 
 def test_a_site_the_model_lacks_is_named(tmp_path: Path) -> None:
     folder = saved(tmp_path)
-    change_config(folder, "model.layers.9.mlp.up_proj", 3)
+    change_config(folder, "ranks", "model.layers.9.mlp.up_proj", value=3)
     with pytest.raises(CheckpointError, match=r"model\.layers\.9\.mlp\.up_proj"):
         load(folder)
 
