@@ -2,7 +2,7 @@
 
 What a row is can be chosen: the weights of one output of the matrix, or of one input. Either way
 the tensors keep the orientation (out, in) of a linear layer's weight, in which products are fast.
-Nothing is expanded to the whole matrix but a temporary of its int8 part.
+Nothing is expanded to the whole matrix but, on a GPU, a temporary of its int8 part.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from iosvd.int8 import Code, levels_of, quantize_rows
 
 SCALE_BITS = 16
 PACKED_ROWS = 8  # Up to so many tokens the packed kernel is faster (make bench).
+BLOCK_ENTRIES = 2**20  # Of int8 that are expanded at a time on a CPU (make bench).
 _PACKED_WIDTH = 32  # The kernel reads in such blocks, beyond the end of other rows: it crashes.
 
 
@@ -183,7 +184,11 @@ def _scaled(values: Tensor, scale: Tensor) -> Tensor:
 def _times_levels(x: Tensor, codes: Tensor, code: Code) -> Tensor:
     """Return x times the transposed levels (out, in), without their scales."""
     if not _packed_is_faster(x, code):
-        return linear(x, levels_of(codes, code, x.dtype))
+        # In blocks on a CPU: a temporary of the whole layer costs more page faults than products.
+        entries = BLOCK_ENTRIES if x.device.type == "cpu" else codes.numel()
+        blocks = codes.split(max(1, entries // max(1, codes.shape[1])))
+        products = [linear(x, levels_of(block, code, x.dtype)) for block in blocks]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
     ones = torch.ones(len(codes), dtype=x.dtype, device=x.device)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     return torch._weight_int8pack_mm(flat, codes, ones).unflatten(0, x.shape[:-1])

@@ -72,6 +72,17 @@ def test_multiplying_is_multiplying_by_the_matrix(
         assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * 4 * small)
 
 
+@by_outputs
+@pytest.mark.parametrize("entries", [1, 40, 10**6])
+def test_blocks_change_nothing(
+    by_output: bool, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, rows, layout = stored("mixed", by_output, torch.float32)
+    monkeypatch.setattr(rows_module, "BLOCK_ENTRIES", entries)
+    x = torch.randn(3, 14)
+    assert_close(multiply(x, rows, layout), x @ restore(rows, layout).T)
+
+
 def test_half_precision_does_not_overflow_before_the_scale() -> None:
     """Sums of integer codes would: 127 × 500 × 2000 entries, far beyond 65504."""
     matrix = torch.full((4, 2000), 1e-4)
