@@ -34,11 +34,12 @@ def compressed(
     family: str = "llama",
     dtype: torch.dtype = torch.float32,
     quantization: Quantization = NoQuantization(),  # noqa: B008 (frozen)
+    ratio: float = 0.6,
 ) -> Compressed:
     return compress(
         build(family, dtype),
         TOKENS,
-        ratio=0.6,
+        ratio=ratio,
         whitening=InputOutput(),
         allocation=Spectral(),
         quantization=quantization,

@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from checkpoints import TOKENS, compressed
 from conftest import FAMILIES, all_variants, build
 from torch import Tensor
 
 import iosvd.quantization
-from iosvd.allocation import Spectral, Uniform
+from iosvd.allocation import Uniform
 from iosvd.budget import Budget, Shape
 from iosvd.errors import BudgetError, ConfigError, NumericalError
 from iosvd.int8 import Code
@@ -28,9 +29,8 @@ from iosvd.quantization import (
 )
 from iosvd.replacement import compressed_layers, low_rank_layers, stored_bytes
 from iosvd.sites import SiteSelection, find_sites
-from iosvd.whitening import Identity, InputOutput
+from iosvd.whitening import Identity
 
-TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
 SHAPES = {"q": Shape(16, 16), "k": Shape(8, 16), "up": Shape(40, 16), "down": Shape(16, 40)}
 
 
@@ -40,14 +40,7 @@ def run(
     family: str = "llama",
     dtype: torch.dtype = torch.float32,
 ) -> Compressed:
-    return compress(
-        build(family, dtype),
-        TOKENS,
-        ratio=ratio,
-        whitening=InputOutput(),
-        allocation=Spectral(),
-        quantization=quantization,
-    )
+    return compressed(family, dtype, quantization, ratio)
 
 
 def variants() -> list[Quantization]:

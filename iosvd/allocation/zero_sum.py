@@ -6,14 +6,13 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from iosvd.allocation.loss_aware import ALL_WINDOWS
+from iosvd.allocation.first_order import FirstOrder, loss_changes
 from iosvd.budget import Budget
-from iosvd.errors import check_at_least
-from iosvd.types import Needs, Spectrum
+from iosvd.types import Spectrum
 
 
 @dataclass(frozen=True)
-class ZeroSum:
+class ZeroSum(FirstOrder):
     """Keep the running sum of the dropped ΔL_i = −g_i σ_i near zero (METHODS 5).
 
     Each site offers its component of smallest σ. While the sum is not positive the smallest
@@ -21,20 +20,8 @@ class ZeroSum:
     offer, the other. Sites are charged their true cost; rank 1 is the floor.
     """
 
-    gradient_windows: int = 0  # Calibration windows of the gradient; 0: all of them.
-
-    def __post_init__(self) -> None:
-        check_at_least(0, gradient_windows=self.gradient_windows)
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(gradient_windows=self.gradient_windows or ALL_WINDOWS)
-
     def __call__(self, spectra: Mapping[str, Spectrum], budget: Budget) -> dict[str, int]:
-        changes = {}
-        for site, spectrum in spectra.items():
-            assert spectrum.loss_change is not None, "the pipeline scores what needs a gradient"
-            changes[site] = spectrum.loss_change.tolist()
+        changes = {site: change.tolist() for site, change in loss_changes(spectra).items()}
         ranks = {site: len(change) for site, change in changes.items()}
         rising: list[tuple[float, str]] = []
         falling: list[tuple[float, str]] = []

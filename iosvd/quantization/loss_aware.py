@@ -9,7 +9,7 @@ from enum import Enum
 
 import torch
 
-from iosvd.allocation.loss_aware import ALL_WINDOWS
+from iosvd.allocation.first_order import ALL_WINDOWS
 from iosvd.budget import Budget, Shape, SiteCost
 from iosvd.errors import BudgetError, ConfigError, check_at_least
 from iosvd.progress import track

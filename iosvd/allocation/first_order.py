@@ -1,0 +1,36 @@
+"""What allocations by the first-order change of the loss have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from iosvd.errors import check_at_least
+from iosvd.types import Needs, Spectrum
+
+ALL_WINDOWS = 10**9
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """An allocation that needs the gradient of the calibration loss."""
+
+    gradient_windows: int = 0  # Calibration windows of the gradient; 0: all of them.
+
+    def __post_init__(self) -> None:
+        check_at_least(0, gradient_windows=self.gradient_windows)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(gradient_windows=self.gradient_windows or ALL_WINDOWS)
+
+
+def loss_changes(spectra: Mapping[str, Spectrum]) -> dict[str, Tensor]:
+    """Return −g_i σ_i of every component, by site, in the order of σ."""
+    changes = {}
+    for site, spectrum in spectra.items():
+        assert spectrum.loss_change is not None, "the pipeline scores what needs a gradient"
+        changes[site] = spectrum.loss_change
+    return changes
