@@ -39,6 +39,9 @@ class Rotated:
     def unapply(self, matrix: Tensor) -> Tensor:
         return self.root.unapply(self.rotation @ matrix)
 
+    def diagonal(self, like: Tensor) -> Tensor:
+        return self.root.diagonal(like)
+
 
 def metrics(whitener: Whitener, m: int, n: int) -> Iterator[Tensor]:
     """The damped C and R that a whitener stands for."""
