@@ -43,6 +43,13 @@ class CompressedLinear(nn.Module):
                 self.register_buffer(name, tensor.to(moved.device))
         return self
 
+    def replacing(self, layer: nn.Linear | CompressedLinear) -> Self:
+        """Take over the bias of the layer it replaces, and whether that one is trained."""
+        if self.bias is not None and layer.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(layer.bias)
+        return self.requires_grad_(next(layer.parameters()).requires_grad)
+
     def product(self) -> Tensor:
         """Return the weight (out, in) of the equivalent dense layer."""
         raise NotImplementedError
@@ -156,15 +163,13 @@ class LowRankLinear(StoredLinear):
     @classmethod
     def from_factors(cls, layer: nn.Linear, factors: Factors) -> LowRankLinear:
         """Return the low-rank form of a dense layer, whose dtype and bias it takes over."""
-        like, bias = layer.weight, layer.bias
+        like, biased = layer.weight, layer.bias is not None
         m, n = like.shape
-        new = cls(n, m, factors.rank, bias is not None, like.device, like.dtype)
+        new = cls(n, m, factors.rank, biased, like.device, like.dtype)
         with torch.no_grad():
             new.weight.copy_(factors.right)
             new.left.copy_(factors.left)
-            if new.bias is not None:
-                new.bias.copy_(bias)
-        return new.requires_grad_(like.requires_grad)
+        return new.replacing(layer)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

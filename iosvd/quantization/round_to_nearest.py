@@ -72,15 +72,12 @@ class StoredFourBit:
 
     def module(self, layer: nn.Module) -> nn.Module:
         assert isinstance(layer, nn.Linear)
-        weight, bias = layer.weight, layer.bias
-        m, n = weight.shape
-        new = FourBitLinear(n, m, self.group, bias is not None, weight.device, weight.dtype)
-        with torch.no_grad():
-            new.weight.copy_(self.codes)
-            new.scale.copy_(self.scale)
-            if new.bias is not None:
-                new.bias.copy_(bias)
-        return new.requires_grad_(weight.requires_grad)
+        like, biased = layer.weight, layer.bias is not None
+        m, n = like.shape
+        new = FourBitLinear(n, m, self.group, biased, like.device, like.dtype)
+        new.weight.copy_(self.codes)
+        new.scale.copy_(self.scale)
+        return new.replacing(layer)
 
 
 def _squared_error(site: Site, stored: Tensor) -> Tensor:

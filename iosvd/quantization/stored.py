@@ -60,9 +60,7 @@ class StoredRows:
                 for mine, theirs in zip(new.rows(name), rows, strict=True):
                     if mine is not None and theirs is not None:
                         mine.copy_(theirs)
-            if new.bias is not None and layer.bias is not None:
-                new.bias.copy_(layer.bias)
-        return new.requires_grad_(like.requires_grad)
+        return new.replacing(layer)
 
 
 def store_site(
