@@ -13,17 +13,20 @@ DATA ?=
 ARGS ?=
 WORKERS ?= 2
 
-TABLES := main families ablation_whitening remapping ablation_topk zs_svd_main zs_svd_selection
+TABLES := main families ablation_whitening remapping ablation_topk zs_svd_main zs_svd_selection \
+	methods ablation_io_svd calibration validity circularity
 TABLE ?= $(TABLES)
 # The embedded model has seen nothing but the documentation of Python, which needs no download.
 MODEL_OPTIONS = $(if $(wildcard $(MODEL)/config.json),model=local model.path=$(MODEL),model=$(MODEL)) \
-	$(if $(filter tiny,$(MODEL)),$(if $(DATA),,dataset=pydoc eval=pydoc))
-DATA_OPTIONS = dataset.path=$(DATA)/text/wikitext2 eval.zero_shot.path=$(DATA)/tasks \
+	$(if $(DATA),,$(if $(filter tiny,$(MODEL)),dataset=pydoc eval=pydoc,dataset=wikitext2 eval=paper))
+# The folder of the data set that calibrates, whichever of the three a sweep takes.
+DATA_OPTIONS = dataset=wikitext2 eval=paper 'dataset.path=$(DATA)/text/$${dataset.name}' \
+	eval.zero_shot.path=$(DATA)/tasks \
 	$(foreach text,wikitext2 ptb c4,eval.texts.$(text).path=$(DATA)/text/$(text))
 OPTIONS = $(strip $(if $(MODEL),$(MODEL_OPTIONS)) $(if $(DATA),$(DATA_OPTIONS)) $(ARGS))
 SWEEP = $(BIN)/python experiments
 
-.PHONY: help install demo tables table1 table3 table4 table6 figure3 figures compare dashboard \
+.PHONY: help install demo predict tables table1 table3 table4 table6 figure3 figures compare dashboard \
 	test check tiny-model bench rounding clean
 help: ## List the targets
 	@grep -hE '^[a-z0-9%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -48,12 +51,17 @@ table-%: install ## Run an experiment of conf/experiment, render its table, draw
 render-%: install ## Render a table and draw its figures from the runs there are
 	@$(SWEEP)/render.py experiment=$* $(OPTIONS) && $(SWEEP)/draw.py experiment=$* $(OPTIONS)
 
+# These are the embedded model's unless another is given; as the paper's tables, the paper's.
+table4 figure3: MODEL := $(or $(MODEL),llama_7b)
 table1: table-main ## IO-SVD, Table 1: every method at three ratios; MODEL=tiny on a laptop
 table3: table-families ## IO-SVD, Table 3: model families
 table4: table-ablation_whitening ## IO-SVD, Table 4: whitening × rank allocation
 table6: table-remapping ## IO-SVD, Table 6: remapping to int8
 figure3: table-ablation_topk ## IO-SVD, Figure 3: K of the KL curvature
 tables: $(TABLES:%=table-%) ## All tables and figures, ZS-SVD's too; runs they share are made once
+
+predict: install ## Draw the predicted KL and perplexity against the ratio, from one pass of statistics
+	@$(SWEEP)/predict.py $(OPTIONS)
 
 figures: install ## Draw all figures from the runs there are
 	@for table in $(TABLE); do $(SWEEP)/draw.py experiment=$$table $(OPTIONS) || exit; done

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas
@@ -32,8 +33,13 @@ from iosvd.statistics import collect, statistics_bytes
 from iosvd.types import Needs
 from iosvd.versions import commit
 
-METHODS = ("svd", "asvd", "svd_llm", "io_svd", "io_svd_plus", "io_svd_spectral")
-REPETITIONS = 3
+RELATIVE_TO = "svd_llm"
+METHODS = (
+    *("svd", "fwsvd", "asvd_uniform", "asvd", RELATIVE_TO, "svd_llm_v2", "dip_svd"),
+    *("dip_svd_search", "zs_svd", "obd_llm", "gfwsvd", "io_svd", "io_svd_exact", "io_svd_plus"),
+    *("io_svd_spectral", "io_svd_hull"),
+)
+REPETITIONS = 2
 GRAM_SHARE = 5 / 8  # Of a symmetric product's multiplications, what linalg.add_lower_gram_ takes.
 
 
@@ -76,11 +82,17 @@ def arithmetic_limit(run: Run, tokens: Tensor) -> float:
     forward = weights + model.get_output_embeddings().weight.numel()
     # One window, to see which sites share a metric.
     found = collect(model, tokens[:1], sites, needs).values()
-    metrics = [metric for s in found for metric in (s.input_metric, s.kl_metric)]
+    metrics = [m for s in found for m in (s.input_metric, s.kl_metric, s.fisher_metric)]
     distinct = {m.data_ptr(): m.numel() for m in metrics if m is not None}
-    backward = forward * ((needs.kl_metric is not None) + (needs.gradient_windows > 0))
-    products = weights * (needs.gradient_windows > 0) + GRAM_SHARE * sum(distinct.values())
-    return (forward + backward + products) / (3 * forward)
+    passes = max(1, needs.kronecker_passes)
+    sampled = needs.fisher_metric is not None and needs.fisher_metric.sampled
+    backward = (needs.kl_metric is not None) + sampled + needs.true_loss * passes
+    products = weights * ((needs.gradient_windows > 0) + needs.every_gradient * passes)
+    products += GRAM_SHARE * sum(distinct.values())
+    if needs.kronecker_passes:  # G A Gᵀ or Gᵀ B G, once a window.
+        shapes = [site.weight.shape for site in sites.values()]
+        products += passes * sum(m * n * (m + n) for m, n in shapes) / tokens.shape[1]
+    return (passes * forward + backward * forward + products) / (3 * forward)
 
 
 def benchmark(overrides: list[str]) -> None:
@@ -101,7 +113,10 @@ def benchmark(overrides: list[str]) -> None:
         for method, run in runs.items():
             stages[method].append(measure_method(run, tokens))
     reference = min(references, key=lambda stage: stage.seconds)
-    rows = [row(method, runs[method], stages[method], reference, tokens) for method in METHODS]
+    unit = min(_seconds(one) for one in stages[RELATIVE_TO])
+    rows = [
+        row(method, runs[method], stages[method], reference, unit, tokens) for method in METHODS
+    ]
     text = report(pandas.DataFrame(rows), reference, base, tokens)
     target = Path(base.runtime.results) / "tables" / f"benchmark-{base.model.name}.md"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,11 +125,19 @@ def benchmark(overrides: list[str]) -> None:
 
 
 def row(
-    method: str, run: Run, repeated: list[dict[str, Stage]], reference: Stage, tokens: Tensor
+    method: str,
+    run: Run,
+    repeated: list[dict[str, Stage]],
+    reference: Stage,
+    unit: float,
+    tokens: Tensor,
 ) -> dict[str, str]:
-    """Return one line of the table: the fastest repetition, and the peaks of memory."""
-    best = min(repeated, key=lambda stages: sum(s.seconds for s in stages.values()))
-    total = sum(stage.seconds for stage in best.values())
+    """Return one line of the table: the fastest repetition, and the peaks of memory.
+
+    `unit` is the seconds of the method that the others are relative to.
+    """
+    best = min(repeated, key=_seconds)
+    total = _seconds(best)
     kept = statistics_bytes(
         find_sites(fresh(run), run.model.sites), run.whitening.needs | run.allocation.needs
     )
@@ -125,11 +148,16 @@ def row(
             for name, stage in best.items()
         },
         "whole, s": f"{total:.2f}",
+        f"whole / {RELATIVE_TO}": f"{total / unit:.2f}",
         "whole / step": f"{total / reference.seconds:.2f}",
         "statistics / step": f"{best['statistics'].seconds / reference.seconds:.2f}",
         "its limit": f"{arithmetic_limit(run, tokens):.2f}",
         "metrics at most, MiB": f"{kept / 2**20:.1f}",
     }
+
+
+def _seconds(stages: Mapping[str, Stage]) -> float:
+    return sum(stage.seconds for stage in stages.values())
 
 
 def report(frame: pandas.DataFrame, reference: Stage, base: Run, tokens: Tensor) -> str:

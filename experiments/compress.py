@@ -22,9 +22,13 @@ from omegaconf import DictConfig
 from iosvd.config import CONF, label, method_options, to_run
 from iosvd.errors import IosvdError
 from iosvd.execution import execute
+from iosvd.recent import RecentSpectra
 from iosvd.records import is_complete, run_folder
 from iosvd.sweeps import baselines, expand
 from iosvd.tracking import check_tracking
+
+# Hydra calls `job` for one run of a sweep after the other, in this process.
+RECENT = RecentSpectra()
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -32,7 +36,8 @@ def job(composed: DictConfig) -> None:
     """Carry out one run of Hydra's."""
     hydra_config = HydraConfig.get()
     options = method_options(hydra_config.overrides.task)
-    execute(to_run(composed, label(hydra_config.runtime.choices.get("method"), options)))
+    run = to_run(composed, label(hydra_config.runtime.choices.get("method"), options))
+    execute(run, RECENT)
 
 
 def main() -> int:

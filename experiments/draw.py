@@ -9,19 +9,25 @@ Writes <results>/figures/<experiment>-<model>-<figure>.png, or of another format
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import pandas
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from iosvd import figures
+from iosvd.config import METHOD_GROUPS
 from iosvd.errors import ConfigError, exit_in_one_line
-from iosvd.records import read_plan_and_spectra, run_folder
+from iosvd.records import read_metrics, read_plan_and_spectra, run_folder
+from iosvd.run import Run
 from iosvd.tables.frame import to_frame
 from iosvd.tables.spec import TableSpec
+from iosvd.tables.spread import without_option
 from iosvd.tables.sweep import OnDisk, SweepTable, read_table
-from iosvd.tables.table import AVERAGE, Table
+from iosvd.tables.table import AVERAGE, DENSE, Found, Table
 from iosvd.tracking import log_sweep
 
 # Without date or version inside, the same runs give the same file.
@@ -35,7 +41,7 @@ def draw(overrides: list[str]) -> list[Path]:
         raise ConfigError(f"format={form} is unknown; formats: {', '.join(FORMATS)}")
     read = read_table([o for o in overrides if not o.startswith("format=")])
     sweep = read.sweep
-    drawn = _curves(read) | _runs(read.spec, read.on_disk)
+    drawn = _curves(read) | _predictions(read) | _runs(read.spec, read.on_disk)
     folder = sweep.results / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{sweep.name}-{name}.{form}" for name in drawn}
@@ -55,7 +61,8 @@ def _curves(read: SweepTable) -> dict[str, Figure]:
     drawn = {}
     for x in read.spec.curves:
         if "." in x:
-            frame[x] = frame["label"].map(_option_by_label(x, read.on_disk))
+            frame[x] = frame["label"].map(_option_by_label(x, read.found))
+            frame["line"] = _lines(x, frame, read.found)
             drawn[x] = figures.quality_against_option(frame, x, _measures(table), titles)
         else:
             drawn[x] = figures.quality_against(frame, x, _measures(table), titles)
@@ -70,9 +77,46 @@ def _measures(table: Table) -> list[str]:
     return [c.metric for c in measured if c.is_perplexity] + shown
 
 
-def _option_by_label(option: str, on_disk: OnDisk) -> dict[str, object]:
-    runs = [found.run for found in on_disk.found]
+def _option_by_label(option: str, found: Sequence[Found]) -> dict[str, object]:
+    runs = [one.run for one in found]
     return {run.label: OmegaConf.select(OmegaConf.create(run.config), option) for run in runs}
+
+
+def _lines(option: str, frame: pandas.DataFrame, found: Sequence[Found]) -> list[str]:
+    """Name the line of each row: rows that differ in this option alone are one, at one ratio."""
+    group, _, name = option.partition(".")
+
+    def rest(run: Run) -> str:
+        kept = {key: run.config[key] for key in ("dataset", "calibration", *METHOD_GROUPS)}
+        kept[group] = {key: v for key, v in run.config[group].items() if key not in (name, "seed")}
+        return json.dumps(kept, sort_keys=True)
+
+    kinds = {one.run.label: rest(one.run) for one in found if one.run.label != DENSE}
+    names: dict[str, str] = {}
+    for label, kind in kinds.items():  # Named after its first row.
+        names.setdefault(kind, without_option(option, label))
+    several = len(names) > 1
+    return [
+        f"{names[kinds[label]] + ', ' if several and label in kinds else ''}ratio {ratio:g}"
+        for label, ratio in zip(frame["label"], frame["ratio"], strict=True)
+    ]
+
+
+def _predictions(read: SweepTable) -> dict[str, Figure]:
+    """Draw predicted against measured divergence, on the first text."""
+    whole, sites = [], []
+    for one in read.on_disk.found:
+        if not read.spec.predictions or one.record is None or one.run.label == DENSE:
+            continue
+        metrics = read_metrics(run_folder(one.run))
+        text = next(iter(metrics["divergence"]))
+        about = {"method": one.run.label, "ratio": one.ratio}
+        planned = {k: metrics[k] for k in ("predicted_kl", "predicted_loss_change")}
+        whole.append(about | planned | metrics["divergence"][text])
+        sites += [about | site for site in metrics["site_divergence"][text].values()]
+    if not whole:
+        return {}
+    return {"predictions": figures.predictions(pandas.DataFrame(whole), pandas.DataFrame(sites))}
 
 
 def _runs(spec: TableSpec, on_disk: OnDisk) -> dict[str, Figure]:

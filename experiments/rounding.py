@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,9 +28,9 @@ from iosvd.budget import Budget, Shape
 from iosvd.config import compose_run
 from iosvd.data import calibration_windows, evaluation_windows
 from iosvd.errors import exit_in_one_line
-from iosvd.execution import batch_size, device_for
+from iosvd.execution import batch_size, device_for, factorize_as
 from iosvd.models import load_model, load_tokenizer
-from iosvd.pipeline import Compressed, compress
+from iosvd.pipeline import Compressed, Factorized, compress
 from iosvd.progress import track
 from iosvd.quantization import (
     Axis,
@@ -47,9 +47,9 @@ from iosvd.replacement import replace_
 from iosvd.rows import restore, store_rows
 from iosvd.run import Run
 from iosvd.sites import find_sites
-from iosvd.statistics import collect
+from iosvd.trials import CalibrationTrial
 from iosvd.truncation import truncated_sites, with_gradient
-from iosvd.types import Needs, SiteStatistics
+from iosvd.types import Needs
 from iosvd.versions import commit
 
 METHOD = "io_svd_spectral"
@@ -68,7 +68,7 @@ class Bench:
     run: Run
     tokens: Tensor
     text: Tensor
-    collected: Mapping[str, SiteStatistics]
+    factorized: Factorized
     log_probabilities: Tensor  # Of the dense model on `text`, (windows, length, vocabulary).
 
     @classmethod
@@ -78,10 +78,8 @@ class Bench:
         tokens = calibration_windows(tokenizer, run.dataset, c.windows, c.seq_len, c.seed)
         text = evaluation_windows(tokenizer, run.dataset, run.eval.seq_len, run.eval.windows)
         model = fresh(run)
-        needs = run.whitening.needs | run.allocation.needs
-        sites = find_sites(model, run.model.sites)
-        collected = collect(model, tokens, sites, needs, batch_size(run, tokens))
-        return cls(run, tokens, text, collected, log_probabilities(model, text, run))
+        factorized = factorize_as(run, model, tokens)
+        return cls(run, tokens, text, factorized, log_probabilities(model, text, run))
 
     def compressed(self, ratio: float, quantization: Quantization) -> Compressed:
         """Compress the model anew."""
@@ -94,7 +92,7 @@ class Bench:
             quantization=quantization,
             selection=self.run.model.sites,
             batch_size=batch_size(self.run, self.tokens),
-            statistics=self.collected,
+            factorized=self.factorized,
         )
 
     def measure(self, model: PreTrainedModel) -> tuple[float, float]:
@@ -173,14 +171,11 @@ def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, dict[str, Si
     run, model = bench.run, fresh(bench.run).double()
     layers = find_sites(model, run.model.sites)
     budget = Budget({name: Shape(*x.weight.shape) for name, x in layers.items()}, ratio)
-    metrics = {name: bench.collected[name].to(torch.float64) for name in layers}
-    spectra = {
-        name: run.factorization(x.weight, run.whitening(metrics[name]), name)
-        for name, x in layers.items()
-    }
-    sites = truncated_sites(run.allocation(spectra, budget), layers, spectra, budget)
+    size, spectra = batch_size(run, bench.tokens), bench.factorized.spectra
+    trial = CalibrationTrial(model, layers, spectra, budget, bench.tokens, size)
+    sites = truncated_sites(run.allocation(spectra, budget, trial), layers, spectra, budget)
     replace_(model, {name: site.factors for name, site in sites.items() if site.factors})
-    needs, size = Needs(gradient_windows=WINDOWS), batch_size(run, bench.tokens)
+    needs = Needs(gradient_windows=WINDOWS)
     return model, with_gradient(sites, model, bench.tokens, needs, [layers], size)
 
 

@@ -64,33 +64,49 @@ class Budget:
         shapes: of the sites.
         ratio: what may be kept.
         cost_of: the cost of a site under the quantisation.
+        min_rank_fraction: of its break-even rank that every site keeps, and rank 1 at least.
 
     Raises:
-        BudgetError: the ratio is outside (0, 1], or below what rank 1 at every site needs.
+        BudgetError: the ratio is outside (0, 1], or below what the least ranks need.
     """
 
     shapes: Mapping[str, Shape]
     ratio: float
     cost_of: Callable[[Shape], SiteCost] = sixteen_bits
+    min_rank_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        floor = sum(cost.at(1) for cost in self.costs.values())
-        if floor > self.limit:
+        if self.cost(self.floors) > self.limit:
             # Rounded up, so that the number in the message is itself feasible.
-            smallest = math.ceil(1e4 * floor / self.total) / 1e4
+            smallest = math.ceil(1e4 * self.smallest_ratio) / 1e4
             dense = all(cost.break_even_rank == 0 for cost in self.costs.values())
+            least = f"min_rank_fraction={self.min_rank_fraction:g}"
             raise BudgetError(
                 f"ratio {self.ratio:g} is below {smallest:g}, what"
-                f" {'storing' if dense else 'rank 1 at'} every one of the"
-                f" {len(self.shapes)} sites needs;"
-                " raise ratio or exclude sites (model.sites.exclude)"
+                f" {'storing' if dense else least if self.min_rank_fraction else 'rank 1'}"
+                f"{'' if dense else ' at'} every one of the {len(self.shapes)} sites needs;"
+                f" raise ratio{', lower min_rank_fraction' if self.min_rank_fraction else ''}"
+                " or exclude sites (model.sites.exclude)"
             )
 
     @property
     def costs(self) -> dict[str, SiteCost]:
         """The cost of every site."""
         return {site: self.cost_of(shape) for site, shape in self.shapes.items()}
+
+    @property
+    def floors(self) -> dict[str, int]:
+        """The least rank of every site."""
+        return {
+            site: max(1, math.ceil(self.min_rank_fraction * cost.break_even_rank))
+            for site, cost in self.costs.items()
+        }
+
+    @property
+    def smallest_ratio(self) -> float:
+        """The ratio that the least ranks cost."""
+        return self.cost(self.floors) / self.total
 
     @property
     def total(self) -> int:

@@ -18,9 +18,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from iosvd.budget import check_ratio
+from iosvd.combinations import check_combination
 from iosvd.errors import ConfigError, check_at_least, one_line
-from iosvd.factorization import Algorithm, Factorization, Precision
+from iosvd.factorization import Factorization
 from iosvd.models import Model, context_of
 from iosvd.run import Calibration, Evaluation, Run, Runtime, Tracking
 from iosvd.tables.spec import EXTRA, TableSpec
@@ -31,6 +31,17 @@ METHOD_GROUPS = ("whitening", "allocation", "quantization", "factorization")
 PROTOCOL_LENGTH = 2048  # Tokens of a window (METHODS 9).
 Value = TypeVar("Value")
 
+# The default of `ratio`; there is none beside a target.
+OmegaConf.register_new_resolver(
+    "ratio_unless", lambda target: 0.8 if target is None else None, replace=True
+)
+OmegaConf.register_new_resolver(
+    "below",
+    lambda ratio, limit, then, otherwise: (
+        then if ratio is not None and ratio < limit else otherwise
+    ),
+    replace=True,
+)
 OmegaConf.register_new_resolver("folder_name", lambda path: Path(path).resolve().name, replace=True)
 OmegaConf.register_new_resolver(
     "window_length", lambda path: min(PROTOCOL_LENGTH, context_of(path)), replace=True
@@ -39,7 +50,11 @@ OmegaConf.register_new_resolver(
 
 def compose_run(overrides: Sequence[str]) -> Run:
     """Compose and check one run."""
-    composed = compose(overrides)
+    return run_of(compose(overrides), overrides)
+
+
+def run_of(composed: DictConfig, overrides: Sequence[str]) -> Run:
+    """Check the composition of these overrides and name the run after them."""
     method = composed.hydra.runtime.choices.get("method")
     return to_run(composed, label(method, method_options(overrides)))
 
@@ -78,6 +93,12 @@ def table_spec(name: str) -> TableSpec:
     return spec
 
 
+def refers_to_ratio(composed: DictConfig) -> bool:
+    """Whether an option of this composition hangs on the ratio."""
+    mine = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    return "${ratio}" in str(OmegaConf.to_container(mine, resolve=False))
+
+
 def to_run(composed: DictConfig, label: str) -> Run:
     """Check a composed configuration and turn it into values.
 
@@ -96,10 +117,11 @@ def to_run(composed: DictConfig, label: str) -> Run:
         raise ConfigError(one_line(error.__cause__ or error)) from None
     assert isinstance(config, dict)
     known = {f.name for f in dataclasses.fields(Run)} - {"label", "config"}
+    optional = {"ratio", "target_kl"}
     if unknown := sorted(set(config) - known):
         raise ConfigError(f"unknown option {unknown[0]}; options: {', '.join(sorted(known))}")
     for name in sorted(known):
-        if config.get(name) is None:
+        if name not in config or (name not in optional and config.get(name) is None):
             raise ConfigError(f"{name} is not set; choose one of its options")
     run = Run(
         label=label,
@@ -110,7 +132,9 @@ def to_run(composed: DictConfig, label: str) -> Run:
         allocation=_variant(composed, "allocation"),
         quantization=_variant(composed, "quantization"),
         factorization=_typed(Factorization, composed, "factorization"),
-        ratio=number(composed.ratio, "ratio"),
+        ratio=_optional(composed.ratio, "ratio"),
+        target_kl=_optional(composed.target_kl, "target_kl"),
+        min_rank_fraction=number(composed.min_rank_fraction, "min_rank_fraction"),
         eval=_evaluation(composed),
         runtime=_typed(Runtime, composed, "runtime"),
         wandb=_typed(Tracking, composed, "wandb"),
@@ -122,7 +146,6 @@ def to_run(composed: DictConfig, label: str) -> Run:
 
 def _check(run: Run) -> None:
     """Raise on values that are of the right type but make no sense."""
-    check_ratio(run.ratio)
     at_least_one = {
         "calibration.windows": run.calibration.windows,
         "runtime.batch_tokens": run.runtime.batch_tokens,
@@ -136,17 +159,12 @@ def _check(run: Run) -> None:
     }
     check_at_least(1, **at_least_one)
     check_at_least(2, **at_least_two)
-    check_at_least(0, **{"eval.windows": run.eval.windows})
+    check_at_least(0, **{"eval.windows": run.eval.windows, "eval.kl_windows": run.eval.kl_windows})
     if not run.eval.texts:
         raise ConfigError("eval.texts is empty; choose eval=own, eval=pydoc or eval=paper")
     if run.wandb.checkpoint and not run.runtime.save_checkpoint:
         raise ConfigError("wandb.checkpoint=true needs runtime.save_checkpoint=true")
-    f = run.factorization
-    if f.precision is Precision.float32 and f.algorithm is Algorithm.gram:
-        raise ConfigError(
-            "factorization.precision=float32 needs factorization.algorithm=svd: a Gram matrix in"
-            " float32 loses the smaller half of the spectrum"
-        )
+    check_combination(run)
 
 
 def _variant(composed: DictConfig, group: str) -> Any:
@@ -209,6 +227,10 @@ def number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name}={value} is not a number")
     return float(value)
+
+
+def _optional(value: Any, name: str) -> float | None:
+    return None if value is None else number(value, name)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:

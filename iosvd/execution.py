@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 import traceback
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +21,14 @@ from torch import Tensor
 
 from iosvd.data import calibration_windows, check_vocabulary, evaluation_windows
 from iosvd.errors import ConfigError, IosvdError, ModelError, one_line
+from iosvd.evaluation.divergence import Context, divergences
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.zero_shot import ZeroShotResult, load_tasks, zero_shot
 from iosvd.fingerprints import digest
 from iosvd.models import load_config, load_model, load_tokenizer
-from iosvd.pipeline import Compressed, compress
+from iosvd.pipeline import Compressed, Factorized, compress, factorize
 from iosvd.plan import Plan
+from iosvd.recent import RecentSpectra
 from iosvd.records import (
     ANSWERS,
     CHECKPOINT,
@@ -37,9 +42,11 @@ from iosvd.records import (
     write_json,
 )
 from iosvd.replacement import stored_bytes
-from iosvd.run import Run
+from iosvd.run import KL, Run
+from iosvd.sites import find_sites
 from iosvd.stages import Stage, StageClock
 from iosvd.tracking import tracked
+from iosvd.trials import truncated_weights
 from iosvd.versions import commit, library_versions
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
@@ -56,12 +63,14 @@ class Outcome(Enum):
     failed = "failed"
 
 
-def execute(run: Run) -> Outcome:
+def execute(run: Run, recent: RecentSpectra | None = None) -> Outcome:
     """Carry out a run unless it is complete; a failure is recorded, never raised.
 
     `metrics.json` is written last. A failure leaves `failure.json` with the traceback, and is
-    tried again on the next launch.
+    tried again on the next launch. Runs that are given the same `recent` one after the other share
+    spectra where they may.
     """
+    recent = recent or RecentSpectra()
     folder = run_folder(run)
     try:
         if not run.runtime.force and read_record(folder) is not None:
@@ -70,13 +79,13 @@ def execute(run: Run) -> Outcome:
                 with tracked(run, folder):  # Complete before it was to be tracked.
                     pass
             return Outcome.skipped
-        log.info("run %s at ratio %g: %s", run.label, run.ratio, folder)
+        log.info("run %s: %s", run.label, folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, FAILURE, TRACKED):
             (folder / name).unlink(missing_ok=True)
         OmegaConf.save(OmegaConf.create(run.config), folder / "config.yaml")
         with tracked(run, folder):
-            write_json(folder / METRICS, _measure(run, folder))
+            write_json(folder / METRICS, _measure(run, folder, recent))
     # Whatever one run dies of must not end a sweep of two hundred.
     except Exception as error:  # noqa: BLE001
         _record_failure(error, folder)
@@ -85,7 +94,7 @@ def execute(run: Run) -> Outcome:
     return Outcome.complete
 
 
-def _measure(run: Run, folder: Path) -> dict[str, Any]:
+def _measure(run: Run, folder: Path, recent: RecentSpectra) -> dict[str, Any]:
     """Compress and evaluate; return what metrics.json will hold."""
     started = datetime.now(timezone.utc)
     clock = StageClock()
@@ -109,7 +118,9 @@ def _measure(run: Run, folder: Path) -> dict[str, Any]:
         for windows in (tokens, *texts.values()):
             check_vocabulary(windows, model.config.get_text_config().vocab_size)
     revision = getattr(model.config, "_commit_hash", None)
-    compressed = compress_as(run, model, tokens)
+    shared = recent.has(run)
+    factorized = recent.of(run, lambda: factorize_as(run, model, tokens))
+    compressed = compress_as(run, model, tokens, factorized)
     compressed.plan.write(folder / PLAN, library_versions())
     save_file({n: s.float().contiguous() for n, s in compressed.sigma.items()}, folder / SPECTRA)
     if run.runtime.save_checkpoint:
@@ -123,19 +134,26 @@ def _measure(run: Run, folder: Path) -> dict[str, Any]:
         limit, requests = run.eval.zero_shot.limit, run.runtime.batch_requests
         accuracy = zero_shot(model, tokenizer, tasks, limit, requests)
     write_json(folder / ANSWERS, accuracy.correct)
+    divergence = {}
+    if run.eval.kl is not KL.none:
+        with clock.stage("divergence"):
+            divergence = _divergence(run, compressed, factorized, texts)
     stages = {**clock.stages, **compressed.stages}
     return {
         "digest": digest(run),
         "label": run.label,
         "model": run.model.name,
         "model_revision": revision,
-        "ratio": run.ratio,
+        "ratio": compressed.plan.ratio_asked,
+        "target_kl": run.target_kl,
         **_plan_summary(compressed.plan),
         "target_bytes": stored_bytes(model, compressed.plan.sites),
         "perplexity": measured,
         **_accuracy_summary(accuracy),
+        **divergence,
         "windows": {name: list(windows.shape) for name, windows in texts.items()},
         "compression_seconds": sum(stage.seconds for stage in compressed.stages.values()),
+        "spectra_shared": shared,  # Computed by the run before; the seconds are what that one took.
         "stages": {name: _stage_summary(stage) for name, stage in stages.items()},
         "device": _device_name(model),
         "started": started.isoformat(timespec="seconds"),
@@ -145,20 +163,72 @@ def _measure(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def compress_as(run: Run, model: PreTrainedModel, tokens: Tensor) -> Compressed:
-    """Compress a loaded model the way a run says."""
-    return compress(
+def factorize_as(run: Run, model: PreTrainedModel, tokens: Tensor) -> Factorized:
+    """Return the spectra of a loaded model the way a run says."""
+    whitening_tokens, gradient_tokens = run.calibration.divided(tokens)
+    return factorize(
         model,
-        tokens,
-        ratio=run.ratio,
+        whitening_tokens,
         whitening=run.whitening,
         allocation=run.allocation,
         quantization=run.quantization,
         factorization=run.factorization,
         selection=run.model.sites,
+        gradient_tokens=gradient_tokens,
         batch_size=batch_size(run, tokens),
         passes=run.runtime.passes,
     )
+
+
+def compress_as(
+    run: Run, model: PreTrainedModel, tokens: Tensor, factorized: Factorized | None = None
+) -> Compressed:
+    """Compress a loaded model the way a run says."""
+    return compress(
+        model,
+        run.calibration.divided(tokens)[0],
+        ratio=run.ratio,
+        target_kl=run.target_kl,
+        whitening=run.whitening,
+        allocation=run.allocation,
+        quantization=run.quantization,
+        selection=run.model.sites,
+        min_rank_fraction=run.min_rank_fraction,
+        batch_size=batch_size(run, tokens),
+        passes=run.runtime.passes,
+        factorized=factorized or factorize_as(run, model, tokens),
+    )
+
+
+def _divergence(
+    run: Run, compressed: Compressed, factorized: Factorized, texts: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Measure the exact divergence from the dense model, as `eval.kl` asks for it."""
+    dense = load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
+    sites, ranks = find_sites(dense, run.model.sites), compressed.plan.ranks
+    variants: dict[str, tuple[PreTrainedModel, Context]] = {"": (compressed.model, nullcontext)}
+    if run.eval.kl is KL.sites:
+        for site, rank in ranks.items():
+            alone = partial(truncated_weights, sites, factorized.spectra, {site: rank})
+            variants[site] = (dense, alone)
+    found = {
+        name: divergences(dense, variants, _first(windows, run), batch_size(run, windows))
+        for name, windows in texts.items()
+    }
+    whole = {name: asdict(of_text.pop("")) for name, of_text in found.items()}
+    planned = {
+        site: {"predicted_kl": plan.dropped_energy / 2, "predicted_loss_change": plan.loss_change}
+        for site, plan in compressed.plan.sites.items()
+    }
+    by_site = {
+        name: {site: asdict(measured) | planned[site] for site, measured in of_text.items()}
+        for name, of_text in found.items()
+    }
+    return {"divergence": whole, "site_divergence": by_site}
+
+
+def _first(windows: Tensor, run: Run) -> Tensor:
+    return windows[: run.eval.kl_windows] if run.eval.kl_windows else windows
 
 
 def batch_size(run: Run, windows: Tensor) -> int:
@@ -179,6 +249,7 @@ def _plan_summary(plan: Plan) -> dict[str, Any]:
         "parameters_kept": plan.parameters_kept,
         "parameters_total": plan.parameters_total,
         "predicted_kl": plan.predicted_kl,
+        "predicted_loss_change": plan.predicted_loss_change,
     }
 
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
 
-from iosvd.plan import layer_and_role, plan_frame
+from iosvd.plan import plan_frame
+from iosvd.sites import layer_and_role
 from iosvd.tables.table import DENSE
 
 _WIDTH = 7.0  # Inches.
@@ -91,12 +92,13 @@ def quality_against(
 def quality_against_option(
     frame: pandas.DataFrame, option: str, metrics: Sequence[str], titles: Mapping[str, str]
 ) -> Figure:
-    """Draw an ablation: a panel per metric, a line per ratio, an option's values equally spaced.
+    """Draw an ablation: a panel per metric, a line per `line`, an option's values equally spaced.
 
     Perplexities are divided by the dense model's, so that texts can be compared (IO-SVD, Figure 3).
+    Where rows are means over runs, bars are the standard deviation.
 
     Args:
-        frame: of a table, with a column `option` in the order to be drawn.
+        frame: of a table, with a column `option` in the order to be drawn, and a column `line`.
         option: the name of that column; its 0 is shown as "all".
         metrics: columns.
         titles: what to write for a column.
@@ -106,10 +108,11 @@ def quality_against_option(
         rows = frame.dropna(subset=[metric])
         dense = rows[rows["label"] == DENSE]
         relative = metric.endswith("_ppl") and len(dense) > 0
-        for ratio, mine in rows[rows["label"] != DENSE].groupby("ratio", sort=False):
-            values = mine[metric] / dense[metric].iloc[0] if relative else mine[metric]
+        unit = dense[metric].iloc[0] if relative else 1.0
+        for name, mine in rows[rows["label"] != DENSE].groupby("line", sort=False):
             names = ["all" if value == 0 else f"{value:g}" for value in mine[option]]
-            axes.plot(names, values, marker="o", label=f"ratio {ratio:g}")
+            spread = mine[f"{metric}_spread"] / unit if f"{metric}_spread" in mine else None
+            axes.errorbar(names, mine[metric] / unit, spread, marker="o", label=name, capsize=2)
         axes.set_xlabel(option)
         axes.set_yscale("linear")
         if relative:
@@ -117,6 +120,71 @@ def quality_against_option(
         else:
             _dense_line(axes, rows, metric)
     _share_legend(figure, panels)
+    return figure
+
+
+def predictions(whole: pandas.DataFrame, sites: pandas.DataFrame) -> Figure:
+    """Draw predicted against measured: divergence and loss of the model, divergence of each site.
+
+    Args:
+        whole: a row per run: method, ratio, predicted_kl, kl, predicted_loss_change, loss_change.
+        sites: a row per site and run: ratio, predicted_kl, kl; of one site truncated at a time.
+    """
+    figure = _figure(12.0, 4.0)
+    left, middle, right = figure.subplots(1, 3)
+    for number, (method, mine) in enumerate(whole.groupby("method", sort=False)):
+        mark = _MARKERS[number % 10]
+        left.plot(mine["kl"], mine["predicted_kl"], marker=mark, label=method)
+        for _, row in mine.iterrows():
+            left.annotate(f"{row['ratio']:g}", (row["kl"], row["predicted_kl"]), fontsize=6)
+        scored = mine.dropna(subset=["predicted_loss_change"])
+        if len(scored):
+            right.plot(
+                scored["loss_change"], scored["predicted_loss_change"], marker=mark, label=method
+            )
+    for ratio, mine in sites.groupby("ratio", sort=False):
+        middle.plot(mine["kl"], mine["predicted_kl"], ".", label=f"ratio {ratio:g}", markersize=4)
+    left.set_title("KL of the model, nats per token", fontsize=10)
+    middle.set_title("KL of one site truncated alone", fontsize=10)
+    right.set_title("change of the loss, first order", fontsize=10)
+    for axes in (left, middle):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    for axes in (left, middle, right):
+        low, high = axes.get_xlim()
+        axes.plot([low, high], [low, high], color="grey", linestyle="--", linewidth=1)
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("measured on held-out text")
+        axes.set_ylabel("predicted")
+        axes.legend(fontsize=6)
+    return figure
+
+
+def predicted_curve(frame: pandas.DataFrame, dense: float, text: str) -> Figure:
+    """Draw predicted KL and perplexity against the ratio, with the points that were measured.
+
+    Args:
+        frame: columns ratio, predicted_kl, predicted_perplexity, and kl and perplexity where
+            measured.
+        dense: perplexity of the dense model.
+        text: on which it was measured.
+    """
+    figure = _figure(9.0, 3.6)
+    left, right = figure.subplots(1, 2)
+    frame = frame.sort_values("ratio")
+    for axes, predicted, measured in (
+        (left, "predicted_kl", "kl"),
+        (right, "predicted_perplexity", "perplexity"),
+    ):
+        axes.plot(frame["ratio"], frame[predicted], label="predicted")
+        axes.plot(frame["ratio"], frame[measured], "o", label="measured")
+        axes.set_yscale("log")
+        axes.set_xlabel("maintenance ratio")
+        axes.grid(alpha=0.3)
+    left.set_title("KL(dense ‖ compressed), nats per token", fontsize=10)
+    right.set_title(f"{text} perplexity", fontsize=10)
+    right.axhline(dense, color="grey", linestyle="--", label="dense")
+    right.legend(fontsize=8)
     return figure
 
 

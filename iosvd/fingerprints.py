@@ -40,6 +40,21 @@ def digest(run: Run) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def spectra_digest(run: Run) -> str:
+    """Return the identity of a run's spectra: of all that they depend on, and no more.
+
+    Of the allocation that is what it needs; of the quantisation, up to which rank they are kept.
+    """
+    identity = {
+        "model": _without_place(run.config["model"]) | {"content": _model_content(run)},
+        "dataset": _dataset(run.config["dataset"], run.dataset, run.dataset.calibration),
+        **{key: run.config[key] for key in ("calibration", "whitening", "factorization")},
+        "needs": repr(run.allocation.needs),
+        "quantization": run.config["quantization"],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 def _without_place(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != "path"}
 

@@ -128,24 +128,48 @@ def root_of(metric: Tensor, damping: float, kind: RootKind, what: str) -> Root:
     Raises:
         NumericalError: the metric is zero, not finite, or cannot be factorised; `what` names it.
     """
-    scale = metric.diagonal().mean()
-    if not torch.isfinite(metric).all():
-        raise NumericalError(f"{what} is not finite; check the model's dtype and the calibration")
-    if scale <= 0:
-        raise NumericalError(
-            f"{what} is zero: no calibration token reaches this site;"
-            " exclude it (model.sites.exclude)"
-        )
+    _check(metric, what)
     attempt = {RootKind.cholesky: _cholesky, RootKind.eigen: _eigen}[kind]
-    identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     for relative in _dampings(damping):
-        root = attempt(metric + relative * scale * identity, relative)
+        root = attempt(damped(metric, relative), relative)
         if root is not None:
             return root
     raise NumericalError(
         f"{what} has no {kind.value} root even with damping {LARGEST_DAMPING:g};"
         " use more calibration tokens"
     )
+
+
+def singular_root(matrix: Tensor, damping: float, what: str) -> Root:
+    """Return U√D of the SVD of a square matrix that need not be symmetric: a root of U D Uᵀ.
+
+    `damping` is what the matrix has been damped with; it is raised where the matrix is singular.
+
+    Raises:
+        NumericalError: the matrix is zero, not finite, or singular; `what` names it.
+    """
+    _check(matrix, what)
+    for extra in (0.0, *_dampings(max(10 * damping, _FIRST_RETRY))):
+        vectors, values, _ = torch.linalg.svd(damped(matrix, extra))
+        if values[-1] > 0:
+            return EigenRoot(vectors, values.sqrt(), damping + extra)
+    raise NumericalError(f"{what} is singular even with damping {LARGEST_DAMPING:g}")
+
+
+def damped(metric: Tensor, relative: float) -> Tensor:
+    """Return metric + damping, relative to the mean of its diagonal (METHODS 2.6)."""
+    identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    return metric + relative * metric.diagonal().mean() * identity
+
+
+def _check(metric: Tensor, what: str) -> None:
+    if not torch.isfinite(metric).all():
+        raise NumericalError(f"{what} is not finite; check the model's dtype and the calibration")
+    if metric.diagonal().mean() <= 0:
+        raise NumericalError(
+            f"{what} is zero: no calibration token reaches this site;"
+            " exclude it (model.sites.exclude)"
+        )
 
 
 def _dampings(first: float) -> Iterator[float]:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from iosvd.budget import ENTRY_BITS, Budget, Shape
+from iosvd.sites import layer_and_role
 from iosvd.types import Spectrum
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ class Plan:
     def ratio_achieved(self) -> float:
         """Bits kept / 16 bits for every parameter of the target sites."""
         return self.bits_kept / self.bits_total
+
+    @property
+    def predicted_loss_change(self) -> float | None:
+        """First-order change of the calibration loss, nats per token, if a gradient was had."""
+        changes = [s.loss_change for s in self.sites.values() if s.loss_change is not None]
+        return sum(changes) if changes else None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -137,15 +144,6 @@ def dropped_energy(
         float((spectra[site].sigma[rank:] ** 2).sum())
         for site, rank in budget.factorised(ranks).items()
     )
-
-
-def layer_and_role(site: str) -> tuple[int, str]:
-    """Split a site's name at its first number: model.layers.3.mlp.up_proj is (3, mlp.up_proj)."""
-    parts = site.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if place is None:
-        return 0, site
-    return int(parts[place]), ".".join(parts[place + 1 :])
 
 
 def plan_frame(sites: Mapping[str, Mapping[str, Any]]) -> pandas.DataFrame:

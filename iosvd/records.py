@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ ANSWERS = "answers.json"  # Which items of each zero-shot task were answered rig
 def run_folder(run: Run) -> Path:
     """Return `<results>/runs/<model>/<label>-<ratio>-<digest>`, unique to what the run measures.
 
+    Where the run has a target instead of a ratio, that is in its place.
     A run that exists already keeps its folder, whatever its row was called when it was made: two
     tables that name it differently share it.
     """
@@ -39,7 +41,8 @@ def run_folder(run: Run) -> Path:
     if found := sorted(folder.glob(f"*-{identity}")):
         return found[0]
     label = re.sub(r"[^\w.=]+", "_", run.label).strip("_")
-    return folder / f"{label}-{run.ratio:g}-{identity}"
+    goal = f"kl{run.target_kl:g}" if run.ratio is None else f"{run.ratio:g}"
+    return folder / f"{label}-{goal}-{identity}"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -70,6 +73,8 @@ class Record:
     perplexity: Mapping[str, float]  # By the name of the data set.
     accuracy: Mapping[str, float]  # `acc`, by task.
     average_acc: float | None
+    extra: Mapping[str, float]  # Predictions and divergences, by the name of their column.
+    spread: Mapping[str, float]  # Standard deviation by column, where it is a mean over runs.
     seconds: float  # Of the compression: statistics to replacement.
     started: str
     device: str
@@ -86,7 +91,9 @@ class Record:
             "target_bytes": self.target_bytes,
             "seconds": self.seconds,
         }
-        return numbers[metric] if metric in numbers else self.accuracy.get(metric)
+        if metric in numbers:
+            return numbers[metric]
+        return self.accuracy.get(metric, self.extra.get(metric))
 
 
 def is_complete(folder: Path) -> bool:
@@ -127,6 +134,8 @@ def _record(metrics: Mapping[str, Any]) -> Record:
         perplexity={names[key]: float(value) for key, value in metrics["perplexity"].items()},
         accuracy={name: float(task["acc"]) for name, task in metrics["zero_shot"].items()},
         average_acc=None if average is None else float(average),
+        extra=dict(_extra(metrics, names)),
+        spread={},
         seconds=float(metrics["compression_seconds"]),
         started=metrics["started"],
         device=metrics["device"],
@@ -135,18 +144,59 @@ def _record(metrics: Mapping[str, Any]) -> Record:
     )
 
 
+def _extra(metrics: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[tuple[str, float]]:
+    for key in ("predicted_kl", "predicted_loss_change"):
+        if metrics[key] is not None:
+            yield key, float(metrics[key])
+    for text, measured in metrics.get("divergence", {}).items():
+        yield f"{names[text]}_kl", float(measured["kl"])
+        yield f"{names[text]}_loss_change", float(measured["loss_change"])
+    for text, sites in metrics.get("site_divergence", {}).items():
+        if ratios := [site["predicted_kl"] / site["kl"] for site in sites.values()]:
+            yield f"{names[text]}_site_median", statistics.median(ratios)
+            within = [0.5 <= ratio <= 2 for ratio in ratios]
+            yield f"{names[text]}_sites_within_two", sum(within) / len(within)
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Return all that a complete run measured, as it was written.
+
+    Raises:
+        RecordError: it cannot be read.
+    """
+    try:
+        return dict(json.loads((folder / METRICS).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"cannot read {folder / METRICS}; remove it and run again") from error
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """Return the plan of a complete run.
+
+    Raises:
+        RecordError: it is absent, damaged or of another version.
+    """
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        for site in plan["sites"].values():
+            SitePlan(**site)  # As this version writes it.
+        return dict(plan)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RecordError(
+            f"cannot read the plan in {folder} ({error}); remove it and run again"
+        ) from error
+
+
 def read_plan_and_spectra(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the plan of a complete run, and all singular values of every site.
 
     Raises:
         RecordError: one of them is absent or damaged.
     """
+    plan = read_plan(folder)
     try:
-        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        for site in plan["sites"].values():
-            SitePlan(**site)  # As this version writes it.
         return plan, load_file(folder / SPECTRA)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise RecordError(
-            f"cannot read the plan and spectra in {folder} ({error}); remove it and run again"
+            f"cannot read the spectra in {folder} ({error}); remove it and run again"
         ) from error

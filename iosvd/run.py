@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from torch import Tensor
+
 from iosvd.allocation import Allocation
 from iosvd.evaluation.zero_shot import ZeroShot
 from iosvd.factorization import Factorization
@@ -15,13 +17,37 @@ from iosvd.texts import Dataset
 from iosvd.whitening import Whitening
 
 
+class Halves(Enum):
+    """Which windows whiten and which score: all both; the first half both; or half each."""
+
+    none = "none"
+    same = "same"
+    other = "other"
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """Which windows of the data set's calibration split are used."""
+    """Which windows of the data set's calibration split are used, and for what."""
 
     windows: int = 256
     seq_len: int = 2048
     seed: int = 0
+    halves: Halves = Halves.none
+
+    def divided(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the windows that whiten, and those of the gradient if they are others."""
+        first, second = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+        if self.halves is Halves.none:
+            return tokens, None
+        return first, (second if self.halves is Halves.other else None)
+
+
+class KL(Enum):
+    """Whether the exact divergence from the dense model is measured, and of what."""
+
+    none = "none"
+    model = "model"
+    sites = "sites"  # And with one site truncated at a time.
 
 
 @dataclass(frozen=True)
@@ -31,6 +57,8 @@ class Evaluation:
     texts: dict[str, Any] = field(default_factory=dict)  # Dataset, by the name of the column.
     seq_len: int = 2048
     windows: int = 0
+    kl: KL = KL.none
+    kl_windows: int = 0
     zero_shot: ZeroShot = field(default_factory=ZeroShot)
 
 
@@ -79,7 +107,9 @@ class Run:
     allocation: Allocation
     quantization: Quantization
     factorization: Factorization
-    ratio: float
+    ratio: float | None  # None: what target_kl needs.
+    target_kl: float | None
+    min_rank_fraction: float
     eval: Evaluation
     runtime: Runtime
     wandb: Tracking

@@ -1,9 +1,10 @@
-"""What dropping a component does to the loss."""
+"""What the loss tells of a site: how its components change it, and how sensitive it is."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from iosvd.types import Spectrum
@@ -21,3 +22,15 @@ def with_loss_change(spectrum: Spectrum, gradient: Tensor) -> Spectrum:
     """
     along = ((gradient.T @ spectrum.left) * spectrum.right.T).sum(0)
     return replace(spectrum, loss_change=-along)
+
+
+def with_fisher_norm(spectrum: Spectrum, weight: Tensor, fisher_rows: Tensor) -> Spectrum:
+    """Add the sensitivity of a site: the root of its Fisher's trace, relative to its norm.
+
+    Args:
+        spectrum: of the site.
+        weight: W, (m, n).
+        fisher_rows: Σ_j E[(∂ℓ/∂W_ij)²], (m,).
+    """
+    norm = max(float(weight.norm()), torch.finfo(weight.dtype).tiny)
+    return replace(spectrum, fisher_norm=float(fisher_rows.sum().sqrt()) / norm)

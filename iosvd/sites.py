@@ -65,6 +65,15 @@ def in_groups(sites: Mapping[str, nn.Linear], count: int) -> list[dict[str, nn.L
     return [dict(items[start : start + size]) for start in range(0, len(items), size)]
 
 
+def layer_and_role(site: str) -> tuple[int, str]:
+    """Split a site's name at its first number: model.layers.3.mlp.up_proj is (3, mlp.up_proj)."""
+    parts = site.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if place is None:
+        return 0, site
+    return int(parts[place]), ".".join(parts[place + 1 :])
+
+
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 

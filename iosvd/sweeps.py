@@ -10,7 +10,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from iosvd.budget import check_ratio
+from iosvd.combinations import check_combination
 from iosvd.config import (
     METHOD_GROUPS,
     compose,
@@ -19,6 +19,8 @@ from iosvd.config import (
     label,
     method_options,
     number,
+    refers_to_ratio,
+    run_of,
 )
 from iosvd.errors import ConfigError, one_line
 from iosvd.run import Run
@@ -52,8 +54,15 @@ def baselines(overrides: Sequence[str]) -> list[Run]:
 
     They have one ratio and no method's options, so they cannot be cells of the sweep itself.
     """
-    dropped = {*METHOD_GROUPS, "method", "ratio"}
-    jobs = [tuple(o for o in job if group_of(o) not in dropped) for job in _jobs(overrides)]
+    dropped = {*METHOD_GROUPS, "method", "ratio", "target_kl", "min_rank_fraction"}
+    jobs = [
+        tuple(
+            line
+            for line in job
+            if group_of(line) not in dropped and _key(line) != "calibration.halves"
+        )
+        for job in _jobs(overrides)
+    ]
     runs = [compose_run([*job, "method=dense", "ratio=1"]) for job in dict.fromkeys(jobs)]
     # What calibrates does not change the dense model.
     measured = {json.dumps([r.config["model"], r.config["eval"]]): r for r in reversed(runs)}
@@ -74,18 +83,23 @@ def _jobs(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _composed_once(jobs: Sequence[Sequence[str]]) -> list[Run]:
-    """Compose the runs; those that differ in the ratio alone, to which nothing refers, at once.
+    """Compose the runs; those that differ in the ratio alone, at once if nothing refers to it.
 
     A composition takes Hydra a tenth of a second, and a table has dozens of runs.
     """
-    composed: dict[tuple[str, ...], Run] = {}
+    composed: dict[tuple[str, ...], Run | None] = {}  # None: something refers to the ratio.
     runs = []
     for job in jobs:
         rest = tuple(line for line in job if group_of(line) != "ratio")
-        run = composed[rest] = composed.get(rest) or compose_run(rest)
-        for line in job:
-            if group_of(line) == "ratio":
-                run = _at_ratio(run, line)
+        if rest not in composed:
+            found = compose(rest)
+            composed[rest] = None if refers_to_ratio(found) else run_of(found, rest)
+        if (run := composed[rest]) is None:
+            run = compose_run(job)
+        else:
+            for line in job:
+                if group_of(line) == "ratio":
+                    run = _at_ratio(run, line)
         runs.append(run)
     return runs
 
@@ -93,8 +107,9 @@ def _composed_once(jobs: Sequence[Sequence[str]]) -> list[Run]:
 def _at_ratio(run: Run, override: str) -> Run:
     (parsed,) = OverridesParser.create().parse_overrides([override])
     ratio = number(parsed.value(), "ratio")
-    check_ratio(ratio)
-    return dataclasses.replace(run, ratio=ratio, config={**run.config, "ratio": parsed.value()})
+    changed = dataclasses.replace(run, ratio=ratio, config={**run.config, "ratio": parsed.value()})
+    check_combination(changed)
+    return changed
 
 
 def _label(run: Run, job: Sequence[str], common: set[str], fixed: set[str]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iosvd.errors import ConfigError
+from iosvd.fisher import FisherMetric
 from iosvd.kl_metric import KLMetric
 from iosvd.linalg import Root
 
@@ -20,6 +21,9 @@ class Needs:
     input_metric: bool = False
     input_magnitude: bool = False
     kl_metric: KLMetric | None = None
+    fisher_metric: FisherMetric | None = None
+    fisher_rows: bool = False
+    kronecker_passes: int = 0  # Passes over the calibration set for the Kronecker factors; 0: none.
     gradient_windows: int = 0  # Calibration windows of the loss gradient; 0: none asked for.
 
     def __or__(self, other: Needs) -> Needs:
@@ -27,13 +31,32 @@ class Needs:
             input_metric=self.input_metric or other.input_metric,
             input_magnitude=self.input_magnitude or other.input_magnitude,
             kl_metric=self.kl_metric or other.kl_metric,
+            fisher_metric=self.fisher_metric or other.fisher_metric,
+            fisher_rows=self.fisher_rows or other.fisher_rows,
+            kronecker_passes=max(self.kronecker_passes, other.kronecker_passes),
             gradient_windows=max(self.gradient_windows, other.gradient_windows),
         )
 
     @property
     def backward(self) -> bool:
         """Whether a backward pass is needed."""
-        return self.kl_metric is not None or self.gradient_windows > 0
+        return self.kl_metric is not None or self.fisher_metric is not None or self.true_loss
+
+    @property
+    def true_loss(self) -> bool:
+        """Whether the loss of the true next tokens is back-propagated."""
+        return self.gradient_windows > 0 or self.every_loss
+
+    @property
+    def every_loss(self) -> bool:
+        """Whether it is needed for every window, not only for those of the gradient."""
+        empirical = self.fisher_metric is not None and not self.fisher_metric.sampled
+        return empirical or self.every_gradient
+
+    @property
+    def every_gradient(self) -> bool:
+        """Whether the weight's gradient of each window by itself is needed."""
+        return self.fisher_rows or self.kronecker_passes > 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +67,10 @@ class SiteStatistics:
     input_metric: Tensor | None = None  # R = E[x xᵀ], (n, n)
     input_magnitude: Tensor | None = None  # E|x|, (n,)
     kl_metric: Tensor | None = None  # C, (m, m), nats per token and squared unit of output
+    fisher_metric: Tensor | None = None  # E[g gᵀ] of the loss's gradient in the output, (m, m)
+    fisher_rows: Tensor | None = None  # Σ_j E[(∂ℓ/∂W_ij)²] over windows, (m,)
+    kronecker_left: Tensor | None = None  # B of the Fisher ≈ B ⊗ A of windows, (m, m)
+    kronecker_right: Tensor | None = None  # A of the same, (n, n)
     gradient: Tensor | None = None  # of the mean next-token loss with respect to W, (m, n)
 
     def need(self, name: str) -> Tensor:
@@ -62,10 +89,12 @@ class SiteStatistics:
 
     def to(self, dtype: torch.dtype) -> SiteStatistics:
         """Return the same statistics in another precision."""
-        names = ("input_metric", "input_magnitude", "kl_metric", "gradient")
-        found = {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in STATISTICS}
         cast = {name: value.to(dtype) for name, value in found.items() if value is not None}
         return replace(self, **cast)
+
+
+STATISTICS = tuple(field.name for field in fields(SiteStatistics) if field.name != "site")
 
 
 @dataclass(frozen=True)
@@ -101,6 +130,7 @@ class Spectrum:
     damping_output: float
     damping_input: float
     loss_change: Tensor | None = None  # (min(m, n),) first-order change when i is dropped: −g_i σ_i
+    fisher_norm: float | None = None  # √tr(Fisher of W) / ‖W‖, if the Fisher's rows were collected
 
     def head(self, rank: int, dtype: torch.dtype) -> Spectrum:
         """Keep all numbers, but only the first `rank` components' vectors, in main memory."""

@@ -100,14 +100,20 @@ def random_statistics(m: int, n: int, seed: int = 0) -> tuple[Tensor, SiteStatis
 
     x = normal(5 * n, n) @ normal(n, n) * torch.linspace(0.1, 3, n, dtype=torch.float64)
     y = normal(5 * m, m) @ normal(m, m) * 1e-2  # Output metrics are small in real models.
+    gradient, weight = normal(m, n), normal(m, n)
+    g = normal(5 * m, m) @ normal(m, m) * 1e-2
     statistics = SiteStatistics(
         site="block.site",
         input_metric=x.T @ x / len(x),
         input_magnitude=x.abs().mean(0),
         kl_metric=y.T @ y / len(y),
-        gradient=normal(m, n),
+        fisher_metric=g.T @ g / len(g),
+        fisher_rows=g.square().mean(0),
+        kronecker_left=g.T @ g,
+        kronecker_right=x.T @ x / len(x) ** 2,
+        gradient=gradient,
     )
-    return normal(m, n), statistics
+    return weight, statistics
 
 
 @pytest.fixture(scope="session")

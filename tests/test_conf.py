@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,22 @@ def test_the_groups_hold_what_the_project_promises() -> None:
     names = set(presets())
     assert {f"model/{name}" for name in MODELS} <= names
     assert {f"dataset/{name}" for name in ("wikitext2", "c4", "ptb", "pydoc", "local")} <= names
-    methods = {"dense", "svd", "asvd", "svd_llm", "io_svd", "io_svd_spectral"}
+    published = [
+        "svd",
+        "fwsvd",
+        "asvd",
+        "svd_llm",
+        "svd_llm_v2",
+        "dip_svd",
+        "zs_svd",
+        "obd_llm",
+        "gfwsvd",
+        "io_svd",
+    ]
+    ks = [f"k{k}" for k in (1, 2, 10, 20, 50, "_all")]
+    kinds = ["uniform", "zero_sum", "spectral", "hull", "renormalized", "exact", "not_qk"]
+    ours = [f"io_svd_{kind}" for kind in (*ks, *kinds)]
+    methods = {"dense", *published, *ours}
     assert {f"method/{name}" for name in methods} <= names
 
 
@@ -149,15 +165,20 @@ def make(*arguments: str) -> str:
 
 def test_make_targets_choose_the_model_and_the_texts(tmp_path: Path) -> None:
     assert "-m experiment=main  ||" in make("table1")
+    # The paper's model by name, the embedded one by default.
+    assert "ablation_whitening model=llama_7b dataset=wikitext2 eval=paper" in make("table4")
+    assert "-m experiment=ablation_whitening  ||" in make("table-ablation_whitening")
     assert "experiment=families model=tiny dataset=pydoc eval=pydoc" in make("table3", "MODEL=tiny")
-    assert "experiment=remapping model=llama2_7b ratio=0.8" in make(
+    assert "experiment=remapping model=llama2_7b dataset=wikitext2 eval=paper ratio=0.8" in make(
         "table6", "MODEL=llama2_7b", "ARGS=ratio=0.8"
     )
     both = make("table1", "MODEL=tiny", "DATA=/data")
     assert "pydoc" not in both and "eval.zero_shot.path=/data/tasks" in both
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
     line = make("figure3", f"MODEL={tmp_path}", "DATA=/data").splitlines()[1]
-    options = [o for o in line.split() if "=" in o and not o.startswith("status")]
+    options = [
+        o for o in shlex.split(line.rstrip("\\ ")) if "=" in o and not o.startswith("status")
+    ]
     runs = expand(options, sweep=True)
     assert {run.model.seq_len for run in runs} == {64}
     assert runs[0].dataset.path == runs[0].eval.texts["wikitext2"].path == "/data/text/wikitext2"
@@ -194,6 +215,53 @@ def test_evaluation_texts_are_those_of_the_paper_or_of_the_calibration() -> None
     assert own.eval.seq_len == own.calibration.seq_len == 2048
 
 
+def test_the_methods_experiment_is_every_published_method_at_three_ratios() -> None:
+    runs = expand(["experiment=methods"], sweep=True)
+    assert {run.ratio for run in runs} == {0.8, 0.6, 0.4}
+    assert {run.model.name for run in runs} == {"tiny"}
+    published = [
+        "svd",
+        "fwsvd",
+        "asvd",
+        "svd_llm",
+        "svd_llm_v2",
+        "dip_svd",
+        "zs_svd",
+        "obd_llm",
+        "gfwsvd",
+        "io_svd",
+    ]
+    assert set(published) <= {run.label for run in runs}
+
+
+def test_a_preset_may_hang_on_the_ratio() -> None:
+    """ZS-SVD's floor is 0.3 at 0.4 and 0 above; in a sweep as for each run alone."""
+    runs = expand(["method=zs_svd,svd_llm", "ratio=0.8,0.6,0.4"], sweep=True)
+    floors = {(run.label, run.ratio): run.min_rank_fraction for run in runs}
+    assert floors == {
+        **{("zs_svd", 0.8): 0.0, ("zs_svd", 0.6): 0.0, ("zs_svd", 0.4): 0.3},
+        **{("svd_llm", ratio): 0.0 for ratio in (0.8, 0.6, 0.4)},
+    }
+
+
+def test_a_target_takes_the_place_of_the_ratio() -> None:
+    run = compose_run(["whitening.top_k=0", "target_kl=0.05"])
+    assert (run.ratio, run.target_kl) == (None, 0.05)
+    assert compose_run([]).ratio == 0.8
+    (one, two) = expand(["whitening.top_k=0", "target_kl=0.05,0.1", "method=io_svd"], sweep=True)
+    assert (one.target_kl, two.target_kl) == (0.05, 0.1)
+    assert one.label != two.label
+    assert [b.label for b in baselines(["whitening.top_k=0", "target_kl=0.05,0.1"])] == ["dense"]
+
+
+def test_every_method_preset_says_where_its_numbers_are_from() -> None:
+    for path in sorted((CONF / "method").glob("*.yaml")):
+        comments = [line for line in path.read_text().splitlines()[1:] if line.startswith("#")]
+        assert comments, path.name
+        cited = any(mark in "".join(comments) for mark in ("arXiv", "METHODS", "ours"))
+        assert cited or path.stem in ("dense", "dense_rtn", "svd"), path.name
+
+
 BAD = [
     (["whitening.topk=3"], "unknown option whitening.topk; options of whitening: top_k, renorm"),
     (["+whitening.foo=3"], "unknown option whitening.foo; options of whitening: top_k, renorm"),
@@ -211,6 +279,52 @@ BAD = [
     (["ratio=0"], "ratio 0 is outside (0, 1]"),
     (["ratio=1.5"], "ratio 1.5 is outside (0, 1]"),
     (["ratio=nan"], "ratio nan is outside (0, 1]"),
+    (["ratio=null"], "ratio is not set; set ratio=0.8 or target_kl=0.05"),
+    (["target_kl=0.05", "ratio=0.5", "whitening.top_k=0"], "target_kl chooses the ratio; leave ou"),
+    (["target_kl=0.05"], "target_kl needs whitening=input_output with whitening.top_k=0"),
+    (["target_kl=0.05", "whitening=input"], "target_kl needs whitening=input_output with whitenin"),
+    (["target_kl=0", "whitening.top_k=0"], "target_kl=0 is not above 0"),
+    (["target_kl=0.1", "whitening.top_k=0", "quantization=half"], "target_kl needs quantization=n"),
+    (["min_rank_fraction=0.7", "ratio=0.6"], "min_rank_fraction=0.7 keeps more than ratio=0.6 all"),
+    (["min_rank_fraction=1.5"], "min_rank_fraction=1.5 is outside [0, 1]"),
+    (
+        ["calibration.halves=other", "allocation=spectral"],
+        "this allocation needs no gradient",
+    ),
+    (
+        ["calibration.halves=same", "calibration.windows=1"],
+        "halves=same needs 2 windows",
+    ),
+    (
+        ["calibration.halves=half"],
+        "calibration.halves: Invalid value 'half', expected one of",
+    ),
+    (
+        ["allocation.gradient_windows=300"],
+        "but only 256 windows are there for it",
+    ),
+    (
+        ["allocation.gradient_windows=200", "calibration.halves=other"],
+        "allocation.gradient_windows=200, but only 128 windows are there",
+    ),
+    (["whitening=channel_weighted", "whitening.share=2"], "share=2.0 is above 1"),
+    (["whitening=channel_weighted", "whitening.factor=0"], "factor=0.0 is below 1"),
+    (["whitening=gfwsvd", "whitening.passes=1"], "passes=1 is below 2"),
+    (
+        ["whitening=fisher", "whitening.labels=drawn"],
+        "whitening.labels: Invalid value 'drawn'",
+    ),
+    (
+        ["allocation=layer_importance", "allocation.beta=2"],
+        "beta=2, energy=0.95, spread=0.25",
+    ),
+    (["allocation=layer_importance", "allocation.trials=0"], "trials=0 is below 1"),
+    (
+        ["allocation=type_grouped", "allocation.counted=all"],
+        "counted: Invalid value 'all'",
+    ),
+    (["eval.kl=all"], "eval.kl: Invalid value 'all', expected one of [none, model, sites]"),
+    (["eval.kl_windows=-1"], "eval.kl_windows=-1 is below 0"),
     (["ratio=["], "no viable alternative"),
     (["model=local"], "model.path is not set; set model.path=FOLDER"),
     (["model=hub"], "model.hub_id is not set; set model.hub_id=VALUE"),

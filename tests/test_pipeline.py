@@ -12,7 +12,7 @@ import iosvd.whitening
 from iosvd.allocation import Allocation, LossAware, Spectral, Uniform
 from iosvd.errors import BudgetError, ConfigError, NumericalError
 from iosvd.factorization import Algorithm, Factorization
-from iosvd.pipeline import Compressed, compress
+from iosvd.pipeline import Compressed, compress, factorize
 from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization
 from iosvd.replacement import compressed_layers, low_rank_layers
 from iosvd.sites import SiteSelection, find_sites, in_groups
@@ -96,7 +96,10 @@ def test_given_statistics_give_the_same_result_at_every_ratio() -> None:
     needs = InputOutput().needs | LossAware().needs
     found = collect(model, TOKENS, find_sites(model, SiteSelection()), needs)
     for ratio in (0.8, 0.5):
-        reused = run(ratio=ratio, allocation=LossAware(), statistics=found)
+        spectra = factorize(
+            model, TOKENS, whitening=InputOutput(), allocation=LossAware(), statistics=found
+        )
+        reused = run(ratio=ratio, allocation=LossAware(), factorized=spectra)
         assert reused.plan == run(ratio=ratio, allocation=LossAware()).plan
 
 
@@ -104,7 +107,7 @@ def test_statistics_that_lack_what_is_needed_say_so() -> None:
     model = build("llama")
     found = collect(model, TOKENS, find_sites(model, SiteSelection()), InputOutput().needs)
     with pytest.raises(ConfigError, match=r"q_proj have no gradient; collect them with needs="):
-        run(allocation=LossAware(), statistics=found)
+        factorize(model, TOKENS, whitening=InputOutput(), allocation=LossAware(), statistics=found)
 
 
 def test_both_algorithms_agree() -> None:
@@ -155,3 +158,62 @@ def test_a_dead_site_is_named() -> None:
         allocation=Spectral(),
         selection=selection,
     )
+
+
+def test_given_spectra_need_no_model_call() -> None:
+    spectra = factorize(build("llama"), TOKENS, whitening=InputOutput(), allocation=LossAware())
+    model = build("llama")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+    reused = compress(
+        model,
+        TOKENS,
+        ratio=0.6,
+        whitening=InputOutput(),
+        allocation=LossAware(),
+        factorized=spectra,
+    )
+    assert reused.plan == run(allocation=LossAware()).plan
+    assert reused.stages["statistics"] == spectra.stages["statistics"]
+
+
+def test_spectra_that_were_not_scored_say_so() -> None:
+    spectra = factorize(build("llama"), TOKENS, whitening=InputOutput(), allocation=Spectral())
+    with pytest.raises(ConfigError, match=r"q_proj has no loss_change; factorize with the alloc"):
+        run(allocation=LossAware(), factorized=spectra)
+
+
+def test_the_gradient_may_come_from_windows_of_its_own() -> None:
+    """Whitening as of the first half alone, scores as of the second half in the same metrics."""
+    first, second = TOKENS[:4], TOKENS[4:]
+    options = {"whitening": InputOutput(), "allocation": LossAware()}
+    halves = factorize(build("llama"), first, gradient_tokens=second, **options)  # type: ignore[arg-type]
+    whole = factorize(build("llama"), first, **options)  # type: ignore[arg-type]
+    model = build("llama")
+    sites = find_sites(model, SiteSelection())
+    gradients = collect(model, second, sites, LossAware().needs)
+    for name, spectrum in halves.spectra.items():
+        assert_close(spectrum.sigma, whole.spectra[name].sigma)
+        gradient = gradients[name].gradient
+        assert gradient is not None
+        rank = spectrum.left.shape[1]
+        along = torch.einsum("mr,mn,rn->r", spectrum.left, gradient, spectrum.right)
+        assert spectrum.loss_change is not None
+        assert_close(spectrum.loss_change[:rank].float(), -along, rtol=1e-3, atol=1e-6)
+
+
+def test_a_target_is_met_by_the_smallest_ratio() -> None:
+    whitening = InputOutput(top_k=0)
+    result = run(ratio=None, target_kl=0.02, whitening=whitening)  # type: ignore[arg-type]
+    assert result.plan.predicted_kl is not None
+    assert result.plan.predicted_kl <= 0.02
+    found = result.plan.ratio_asked
+    below = run(ratio=found - 2e-4, whitening=whitening).plan.predicted_kl
+    assert below is not None and below > 0.02
+    same = run(ratio=found, whitening=whitening)
+    assert same.plan.sites == result.plan.sites
+
+
+@pytest.mark.parametrize("options", [{"ratio": None}, {"ratio": 0.5, "target_kl": 0.1}])
+def test_a_ratio_or_a_target(options: dict[str, float | None]) -> None:
+    with pytest.raises(ConfigError, match="either a ratio or a target_kl"):
+        run(**options)  # type: ignore[arg-type]

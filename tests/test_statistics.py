@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILIES, build
@@ -11,13 +13,21 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from iosvd.errors import ModelError, NumericalError
+from iosvd.fisher import FisherMetric
 from iosvd.kl_metric import KLMetric
 from iosvd.sites import SiteSelection, find_sites
 from iosvd.statistics import collect, statistics_bytes
-from iosvd.types import Needs, SiteStatistics
+from iosvd.types import STATISTICS, Needs, SiteStatistics
 
-EVERYTHING = Needs(True, True, KLMetric(5), gradient_windows=10**9)
-FIELDS = ("input_metric", "input_magnitude", "kl_metric", "gradient")
+EVERYTHING = Needs(
+    input_metric=True,
+    input_magnitude=True,
+    kl_metric=KLMetric(5),
+    fisher_metric=FisherMetric(),
+    fisher_rows=True,
+    kronecker_passes=3,
+    gradient_windows=10**9,
+)
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -53,14 +63,14 @@ def test_means_agree_with_direct_computation(family: str) -> None:
 
 def same(one: dict[str, SiteStatistics], other: dict[str, SiteStatistics]) -> None:
     for name in one:
-        for field in FIELDS:
+        for field in STATISTICS:
             assert_close(getattr(one[name], field), getattr(other[name], field))
 
 
 def test_batches_change_nothing() -> None:
     model = build("llama", torch.float64)
     sites = find_sites(model, SiteSelection())
-    needs = Needs(True, True, KLMetric(5), gradient_windows=3)
+    needs = replace(EVERYTHING, gradient_windows=3)
     one, other = (collect(model, tokens(), sites, needs, batch_size=size) for size in (1, 4))
     same(one, other)
 
@@ -124,7 +134,7 @@ def test_half_precision_sums_in_float32_without_underflow(dtype: torch.dtype) ->
     found = collect(half, tokens(), find_sites(half, SiteSelection()), EVERYTHING)
     expected = collect(exact, tokens(), find_sites(exact, SiteSelection()), EVERYTHING)
     for name, statistics in found.items():
-        for field in FIELDS:
+        for field in STATISTICS:
             value, reference = getattr(statistics, field), getattr(expected[name], field)
             assert value.dtype == torch.float32
             if field == "input_metric":  # The others hang on which tokens are the top five.
@@ -154,7 +164,7 @@ def test_stated_memory_bounds_what_is_kept() -> None:
     kept = {
         getattr(s, field).data_ptr(): getattr(s, field).nbytes
         for s in found.values()
-        for field in FIELDS
+        for field in STATISTICS
     }
     total = sum(kept.values())
     assert total <= statistics_bytes(sites, EVERYTHING) <= 2 * total

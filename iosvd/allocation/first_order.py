@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from iosvd.errors import check_at_least
+from iosvd.errors import ConfigError, check_at_least
 from iosvd.types import Needs, Spectrum
 
 ALL_WINDOWS = 10**9
@@ -28,9 +28,17 @@ class FirstOrder:
 
 
 def loss_changes(spectra: Mapping[str, Spectrum]) -> dict[str, Tensor]:
-    """Return −g_i σ_i of every component, by site, in the order of σ."""
+    """Return −g_i σ_i of every component, by site, in the order of σ.
+
+    Raises:
+        ConfigError: the spectra were not scored.
+    """
     changes = {}
     for site, spectrum in spectra.items():
-        assert spectrum.loss_change is not None, "the pipeline scores what needs a gradient"
+        if spectrum.loss_change is None:
+            raise ConfigError(
+                f"the spectrum of {site} has no loss_change; factorize with the allocation that"
+                " needs it"
+            )
         changes[site] = spectrum.loss_change
     return changes

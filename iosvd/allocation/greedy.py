@@ -15,7 +15,7 @@ def drop_cheapest(costs: Mapping[str, Tensor], budget: Budget) -> dict[str, int]
 
     Each site offers its component of smallest σ, the last of its list; of these the one with the
     smallest cost is dropped. Sites are charged their true cost: above break-even a drop saves
-    nothing, and a site that ends there stays dense. Rank 1 is the floor.
+    nothing, and a site that ends there stays dense. No site goes below its floor.
 
     Args:
         costs: per site, the loss predicted for dropping each component, in the order of σ.
@@ -23,15 +23,15 @@ def drop_cheapest(costs: Mapping[str, Tensor], budget: Budget) -> dict[str, int]
     """
     values = {site: cost.tolist() for site, cost in costs.items()}
     ranks = {site: len(cost) for site, cost in values.items()}
-    offers = [(cost[-1], site) for site, cost in values.items() if len(cost) > 1]
+    floors, prices = budget.floors, budget.costs
+    offers = [(cost[-1], site) for site, cost in values.items() if len(cost) > floors[site]]
     heapq.heapify(offers)
-    prices = budget.costs
     kept = budget.cost(ranks)
     while kept > budget.limit:
         _, site = heapq.heappop(offers)
         rank = ranks[site]
         ranks[site] = rank - 1
         kept -= prices[site].at(rank) - prices[site].at(rank - 1)
-        if rank - 1 > 1:
+        if rank - 1 > floors[site]:
             heapq.heappush(offers, (values[site][rank - 2], site))
     return ranks

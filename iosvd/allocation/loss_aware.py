@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from iosvd.allocation.first_order import FirstOrder, loss_changes
 from iosvd.allocation.greedy import drop_cheapest
+from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
 from iosvd.types import Spectrum
 
@@ -19,6 +20,14 @@ class LossAware(FirstOrder):
     gave perplexities above 100 000 (its Table 6).
     """
 
-    def __call__(self, spectra: Mapping[str, Spectrum], budget: Budget) -> dict[str, int]:
-        costs = {site: change.abs() for site, change in loss_changes(spectra).items()}
+    per_parameter: bool = False  # Divide by the bits that the component costs.
+
+    def __call__(
+        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+    ) -> dict[str, int]:
+        prices = budget.costs
+        costs = {
+            site: change.abs() / (prices[site].component if self.per_parameter else 1)
+            for site, change in loss_changes(spectra).items()
+        }
         return drop_cheapest(costs, budget)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from iosvd.allocation.greedy import drop_cheapest
+from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
 from iosvd.types import Needs, Spectrum
 
@@ -24,7 +25,9 @@ class Spectral:
     def needs(self) -> Needs:
         return Needs()
 
-    def __call__(self, spectra: Mapping[str, Spectrum], budget: Budget) -> dict[str, int]:
+    def __call__(
+        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+    ) -> dict[str, int]:
         prices = budget.costs
         costs = {
             site: 0.5 * spectrum.sigma**2 / (prices[site].component if self.per_parameter else 1)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from iosvd.allocation.first_order import FirstOrder, loss_changes
+from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
 from iosvd.types import Spectrum
 
@@ -17,17 +18,20 @@ class ZeroSum(FirstOrder):
 
     Each site offers its component of smallest σ. While the sum is not positive the smallest
     positive change is taken, else the smallest negative one in absolute value; where a sign has no
-    offer, the other. Sites are charged their true cost; rank 1 is the floor.
+    offer, the other. Sites are charged their true cost; none goes below its floor.
     """
 
-    def __call__(self, spectra: Mapping[str, Spectrum], budget: Budget) -> dict[str, int]:
+    def __call__(
+        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+    ) -> dict[str, int]:
         changes = {site: change.tolist() for site, change in loss_changes(spectra).items()}
         ranks = {site: len(change) for site, change in changes.items()}
+        floors = budget.floors
         rising: list[tuple[float, str]] = []
         falling: list[tuple[float, str]] = []
 
         def offer(site: str) -> None:
-            if ranks[site] > 1:
+            if ranks[site] > floors[site]:
                 change = changes[site][ranks[site] - 1]
                 heapq.heappush(rising if change > 0 else falling, (abs(change), site))
 

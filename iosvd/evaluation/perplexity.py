@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,23 +32,42 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 8) -> 
     Raises:
         NumericalError: a loss is not finite; the windows are named.
     """
-    device = model.device
-    total = 0.0
     starts = range(0, len(windows), batch_size)
-    with torch.inference_mode():
-        for start in track(starts, len(starts), "perplexity", "batch"):
-            batch = windows[start : start + batch_size].to(device)
-            loss = summed_loss(model(input_ids=batch, use_cache=False).logits, batch)
-            if not math.isfinite(loss):
-                raise NumericalError(
-                    f"the loss of evaluation windows {start} to {start + len(batch) - 1} is"
-                    " NaN or infinite; try model.dtype=float32 or bfloat16"
-                )
-            total += loss
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    mean = mean_loss(model, windows, batch_size, track(starts, len(starts), "perplexity", "batch"))
     if mean > _LARGEST_LOSS:
         raise NumericalError(f"the mean loss of {mean:.0f} nats has no finite perplexity")
     return math.exp(mean)
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    windows: Tensor,
+    batch_size: int,
+    starts: Iterable[int] | None = None,
+) -> float:
+    """Return the mean negative log-likelihood, nats per predicted token.
+
+    Args:
+        model: a causal language model.
+        windows: (windows, length).
+        batch_size: windows per forward pass.
+        starts: the first window of each batch, for who wants to watch them pass.
+
+    Raises:
+        NumericalError: a loss is not finite; the windows are named.
+    """
+    total = 0.0
+    with torch.inference_mode():
+        for start in range(0, len(windows), batch_size) if starts is None else starts:
+            batch = windows[start : start + batch_size].to(model.device)
+            loss = summed_loss(model(input_ids=batch, use_cache=False).logits, batch)
+            if not math.isfinite(loss):
+                raise NumericalError(
+                    f"the loss of windows {start} to {start + len(batch) - 1} is NaN or infinite;"
+                    " try model.dtype=float32 or bfloat16"
+                )
+            total += loss
+    return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 
 def summed_loss(logits: Tensor, batch: Tensor) -> float:

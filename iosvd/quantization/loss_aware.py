@@ -88,8 +88,7 @@ class LossAwareRemap(Quantization):
         if self.rank_budget is RankBudget.search:
             step = max(0.0, most - budget.ratio) / (SEARCHED - 1)
             shares = [budget.ratio + step * i for i in range(SEARCHED - 1)]
-            # The first ones may be too small for rank 1 everywhere.
-            floor = sum(cost.at(1) for cost in budget.costs.values()) / budget.total
+            floor = budget.smallest_ratio  # The first ones may be too small for it.
             feasible = [share for share in shares if floor < share * whole < budget.ratio]
             return [*(replace(budget, ratio=share * whole) for share in feasible), budget]
         if self.rank_ratio > most:

@@ -71,7 +71,8 @@ def _compare(
     row: Row, column: Column, measured: float | None, reference: float, tolerance: Tolerance
 ) -> Comparison:
     allowed = tolerance.perplexity * reference if column.is_perplexity else tolerance.accuracy
-    where = f"{row.model}, ratio {row.ratio:g}, {row.name}, {column.metric}"
+    ratio = "unknown" if row.ratio is None else f"{row.ratio:g}"
+    where = f"{row.model}, ratio {ratio}, {row.name}, {column.metric}"
     within = measured is not None and abs(measured - reference) <= allowed
     return Comparison(where, measured, reference, within)
 

@@ -53,7 +53,7 @@ def escape(text: str) -> str:
     return "".join(_SPECIAL.get(character, character) for character in text)
 
 
-def _group(row: Row) -> tuple[str, float]:
+def _group(row: Row) -> tuple[str, float | None]:
     return row.model, row.ratio
 
 

@@ -31,7 +31,7 @@ def notes(table: Table, on_disk: OnDisk, spec: TableSpec, sweep: Sweep) -> list[
         f"Runs found: {len(records)} of {len(sweep.runs)}.{_provenance(records)}{_flags(table)}",
         *(f"Set aside: {reason}" for reason in on_disk.set_aside),
         _protocol(sweep.runs[0]),
-        *filter(None, [_bytes(spec, sweep.runs)]),
+        *filter(None, [_bytes(spec, sweep.runs), _spread(spec), _columns(spec)]),
         _deviations(sweep.overrides),
         *spec.notes,
         *(f"{row.name}: {row.note}" for row in spec.rows if row.note),
@@ -121,6 +121,30 @@ def _bytes(spec: TableSpec, runs: Sequence[Run]) -> str:
         "Bytes are those stored: without quantisation an entry takes four in float32, where the"
         " ratio counts two."
     )
+
+
+def _spread(spec: TableSpec) -> str:
+    if spec.spread is None:
+        return ""
+    return (
+        f"Mean ± standard deviation over {spec.spread}. Rank agreement: Spearman correlation of the"
+        " shares that the sites keep, mean over pairs of runs."
+    )
+
+
+_MEANINGS = {
+    "predicted_kl": "predicted KL: ½ Σ σ² of what is dropped, a top-K metric's share of it",
+    "predicted_loss_change": "predicted Δloss: −Σ g σ of what is dropped, on calibration windows",
+    "kl": "KL: exact KL(dense ‖ compressed) on held-out text",
+    "loss_change": "Δloss: measured change of the next-token loss on held-out text",
+    "site_median": "sites: of one site truncated at a time, the median of predicted / exact KL",
+    "sites_within_two": "sites within ×2: share of the sites predicted within a factor of two",
+}
+
+
+def _columns(spec: TableSpec) -> str:
+    named = [_MEANINGS[name] for name in spec.extra if name in _MEANINGS]
+    return f"In nats per token: {'; '.join(named)}." if named else ""
 
 
 def _deviations(overrides: Sequence[str]) -> str:

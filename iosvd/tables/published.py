@@ -35,7 +35,7 @@ class Published:
 
 
 # By source, table, model preset, ratio, the paper's name of the method, and metric.
-Library: TypeAlias = Mapping[tuple[str, str, str, float, str, str], Published]
+Library: TypeAlias = Mapping[tuple[str, str, str, float | None, str, str], Published]
 
 
 def read_published(path: Path = PUBLISHED) -> Library:
@@ -69,7 +69,7 @@ def look_up(
     tables: Sequence[PublishedTable],
     names: Sequence[str],
     model: str,
-    ratio: float,
+    ratio: float | None,
     metric: str,
 ) -> Published | None:
     """Return the number of the first table that has one under the first of the names it knows."""

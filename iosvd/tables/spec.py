@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-EXTRA = ("ratio_achieved", "seconds", "target_bytes")  # Columns beside the metrics.
+# Columns beside the metrics; those of BY_TEXT are one for each text.
+BY_TEXT = ("kl", "loss_change", "site_median", "sites_within_two")
+EXTRA = (
+    *("ratio_achieved", "seconds", "target_bytes"),
+    *("predicted_kl", "predicted_loss_change", "rank_agreement"),
+    *BY_TEXT,
+)
 
 
 @dataclass(frozen=True)
@@ -45,4 +51,6 @@ class TableSpec:
     extra: list[str] = field(default_factory=list)  # Columns after the metrics, of EXTRA.
     notes: list[str] = field(default_factory=list)
     curves: list[str] = field(default_factory=list)  # Horizontal axes of the figures.
+    spread: str | None = None  # An option over whose values rows show mean and spread.
+    predictions: bool = False  # Draw predicted against measured divergence.
     shown_run: dict[str, float] = field(default_factory=dict)  # Label → ratio: ranks and spectra.

@@ -15,6 +15,7 @@ from iosvd.run import Run
 from iosvd.sweeps import baselines, expand
 from iosvd.tables.published import read_published
 from iosvd.tables.spec import TableSpec
+from iosvd.tables.spread import merged_over
 from iosvd.tables.table import Found, Table, build_table
 
 
@@ -76,6 +77,7 @@ class SweepTable:
     sweep: Sweep
     spec: TableSpec
     on_disk: OnDisk
+    found: tuple[Found, ...]  # The rows: the runs, or means over several.
     table: Table
 
 
@@ -83,7 +85,8 @@ def read_table(overrides: Sequence[str]) -> SweepTable:
     """Build the table of the sweep that these overrides describe from what is on disk."""
     sweep = Sweep.from_overrides(overrides)
     spec, on_disk = table_spec(sweep.experiment), find(sweep)
-    return SweepTable(sweep, spec, on_disk, build_table(spec, on_disk.found, read_published()))
+    found = on_disk.found if spec.spread is None else tuple(merged_over(spec.spread, on_disk.found))
+    return SweepTable(sweep, spec, on_disk, found, build_table(spec, found, read_published()))
 
 
 def find(sweep: Sweep) -> OnDisk:

@@ -9,7 +9,7 @@ from iosvd.config import PROTOCOL_LENGTH
 from iosvd.records import Record
 from iosvd.run import Run
 from iosvd.tables.published import Library, Published, look_up
-from iosvd.tables.spec import RowSpec, TableSpec
+from iosvd.tables.spec import BY_TEXT, RowSpec, TableSpec
 
 AVERAGE = "average_acc"
 DENSE = "dense"
@@ -27,6 +27,11 @@ class Found:
 
     run: Run
     record: Record | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Of the run; where it had a target instead, the one that was found, once it was."""
+        return self.record.ratio if self.run.ratio is None and self.record else self.run.ratio
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Cell:
     """What was measured, what was published for the same thing, and the place in its group."""
 
     measured: float | None = None
+    spread: float | None = None  # Standard deviation, where it is a mean over runs.
     published: Published | None = None
     same_items: bool = True  # Whether both were measured on the same windows or items.
     place: int = 0  # 1: best of the group's rows, 2: second, 0: neither.
@@ -65,7 +71,7 @@ class Row:
     """One method, for one model at one ratio."""
 
     model: str
-    ratio: float
+    ratio: float | None  # None: a target's that is not known yet.
     name: str
     label: str | None
     cells: tuple[Cell, ...]
@@ -94,7 +100,7 @@ def build_table(spec: TableSpec, found: Sequence[Found], library: Library) -> Ta
     columns = _columns(spec, found)
     rows = []
     for model, ratio in groups:
-        mine = [f for f in found if (f.run.model.name, f.run.ratio) == (model, ratio)]
+        mine = [f for f in found if (f.run.model.name, f.ratio) == (model, ratio)]
         made = [_row(row, model, ratio, mine, columns, spec, library) for row in _specs(spec, mine)]
         rows += _placed([row for row in made if _has_content(row)], columns)
     columns, kept = _without_empty_references(columns, rows)
@@ -103,11 +109,15 @@ def build_table(spec: TableSpec, found: Sequence[Found], library: Library) -> Ta
     return Table(title, columns, kept)
 
 
-def _groups(found: Sequence[Found]) -> list[tuple[str, float]]:
+def _groups(found: Sequence[Found]) -> list[tuple[str, float | None]]:
     """Models in the order of the sweep, and of each the ratios, falling: dense comes first."""
     models = list(dict.fromkeys(f.run.model.name for f in found))
-    ratios = {model: {f.run.ratio for f in found if f.run.model.name == model} for model in models}
-    return [(model, r) for model in models for r in sorted(ratios[model], reverse=True)]
+    ratios = {model: {f.ratio for f in found if f.run.model.name == model} for model in models}
+
+    def falling(ratio: float | None) -> float:
+        return -ratio if ratio is not None else 0.0  # Not known yet: at the end.
+
+    return [(model, ratio) for model in models for ratio in sorted(ratios[model], key=falling)]
 
 
 def _specs(spec: TableSpec, found: Sequence[Found]) -> list[RowSpec]:
@@ -124,7 +134,7 @@ def _has_content(row: Row) -> bool:
 def _row(
     row: RowSpec,
     model: str,
-    ratio: float,
+    ratio: float | None,
     found: Sequence[Found],
     columns: Sequence[Column],
     spec: TableSpec,
@@ -141,7 +151,9 @@ def _row(
             else None
         )
         measured = None if column.reference or record is None else record.value(column.metric)
-        return Cell(measured, published, mine is not None and _same_items(mine.run, column.metric))
+        spread = None if record is None else record.spread.get(column.metric)
+        same = mine is not None and _same_items(mine.run, column.metric)
+        return Cell(measured, spread, published, same)
 
     cells = tuple(cell(column) for column in columns)
     return Row(model, ratio, row.name, row.label, cells, record, mine is not None)
@@ -163,7 +175,8 @@ def _columns(spec: TableSpec, found: Sequence[Found]) -> tuple[Column, ...]:
     columns += [Column(task, f"{task} ↑", 3, 1) for task in tasks]
     if len(tasks) > 1:
         columns.append(Column(AVERAGE, "average ↑", 3, 1))
-    columns += [_EXTRA[name] for name in spec.extra]
+    for name in spec.extra:
+        columns += _by_text(name, texts) if name in BY_TEXT else [_EXTRA[name]]
     if spec.model is not None and spec.model not in {run.model.name for run in runs}:
         columns += [_reference(metric, spec.model) for metric in _REFERENCE_METRICS]
     return tuple(columns)
@@ -173,7 +186,23 @@ _EXTRA = {
     "ratio_achieved": Column("ratio_achieved", "achieved", 4, 0),
     "seconds": Column("seconds", "seconds", 1, 0),
     "target_bytes": Column("target_bytes", "bytes", 0, 0),
+    "predicted_kl": Column("predicted_kl", "predicted KL", 4, 0),
+    "predicted_loss_change": Column("predicted_loss_change", "predicted Δloss", 4, 0),
+    "rank_agreement": Column("rank_agreement", "rank agreement", 2, 0),
 }
+_BY_TEXT_TITLES = {
+    "kl": "KL",
+    "loss_change": "Δloss",
+    "site_median": "sites: predicted / KL",
+    "sites_within_two": "sites within ×2",
+}
+
+
+def _by_text(name: str, texts: Iterable[str]) -> list[Column]:
+    digits = 4 if name in ("kl", "loss_change") else 2
+    return [
+        Column(f"{text}_{name}", f"{text} {_BY_TEXT_TITLES[name]}", digits, 0) for text in texts
+    ]
 
 
 def _reference(metric: str, model: str) -> Column:

@@ -29,13 +29,19 @@ def heads(table: Table) -> list[str]:
 
 def head_cells(row: Row, titles: list[str], flag: str) -> list[str]:
     """Return a row's model, ratio and method, with the flag of its commit."""
-    values = {"model": row.model, "ratio": f"{row.ratio:g}", "method": row.name}
+    values = {
+        "model": row.model,
+        "ratio": GAP if row.ratio is None else f"{row.ratio:g}",
+        "method": row.name,
+    }
     return [values[title] + (flag if title == "method" else "") for title in titles]
 
 
 def cell_text(cell: Cell, column: Column) -> CellText:
     """Write one cell: the measured value, the published one with its mark, and the difference."""
     measured = GAP if cell.measured is None else number(cell.measured, column.digits)
+    if cell.spread is not None and cell.measured is not None:
+        measured += f" ± {number(cell.spread, column.digits)}"
     if column.reference:
         measured = ""
     if cell.published is None:

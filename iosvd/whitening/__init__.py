@@ -8,6 +8,10 @@ from typing import Protocol
 
 from iosvd.types import Needs, SiteStatistics, Whitener
 from iosvd.whitening.asvd import Asvd
+from iosvd.whitening.channel_weighted import ChannelWeighted
+from iosvd.whitening.fisher import Fisher
+from iosvd.whitening.fwsvd import Fwsvd
+from iosvd.whitening.gfwsvd import Gfwsvd
 from iosvd.whitening.identity import Identity
 from iosvd.whitening.input import Input
 from iosvd.whitening.input_output import InputOutput
@@ -26,4 +30,14 @@ class Whitening(Protocol):
         ...
 
 
-__all__ = ["Asvd", "Identity", "Input", "InputOutput", "Whitening"]
+__all__ = [
+    "Asvd",
+    "ChannelWeighted",
+    "Fisher",
+    "Fwsvd",
+    "Gfwsvd",
+    "Identity",
+    "Input",
+    "InputOutput",
+    "Whitening",
+]

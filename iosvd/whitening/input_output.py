@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import Tensor
 
 from iosvd.errors import check_at_least
 from iosvd.kl_metric import Estimator, KLMetric
-from iosvd.linalg import RootKind, root_of
+from iosvd.linalg import DiagonalRoot, Root, RootKind, root_of
+from iosvd.sites import layer_and_role
 from iosvd.types import Needs, SiteStatistics, Whitener
 
 
@@ -17,6 +21,10 @@ class InputOutput:
     C is per token, so ½ Σ σ² of what is dropped predicts KL(dense ‖ compressed) in nats per token,
     wholly with top_k = 0 and the share of the K most probable tokens otherwise. The paper damps
     both metrics, by how much is not documented.
+
+    Sites whose role is not in `output_metric_roles` have only the mean of C's diagonal as output
+    metric, the same for all outputs: they are whitened by their inputs alone, and their σ² stay
+    comparable with those of other sites.
     """
 
     top_k: int = 5  # Figure 3's best choice; 0 is the whole vocabulary.
@@ -27,6 +35,9 @@ class InputOutput:
     damping_output: float = 1e-6  # Relative to the mean diagonal of C.
     root: RootKind = RootKind.cholesky
     seed: int = 0  # Of the random signs.
+    # By glob on the role, such as self_attn.q_proj; the paper's are all. Third parties leave out q
+    # and k (METHODS 3).
+    output_metric_roles: list[str] = field(default_factory=lambda: ["*"])
 
     def __post_init__(self) -> None:
         check_at_least(0, top_k=self.top_k)
@@ -43,6 +54,13 @@ class InputOutput:
         what_in = f"the input metric of {statistics.site}"
         what_out = f"the KL metric of {statistics.site}"
         return Whitener(
-            left=root_of(metric_out, self.damping_output, self.root, what_out),
+            left=self._left(statistics.site, metric_out, what_out),
             right=root_of(metric_in, self.damping_input, self.root, what_in),
         )
+
+    def _left(self, site: str, metric: Tensor, what: str) -> Root:
+        role = layer_and_role(site)[1]
+        if any(fnmatchcase(role, pattern) for pattern in self.output_metric_roles):
+            return root_of(metric, self.damping_output, self.root, what)
+        diagonal = metric.diagonal()
+        return DiagonalRoot(diagonal.mean().sqrt().expand_as(diagonal))

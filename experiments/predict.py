@@ -1,0 +1,145 @@
+"""Predict KL divergence and perplexity against the ratio, from one pass of statistics: make predict
+
+    python experiments/predict.py model=local model.path=FOLDER dataset=local dataset.path=TEXTS
+    python experiments/predict.py measure=0.9,0.6 …
+
+½ Σ σ² of what is dropped under the KL metric of the whole vocabulary is the prediction (METHODS 1,
+identity 5); perplexity is the dense model's times its exponential, exact where the text follows the
+model's own distribution. `measure` names ratios at which the model is compressed and measured too:
+six for the embedded model, none for others. Writes <results>/tables/predict-<model>.md and .csv and
+<results>/figures/predict-<model>.png.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas
+from torch import Tensor
+
+from iosvd import figures
+from iosvd.budget import Budget, Shape, check_ratio
+from iosvd.config import compose_run
+from iosvd.data import calibration_windows, evaluation_windows
+from iosvd.errors import ConfigError, exit_in_one_line
+from iosvd.evaluation.divergence import divergence
+from iosvd.evaluation.perplexity import perplexity
+from iosvd.execution import batch_size, compress_as, device_for, factorize_as
+from iosvd.models import load_model, load_tokenizer
+from iosvd.pipeline import Factorized
+from iosvd.plan import dropped_energy
+from iosvd.progress import track
+from iosvd.run import Run
+from iosvd.sites import find_sites
+from iosvd.trials import CalibrationTrial
+from iosvd.versions import commit
+
+METHOD = ("method=io_svd_spectral", "whitening.top_k=0")
+RATIOS = [percent / 100 for percent in range(20, 100, 2)]
+MEASURED = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # Of the embedded model.
+GOOD = 1.5  # A prediction within this factor of the measured divergence is called good.
+
+
+def predict(overrides: list[str]) -> str:
+    """Predict, measure where asked, write and return the page."""
+    asked = [o.partition("=")[2] for o in overrides if o.startswith("measure=")]
+    run = compose_run([*METHOD, *(o for o in overrides if not o.startswith("measure="))])
+    default = MEASURED if run.model.embedded else ()
+    ratios = _ratios(asked[-1]) if asked else default
+    tokenizer, c = load_tokenizer(run.model), run.calibration
+    tokens = calibration_windows(tokenizer, run.dataset, c.windows, c.seq_len, c.seed)
+    text = next(iter(run.eval.texts.values()))
+    windows = evaluation_windows(tokenizer, text, run.eval.seq_len, run.eval.windows)
+    model = load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
+    factorized = factorize_as(run, model, tokens)
+    dense = perplexity(model, windows, batch_size(run, windows))
+    curve = predicted_curve(run, factorized, tokens, dense)
+    measured = pandas.DataFrame(
+        [measure(run, ratio, factorized, tokens, windows) for ratio in ratios],
+        columns=["ratio", "kl", "perplexity"],
+    )
+    return _write(run, curve.merge(measured, on="ratio", how="outer"), dense, text.name)
+
+
+def predicted_curve(
+    run: Run, factorized: Factorized, tokens: Tensor, dense: float
+) -> pandas.DataFrame:
+    """Return predicted KL and perplexity at every ratio that the sites allow."""
+    model = load_model(run.model)
+    sites = find_sites(model, run.model.sites)
+    shapes = {name: Shape(*site.weight.shape) for name, site in sites.items()}
+    least, rows = Budget(shapes, 1.0).smallest_ratio, []
+    feasible = [ratio for ratio in RATIOS if ratio > least]
+    for ratio in track(feasible, len(feasible), "prediction", "ratio"):
+        budget, spectra = Budget(shapes, ratio), factorized.spectra
+        trial = CalibrationTrial(model, sites, spectra, budget, tokens, batch_size(run, tokens))
+        kl = dropped_energy(run.allocation(spectra, budget, trial), spectra, budget) / 2
+        rows.append((ratio, kl, dense * math.exp(min(kl, 50))))
+    return pandas.DataFrame(rows, columns=["ratio", "predicted_kl", "predicted_perplexity"])
+
+
+def measure(
+    run: Run, ratio: float, factorized: Factorized, tokens: Tensor, windows: Tensor
+) -> tuple[float, float, float]:
+    """Compress to a ratio and return it, the exact KL on held-out text, and the perplexity."""
+    device = device_for(run.runtime.device)
+    dense, model = (load_model(run.model, device, run.runtime.device_map) for _ in range(2))
+    compress_as(replace(run, ratio=ratio), model, tokens, factorized)
+    size = batch_size(run, windows)
+    return ratio, divergence(dense, model, windows, size).kl, perplexity(model, windows, size)
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        ratios = [float(part) for part in text.split(",") if part]
+    except ValueError:
+        raise ConfigError(
+            f"measure={text} is no list of ratios; for instance measure=0.8,0.6"
+        ) from None
+    for ratio in ratios:
+        check_ratio(ratio)
+    return ratios
+
+
+def _limit(frame: pandas.DataFrame) -> str:
+    """Say down to which ratio the prediction is good, by the measured points."""
+    points = frame.dropna(subset=["predicted_kl", "kl"]).sort_values("ratio", ascending=False)
+    if points.empty:
+        return "Nothing was measured here; measure=0.8,0.6 checks the prediction."
+    off = points[(points["kl"] / points["predicted_kl"]).map(lambda r: not 1 / GOOD <= r <= GOOD)]
+    if off.empty:
+        return f"Within a factor of {GOOD} at every measured ratio."
+    first = off.iloc[0]
+    return (
+        f"Outside a factor of {GOOD} first at ratio {first['ratio']:g}: measured"
+        f" {first['kl']:.4f} nats, predicted {first['predicted_kl']:.4f}."
+    )
+
+
+def _write(run: Run, frame: pandas.DataFrame, dense: float, text: str) -> str:
+    results, name = Path(run.runtime.results), f"predict-{run.model.name}"
+    for folder in ("tables", "figures"):
+        (results / folder).mkdir(parents=True, exist_ok=True)
+    frame.to_csv(results / "tables" / f"{name}.csv", index=False)
+    drawn = figures.predicted_curve(frame, dense, text)
+    drawn.savefig(results / "figures" / f"{name}.png", dpi=120, metadata={"Software": None})
+    shown = frame[frame["ratio"].map(lambda r: round(100 * r) % 10 == 0)]
+    table = shown.sort_values("ratio", ascending=False).to_markdown(index=False, floatfmt=".4f")
+    page = (
+        f"# Predicted divergence, {run.model.name}\n\n{table}\n\n{_limit(frame)}\n\n"
+        f"KL(dense ‖ compressed) in nats per token; perplexity on {text}, dense {dense:.3f}. Method"
+        f" {' '.join(METHOD)}, calibration {run.calibration.windows} × {run.calibration.seq_len}"
+        f" tokens of {run.dataset.name}; every second percent is in the csv. Commit {commit()},"
+        f" {time.strftime('%Y-%m-%d')}.\n"
+    )
+    (results / "tables" / f"{name}.md").write_text(page, encoding="utf-8")
+    return page
+
+
+if __name__ == "__main__":
+    with exit_in_one_line():
+        print(predict(sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""ASVD's allocation: each site's ratio by its measured sensitivity (arXiv 2312.05821)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from iosvd.allocation.shares import ranks_for_shares
+from iosvd.allocation.trial import Trial
+from iosvd.budget import Budget, Shape
+from iosvd.errors import check_at_least
+from iosvd.progress import track
+from iosvd.types import Needs, Spectrum
+
+CANDIDATES = tuple(i / 10 for i in range(1, 10))  # The paper's parameter ratios.
+
+
+@dataclass(frozen=True)
+class SensitivitySearch:
+    """Truncate one site at a time to 0.1, …, 0.9 and measure the calibration loss (METHODS 5).
+
+    Under a threshold τ each site takes the smallest ratio whose loss is at most τ, or stays dense;
+    τ is found by binary search over the measured losses, the smallest that meets the budget. What
+    the steps of 0.1 leave of it is spent one component a site.
+    """
+
+    windows: int = 8  # Calibration windows of a measurement; 0: all. The public code takes 32.
+
+    def __post_init__(self) -> None:
+        check_at_least(0, windows=self.windows)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    def __call__(
+        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+    ) -> dict[str, int]:
+        losses = self._sensitivities(budget, trial)
+        levels = sorted(set(losses.values()))
+        low, high = 0, len(levels) - 1  # Everything at its smallest ratio is the last resort.
+        while low < high:
+            middle = (low + high) // 2
+            fits = _cost(_shares(losses, levels[middle], budget), budget) <= budget.limit
+            low, high = (low, middle) if fits else (middle + 1, high)
+        threshold = levels[low] if levels else 0.0
+        return ranks_for_shares(_shares(losses, threshold, budget), budget)
+
+    def _sensitivities(self, budget: Budget, trial: Trial) -> dict[tuple[str, float], float]:
+        """Measured loss by site and ratio; those that the site's floor rules out are left out."""
+        floors = budget.floors
+        asked = [
+            (site, ratio)
+            for site, shape in budget.shapes.items()
+            for ratio in CANDIDATES
+            if _rank(ratio, shape) >= floors[site]
+        ]
+        return {
+            (site, ratio): trial.loss({site: _rank(ratio, budget.shapes[site])}, self.windows)
+            for site, ratio in track(asked, len(asked), "sensitivities", "trial")
+        }
+
+
+def _rank(ratio: float, shape: Shape) -> int:
+    return max(1, int(ratio * shape.entries / shape.entries_at(1)))
+
+
+def _shares(
+    losses: Mapping[tuple[str, float], float], threshold: float, budget: Budget
+) -> dict[str, float]:
+    shares = dict.fromkeys(budget.shapes, 1.0)
+    for (site, ratio), loss in losses.items():
+        if loss <= threshold:
+            shares[site] = min(shares[site], ratio)
+    return shares
+
+
+def _cost(shares: Mapping[str, float], budget: Budget) -> int:
+    """Bits of the shares before what is left of the budget is spent."""
+    ranks = {
+        site: shape.full_rank if shares[site] == 1 else _rank(shares[site], shape)
+        for site, shape in budget.shapes.items()
+    }
+    return budget.cost(ranks)

@@ -1,0 +1,77 @@
+"""Options that contradict each other, found before a model is loaded."""
+
+from __future__ import annotations
+
+from iosvd.allocation.first_order import ALL_WINDOWS
+from iosvd.budget import check_ratio
+from iosvd.errors import ConfigError
+from iosvd.factorization import Algorithm, Precision
+from iosvd.quantization import NoQuantization
+from iosvd.run import Halves, Run
+from iosvd.whitening import InputOutput
+
+
+def check_combination(run: Run) -> None:
+    """Raise ConfigError or BudgetError for options that make no sense together."""
+    _check_goal(run)
+    _check_floor(run)
+    _check_gradient(run)
+    f = run.factorization
+    if f.precision is Precision.float32 and f.algorithm is Algorithm.gram:
+        raise ConfigError(
+            "factorization.precision=float32 needs factorization.algorithm=svd: a Gram matrix in"
+            " float32 loses the smaller half of the spectrum"
+        )
+
+
+def _check_goal(run: Run) -> None:
+    if run.target_kl is None:
+        if run.ratio is None:
+            raise ConfigError("ratio is not set; set ratio=0.8 or target_kl=0.05")
+        check_ratio(run.ratio)
+        return
+    if run.ratio is not None:
+        raise ConfigError(
+            f"target_kl chooses the ratio; leave out ratio={run.ratio:g} or target_kl"
+        )
+    if not run.target_kl > 0:
+        raise ConfigError(f"target_kl={run.target_kl:g} is not above 0; it is in nats per token")
+    if not (isinstance(run.whitening, InputOutput) and run.whitening.top_k == 0):
+        raise ConfigError(
+            "target_kl needs whitening=input_output with whitening.top_k=0: only the curvature of"
+            " the whole vocabulary predicts the KL divergence"
+        )
+    if not isinstance(run.quantization, NoQuantization):
+        raise ConfigError(
+            "target_kl needs quantization=none: what rounding costs comes after ranks"
+        )
+
+
+def _check_floor(run: Run) -> None:
+    fraction = run.min_rank_fraction
+    if not 0 <= fraction <= 1:
+        raise ConfigError(f"min_rank_fraction={fraction:g} is outside [0, 1]")
+    # At its break-even rank a site costs as much as dense, whatever its shape.
+    plain = isinstance(run.quantization, NoQuantization)
+    if plain and run.ratio is not None and fraction > run.ratio:
+        raise ConfigError(
+            f"min_rank_fraction={fraction:g} keeps more than ratio={run.ratio:g} allows;"
+            " lower it, or raise ratio"
+        )
+
+
+def _check_gradient(run: Run) -> None:
+    asked, calibration = run.allocation.needs.gradient_windows, run.calibration
+    halves = 1 if calibration.halves is Halves.none else 2
+    if calibration.windows < halves:
+        raise ConfigError(f"calibration.halves={calibration.halves.value} needs 2 windows at least")
+    if calibration.halves is Halves.other and not asked:
+        raise ConfigError(
+            "calibration.halves=other scores with windows of its own, but this allocation needs no"
+            " gradient; choose allocation=loss_aware or zero_sum, or calibration.halves=same"
+        )
+    if ALL_WINDOWS != asked > calibration.windows // halves:
+        raise ConfigError(
+            f"allocation.gradient_windows={asked}, but only {calibration.windows // halves} windows"
+            " are there for it; set it to 0 for all, or raise calibration.windows"
+        )

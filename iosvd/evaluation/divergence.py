@@ -1,0 +1,81 @@
+"""The exact KL divergence of a compressed model from the dense one, and what its loss gained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from iosvd.errors import NumericalError
+from iosvd.progress import track
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Means over the positions of a text; nats per token."""
+
+    kl: float  # KL(dense ‖ compressed), over all positions.
+    loss_change: float  # Of the next-token loss, over those that have a next token.
+
+
+Context = Callable[[], AbstractContextManager[None]]
+
+
+@torch.no_grad()
+def divergences(
+    dense: PreTrainedModel,
+    variants: Mapping[str, tuple[PreTrainedModel, Context]],
+    windows: Tensor,
+    batch_size: int,
+) -> dict[str, Divergence]:
+    """Measure several models against the dense one, which runs once.
+
+    Args:
+        dense: the reference.
+        variants: by name, a model and a context in which it is the variant; it may be the dense
+            one, changed within the context, which is entered once a batch.
+        windows: (windows, length).
+        batch_size: windows per forward pass.
+
+    Raises:
+        NumericalError: a divergence is not finite.
+    """
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in variants}
+    starts = range(0, len(windows), batch_size)
+    for start in track(starts, len(starts), "divergence", "batch"):
+        batch = windows[start : start + batch_size]
+        reference = _log_probabilities(dense, batch)
+        for name, (model, context) in variants.items():
+            with context():
+                found = _log_probabilities(model, batch)
+            kl = (reference.exp() * (reference - found)).sum()
+            labels = batch[:, 1:, None].to(found.device)
+            change = (reference - found)[:, :-1].gather(-1, labels).sum()
+            sums[name] += torch.stack([kl, change]).cpu()
+    count = torch.tensor([windows.numel(), windows[:, 1:].numel()])
+    means = {name: (total / count).tolist() for name, total in sums.items()}
+    for name, (kl, change) in means.items():
+        if not torch.isfinite(torch.tensor([kl, change])).all():
+            raise NumericalError(f"the divergence of {name} is not finite; try model.dtype=float32")
+    return {name: Divergence(*values) for name, values in means.items()}
+
+
+def divergence(
+    dense: PreTrainedModel, compressed: PreTrainedModel, windows: Tensor, batch_size: int
+) -> Divergence:
+    """Measure one model against the dense one."""
+    variants = {"the compressed model": (compressed, nullcontext)}
+    return next(iter(divergences(dense, variants, windows, batch_size).values()))
+
+
+def _log_probabilities(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """Log-probabilities of all next tokens in float64: small divergences vanish in float32."""
+    logits = model(input_ids=batch.to(model.device), use_cache=False).logits
+    return logits.double().log_softmax(-1)

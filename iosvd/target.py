@@ -1,0 +1,52 @@
+"""A quality target instead of a ratio: the smallest budget whose predicted KL is within it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from iosvd.allocation import Allocation
+from iosvd.allocation.trial import Trial
+from iosvd.budget import Budget
+from iosvd.plan import dropped_energy
+from iosvd.types import Spectrum
+
+log = logging.getLogger(__name__)
+STEP = 1e-4  # Of the ratio.
+
+
+def budget_for_kl(
+    target: float,
+    allocation: Allocation,
+    spectra: Mapping[str, Spectrum],
+    whole: Budget,
+    trial: Trial,
+) -> Budget:
+    """Return the budget with the smallest ratio, in steps of 1e-4, that is predicted to be enough.
+
+    ½ Σ σ² of what is dropped predicts the KL divergence from the dense model in nats per token
+    before anything is truncated, if the whitening is by the KL metric of the whole vocabulary
+    (METHODS 1, identity 5).
+
+    Args:
+        target: nats per token.
+        allocation: which chooses the ranks.
+        spectra: of all sites.
+        whole: the budget of ratio 1.
+        trial: for allocations that measure.
+    """
+    low, high = math.ceil(whole.smallest_ratio / STEP), round(1 / STEP)
+
+    def predicted(steps: int) -> float:
+        budget = replace(whole, ratio=steps * STEP)
+        return dropped_energy(allocation(spectra, budget, trial), spectra, budget) / 2
+
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if predicted(middle) <= target else (middle + 1, high)
+    log.info(
+        "ratio %.4f is the smallest that is predicted to stay within %g nats", low * STEP, target
+    )
+    return replace(whole, ratio=low * STEP)

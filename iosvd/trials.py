@@ -1,0 +1,66 @@
+"""Try ranks on the calibration set: the weights are truncated for a forward pass and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from iosvd.budget import Budget
+from iosvd.evaluation.perplexity import mean_loss
+from iosvd.types import Spectrum
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class CalibrationTrial:
+    """The dense model, the spectra of its sites, and the calibration set (`allocation.Trial`)."""
+
+    model: PreTrainedModel
+    sites: Mapping[str, nn.Linear]
+    spectra: Mapping[str, Spectrum]
+    budget: Budget
+    windows: Tensor  # (windows, length)
+    batch_size: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the calibration set."""
+        return self.windows.numel()
+
+    def loss(self, ranks: Mapping[str, int], windows: int) -> float:
+        """Return the calibration loss, nats per token, with these ranks; other sites stay dense.
+
+        Raises:
+            NumericalError: it is not finite.
+        """
+        chosen = self.windows[:windows] if windows else self.windows
+        costs = self.budget.costs
+        factorised = {s: rank for s, rank in ranks.items() if rank <= costs[s].break_even_rank}
+        with truncated_weights(self.sites, self.spectra, factorised):
+            return mean_loss(self.model, chosen, self.batch_size)
+
+
+@contextmanager
+def truncated_weights(
+    sites: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]
+) -> Iterator[None]:
+    """Give these sites the weights W_k of their ranks, and their own back at the end.
+
+    Only pointers move: the dense weights stay where they are.
+    """
+    dense = {site: sites[site].weight.data for site in ranks}
+    try:
+        for site, rank in ranks.items():
+            spectrum = spectra[site]
+            weight = spectrum.left[:, :rank] @ spectrum.right[:rank]
+            sites[site].weight.data = weight.to(dense[site])
+        yield
+    finally:
+        for site, weight in dense.items():
+            sites[site].weight.data = weight

@@ -1,0 +1,73 @@
+"""Ranks are tried on the calibration set without a trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import build
+from torch.nn.functional import cross_entropy
+
+from iosvd.allocation import Spectral
+from iosvd.budget import Budget, Shape
+from iosvd.errors import NumericalError
+from iosvd.pipeline import factorize
+from iosvd.sites import SiteSelection, find_sites
+from iosvd.trials import CalibrationTrial, truncated_weights
+from iosvd.whitening import Input
+
+TOKENS = torch.randint(0, 31, (6, 12), generator=torch.Generator().manual_seed(1))
+
+
+def trial() -> CalibrationTrial:
+    model = build("llama")
+    sites = find_sites(model, SiteSelection())
+    shapes = {name: Shape(*site.weight.shape) for name, site in sites.items()}
+    spectra = factorize(model, TOKENS, whitening=Input(), allocation=Spectral()).spectra
+    return CalibrationTrial(model, sites, spectra, Budget(shapes, 0.6), TOKENS, batch_size=4)
+
+
+def test_the_loss_is_that_of_a_model_with_the_truncated_weights() -> None:
+    tried = trial()
+    ranks = {"model.layers.0.mlp.up_proj": 3, "model.layers.1.self_attn.q_proj": 2}
+    found = tried.loss(ranks, windows=5)
+    model = copy.deepcopy(tried.model)
+    for name, rank in ranks.items():
+        spectrum = tried.spectra[name]
+        weight = spectrum.left[:, :rank] @ spectrum.right[:rank]
+        model.get_submodule(name).weight.data.copy_(weight)
+    with torch.no_grad():
+        logits = model(input_ids=TOKENS[:5]).logits
+    expected = cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:5, 1:].flatten())
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert tried.tokens == 72
+
+
+def test_a_rank_above_break_even_is_dense_and_0_windows_are_all() -> None:
+    tried = trial()
+    with torch.no_grad():
+        logits = tried.model(input_ids=TOKENS).logits
+    dense = cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    full = {name: min(site.weight.shape) for name, site in tried.sites.items()}
+    assert tried.loss(full, windows=0) == pytest.approx(float(dense), rel=1e-6)
+    assert tried.loss({}, windows=0) == pytest.approx(float(dense), rel=1e-6)
+
+
+def test_the_weights_are_put_back_even_if_the_trial_fails() -> None:
+    tried = trial()
+    name = "model.layers.0.mlp.up_proj"
+    before = tried.sites[name].weight.data
+    copied = before.clone()
+    with pytest.raises(KeyError), truncated_weights(tried.sites, tried.spectra, {name: 2}):
+        assert not torch.equal(tried.sites[name].weight, copied)
+        raise KeyError
+    assert tried.sites[name].weight.data.data_ptr() == before.data_ptr()
+    assert torch.equal(tried.sites[name].weight, copied)
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    tried = trial()
+    tried.model.lm_head.weight.data[0] = torch.nan
+    with pytest.raises(NumericalError, match="loss of windows 0 to 3 is NaN"):
+        tried.loss({}, windows=0)
