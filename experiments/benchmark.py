@@ -87,7 +87,8 @@ def arithmetic_limit(run: Run, tokens: Tensor) -> float:
     passes = max(1, needs.kronecker_passes)
     sampled = needs.fisher_metric is not None and needs.fisher_metric.sampled
     backward = (needs.kl_metric is not None) + sampled + needs.true_loss * passes
-    products = weights * ((needs.gradient_windows > 0) + needs.every_gradient * passes)
+    weighed = (needs.gradient_windows > 0) + needs.every_gradient * passes
+    products: float = weights * weighed
     products += GRAM_SHARE * sum(distinct.values())
     if needs.kronecker_passes:  # G A Gᵀ or Gᵀ B G, once a window.
         shapes = [site.weight.shape for site in sites.values()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
+import pkgutil
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -69,11 +71,16 @@ def shared(*parts: str) -> Path:
 
 
 def all_variants(package: ModuleType) -> list[type]:
-    """Every implementation a package exports, so that a new one is tested without being named."""
-    exported = [getattr(package, name) for name in package.__all__]
-    found = [value for value in exported if dataclasses.is_dataclass(value)]
+    """Every implementation in the files of a package: a new one is tested without being named."""
+    found = []
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for value in vars(module).values():
+            mine = isinstance(value, type) and value.__module__ == module.__name__
+            if mine and dataclasses.is_dataclass(value) and "__call__" in dir(value):
+                found.append(value)
     assert found
-    return found  # type: ignore[return-value]
+    return found
 
 
 def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import all_variants
 from hydra.utils import get_class
 
 import iosvd.allocation
@@ -96,13 +97,8 @@ def test_options_are_those_of_the_dataclass(preset: str) -> None:
 @pytest.mark.parametrize("package", [iosvd.whitening, iosvd.allocation])
 def test_every_implementation_has_a_preset(package: Any) -> None:
     group = package.__name__.split(".")[-1]
-    targets = {options(p).get("_target_") for p in presets() if p.startswith(group)}
-    exported = {
-        f"{package.__name__}.{name}"
-        for name in package.__all__
-        if dataclasses.is_dataclass(getattr(package, name))
-    }
-    assert targets == exported
+    targets = {get_class(options(p)["_target_"]) for p in presets() if p.startswith(group)}
+    assert targets == set(all_variants(package))
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda p: p.stem)

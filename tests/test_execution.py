@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from conftest import build
@@ -14,13 +15,14 @@ from transformers import AutoModelForCausalLM
 
 import iosvd.execution
 from experiments import compress as command
-from experiments import draw, render
+from experiments import draw, predict, render
 from iosvd.config import compose_run
-from iosvd.errors import ConfigError, RecordError
+from iosvd.errors import ConfigError, IosvdError, RecordError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.execution import Outcome, execute
 from iosvd.fingerprints import digest
 from iosvd.models import ASSETS, load_tokenizer
+from iosvd.recent import RecentSpectra
 from iosvd.records import read_record, run_folder, write_json
 from iosvd.replacement import low_rank_layers
 from iosvd.run import Run
@@ -358,7 +360,127 @@ def test_figures_of_a_run_without_its_spectra_end_in_one_line(source: Path) -> N
     assert "main-small-ranks-io_svd-0.6.png" in paths and "main-small-ratio.png" in paths
     (spectra,) = (source / "results").rglob("spectra.safetensors")
     spectra.unlink()
-    with pytest.raises(RecordError, match=r"cannot read the plan and spectra in .*run again"):
+    with pytest.raises(RecordError, match=r"cannot read the spectra in .*run again"):
         draw.draw(sweep)
     with pytest.raises(ConfigError, match="format=gif is unknown; formats: png, pdf, svg"):
         draw.draw([*sweep, "format=gif"])
+
+
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Remember the whitening of every factorisation."""
+    seen: list[str] = []
+    original = iosvd.execution.factorize
+
+    def counted(*args: object, **options: object) -> object:
+        seen.append(type(options["whitening"]).__name__)
+        return original(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(iosvd.execution, "factorize", counted)
+    return seen
+
+
+def test_runs_that_differ_in_the_ratio_share_spectra(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, recent = count_passes(monkeypatch), RecentSpectra()
+    runs = [run(source, f"ratio={ratio}") for ratio in (0.8, 0.5)]
+    runs += [run(source, "ratio=0.5", "allocation=zero_sum")]  # It needs the same statistics.
+    for asked in runs:
+        assert execute(asked, recent) is Outcome.complete
+    assert seen == ["InputOutput"]
+    shared = [metrics(run_folder(asked))["spectra_shared"] for asked in runs]
+    assert shared == [False, True, True]
+    # The seconds of the table are those of the whole compression, whoever paid for it.
+    times = [metrics(run_folder(asked))["stages"]["statistics"] for asked in runs]  # type: ignore[index]
+    assert times[0] == times[1] == times[2]
+    alone = run(source, "ratio=0.5", f"runtime.results={source}/alone")
+    assert execute(alone) is Outcome.complete
+    for name in ("perplexity", "predicted_kl", "ratio_achieved"):
+        assert metrics(run_folder(alone))[name] == metrics(run_folder(runs[1]))[name]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *("whitening.top_k=3", "calibration.seed=1", "allocation=spectral", "method=svd_llm"),
+        *("quantization=half", "calibration.halves=same", "factorization.algorithm=svd"),
+    ],
+)
+def test_runs_that_differ_before_the_spectra_do_not_share_them(source: Path, changed: str) -> None:
+    recent = RecentSpectra()
+    execute(run(source), recent)
+    assert recent.has(run(source, "ratio=0.3"))
+    assert not recent.has(run(source, changed))
+
+
+def test_the_divergence_is_measured_where_it_is_asked_for(source: Path) -> None:
+    asked = run(source, "ratio=0.5", "eval.kl=sites", "eval.kl_windows=4", "whitening.top_k=0")
+    assert execute(asked) is Outcome.complete
+    found = metrics(run_folder(asked))
+    whole = found["divergence"]["own"]  # type: ignore[index]
+    assert whole["kl"] > 0
+    sites = found["site_divergence"]["own"]  # type: ignore[index]
+    plan = json.loads((run_folder(asked) / "plan.json").read_text())
+    assert set(sites) == {name for name, site in plan["sites"].items() if not site["dense"]}
+    for name, site in sites.items():
+        assert 0 < site["kl"] < 3 * whole["kl"]
+        assert site["predicted_kl"] == plan["sites"][name]["dropped_energy"] / 2
+    record = read_record(run_folder(asked))
+    assert record is not None
+    text = asked.dataset.name
+    assert record.value(f"{text}_kl") == whole["kl"]
+    inside = [0.5 <= s["predicted_kl"] / s["kl"] <= 2 for s in sites.values()]
+    assert record.value(f"{text}_sites_within_two") == sum(inside) / len(inside)
+
+
+def test_a_target_is_recorded_with_the_ratio_it_took(source: Path) -> None:
+    asked = run(source, "target_kl=0.01", "whitening.top_k=0", "allocation=spectral")
+    assert execute(asked) is Outcome.complete
+    folder = run_folder(asked)
+    assert folder.name.startswith("io_svd[".replace("[", "_")) and "-kl0.01-" in folder.name
+    found = metrics(folder)
+    assert found["target_kl"] == 0.01
+    assert 0 < found["predicted_kl"] <= 0.01  # type: ignore[operator]
+    assert found["ratio"] == pytest.approx(found["ratio_achieved"], abs=0.02)
+    record = read_record(folder)
+    assert record is not None and record.ratio == found["ratio"]
+
+
+def test_halves_are_whitened_and_scored_apart(source: Path) -> None:
+    ranks = {}
+    for halves in ("none", "same", "other"):
+        asked = run(source, f"calibration.halves={halves}", "ratio=0.5")
+        assert execute(asked) is Outcome.complete
+        plan = json.loads((run_folder(asked) / "plan.json").read_text())
+        ranks[halves] = {name: site["rank"] for name, site in plan["sites"].items()}
+    assert ranks["same"] != ranks["other"]
+    first = run(source, "calibration.windows=8", "calibration.halves=same", "ratio=0.5")
+    tokens, gradient = first.calibration.divided(torch.arange(8))
+    assert (tokens.tolist(), gradient) == ([0, 1, 2, 3], None)
+    other = run(source, "calibration.halves=other").calibration.divided(torch.arange(8))
+    assert other[1] is not None and other[1].tolist() == [4, 5, 6, 7]
+
+
+def test_predict_writes_its_curve_and_checks_it(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = predict.predict(overrides(source, "measure=0.8,0.4"))
+    frame = pandas.read_csv(source / "results" / "tables" / "predict-small.csv")
+    assert (source / "results" / "figures" / "predict-small.png").stat().st_size > 0
+    assert frame.sort_values("ratio")["predicted_kl"].is_monotonic_decreasing
+    measured = frame.dropna(subset=["kl"])
+    assert measured["ratio"].tolist() == [0.4, 0.8]
+    # The same as a run of its own.
+    asked = run(source, *predict.METHOD, "ratio=0.8", "eval.kl=model")
+    assert execute(asked) is Outcome.complete
+    found = metrics(run_folder(asked))
+    row = measured[measured["ratio"] == 0.8].iloc[0]
+    assert row["kl"] == pytest.approx(found["divergence"]["own"]["kl"], rel=1e-4)  # type: ignore[index]
+    assert row["predicted_kl"] == pytest.approx(found["predicted_kl"], rel=1e-4)
+    assert "Outside a factor of 1.5 first" in page or "Within a factor of 1.5" in page
+
+
+@pytest.mark.parametrize("wrong", ["measure=much", "measure=0.5,1.5"])
+def test_predict_refuses_what_is_no_ratio(source: Path, wrong: str) -> None:
+    with pytest.raises(IosvdError, match=r"is no list of ratios|outside \(0, 1\]"):
+        predict.predict(overrides(source, wrong))

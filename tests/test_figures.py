@@ -73,8 +73,52 @@ def test_curves_are_sorted_and_gaps_are_left_out() -> None:
 
 
 def test_an_ablation_divides_perplexity_by_the_dense_model_and_names_zero_all() -> None:
-    left, right = figures.quality_against_option(FRAME, "k", ["x_ppl", "task"], {}).axes
+    frame = FRAME.assign(line=[f"ratio {ratio:g}" for ratio in FRAME["ratio"]])
+    left, right = figures.quality_against_option(frame, "k", ["x_ppl", "task"], {}).axes
     assert [list(line.get_ydata()) for line in left.lines] == [[4.0], [2.0]]  # Two ratios.
-    assert [line.get_label() for line in left.lines] == ["ratio 0.4", "ratio 0.8"]
+    assert [bars.get_label() for bars in left.containers] == ["ratio 0.4", "ratio 0.8"]
     assert list(right.lines[0].get_xdata()) == ["1", "all"]
     assert list(right.lines[0].get_ydata()) == [0.3, 0.2]
+
+
+def test_an_ablation_draws_means_with_their_spread_a_line_for_each_kind() -> None:
+    frame = FRAME.assign(line=["dense", "first", "first", "second"], x_ppl_spread=[0, 2.0, 1.0, 0])
+    (axes,) = figures.quality_against_option(frame, "k", ["x_ppl"], {}).axes
+    (bars,) = axes.containers  # B has no value; of A both.
+    assert bars.get_label() == "first"
+    assert list(bars.lines[0].get_ydata()) == [4.0, 2.0]  # Relative to dense.
+    lengths = [abs(top - bottom) / 2 for (_, bottom), (_, top) in bars.lines[2][0].get_segments()]
+    assert lengths == pytest.approx([0.2, 0.1])
+
+
+def test_predictions_stand_over_what_was_measured() -> None:
+    numbers = {"predicted_kl": [0.01, 0.2], "kl": [0.02, 0.3]}
+    whole = pandas.DataFrame(
+        {"method": "io", "ratio": [0.8, 0.4], **numbers}
+        | {"predicted_loss_change": [0.0, 0.1], "loss_change": [0.01, 0.4]}
+    )
+    sites = pandas.DataFrame(
+        {"ratio": [0.8, 0.8, 0.4], "predicted_kl": [1e-4, 2e-4, 3e-3], "kl": 1e-3}
+    )
+    left, middle, right = figures.predictions(whole, sites).axes
+    assert list(left.lines[0].get_xdata()) == [0.02, 0.3]
+    assert list(left.lines[0].get_ydata()) == [0.01, 0.2]
+    assert [line.get_label() for line in middle.lines[:2]] == ["ratio 0.8", "ratio 0.4"]
+    assert list(middle.lines[0].get_ydata()) == [1e-4, 2e-4]
+    assert list(right.lines[0].get_ydata()) == [0.0, 0.1]
+    for axes in (left, middle, right):  # The diagonal.
+        assert list(axes.lines[-1].get_xdata()) == list(axes.lines[-1].get_ydata())
+
+
+def test_the_predicted_curve_shows_the_points_that_were_measured() -> None:
+    frame = pandas.DataFrame(
+        {
+            "ratio": [0.8, 0.4],
+            **{"predicted_kl": [0.01, 0.2], "kl": [None, 0.3]},
+            **{"predicted_perplexity": [20.2, 24.0], "perplexity": [None, 27.0]},
+        }
+    )
+    left, right = figures.predicted_curve(frame, 20.0, "text").axes
+    assert list(left.lines[0].get_xdata()) == [0.4, 0.8]
+    assert float(left.lines[1].get_ydata()[0]) == 0.3
+    assert [line.get_label() for line in right.lines] == ["predicted", "measured", "dense"]

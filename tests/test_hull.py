@@ -56,7 +56,7 @@ def test_it_is_near_the_exact_optimum_and_never_behind_greedy(ratio: float, seed
     """On a problem this small one component is much; half of it is the most that may be lost."""
     found, budget = random_spectra(SHAPES, seed), Budget(SHAPES, ratio)
     best = exact_optimum(SHAPES, found, budget)
-    hull = loss(found, allocate(Hull(), found, budget), budget)
+    hull = loss(found, allocate(Hull(exponent=1.0), found, budget), budget)
     greedy = loss(found, allocate(Spectral(), found, budget), budget)
     assert best * (1 - 1e-9) <= hull <= 1.5 * best + 1e-12
     assert hull <= greedy * (1 + 1e-9)
@@ -67,7 +67,7 @@ def test_with_many_sites_it_is_at_the_bound_of_the_relaxation(ratio: float) -> N
     """Weak duality: for any price of a bit, Σ min(loss + price · cost) − price · limit <= best."""
     shapes = {f"layers.{i}.site": Shape(24, 24 if i % 2 else 60) for i in range(40)}
     found, budget = random_spectra(shapes, 0), Budget(shapes, ratio)
-    ranks = Hull()(found, budget, PredictedTrial(found, budget))
+    ranks = Hull(exponent=1.0)(found, budget, PredictedTrial(found, budget))
     reached, bound = loss(found, ranks, budget), 0.0
     for price in torch.logspace(-12, 0, 2000, dtype=torch.float64).tolist():
         total = 0.0
@@ -81,3 +81,28 @@ def test_with_many_sites_it_is_at_the_bound_of_the_relaxation(ratio: float) -> N
         bound = max(bound, total - price * budget.limit)
     assert bound <= reached * (1 + 1e-9)
     assert reached <= 1.03 * bound
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.6, 0.8])
+def test_with_exponent_zero_it_is_the_greedy_rule_where_no_site_is_dense(ratio: float) -> None:
+    """Spectra that end far below the break-even rank, and so no bargain in staying dense."""
+    shapes = {f"layers.{i}.site": Shape(200, 20 + 20 * i) for i in range(5)}
+    found = {}
+    for name, shape in shapes.items():
+        energetic = shape.full_rank // 4
+        sigma = torch.zeros(shape.full_rank, dtype=torch.float64)
+        sigma[:energetic] = torch.linspace(3, 1, energetic)
+        found[name] = spectrum(sigma)
+    budget = Budget(shapes, ratio / 5)
+    hull = Hull(exponent=0.0)(found, budget, PredictedTrial(found, budget))
+    greedy = Spectral()(found, budget, PredictedTrial(found, budget))
+    assert max(abs(hull[name] - greedy[name]) for name in shapes) <= 1
+
+
+def test_smaller_exponents_spare_the_sites_of_dear_components() -> None:
+    shapes = {"layers.0.small": Shape(30, 30), "layers.0.large": Shape(300, 30)}
+    sigma = 10 ** torch.linspace(0, -1, 30, dtype=torch.float64)
+    found = {name: spectrum(sigma) for name in shapes}
+    budget = Budget(shapes, 0.2)
+    ranks = [allocate(Hull(exponent=e), found, budget)["layers.0.large"] for e in (0.0, 0.5, 1.0)]
+    assert ranks[0] >= ranks[1] >= ranks[2] and ranks[0] > ranks[2]
