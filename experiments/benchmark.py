@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from iosvd.compression import batch_size, compress_as, loaded
 from iosvd.config import compose_run
 from iosvd.data import calibration_windows
 from iosvd.errors import exit_in_one_line
-from iosvd.execution import batch_size, compress_as, device_for
-from iosvd.models import load_model, load_tokenizer
+from iosvd.models import load_tokenizer
 from iosvd.run import Run
 from iosvd.sites import find_sites
 from iosvd.stages import Stage, StageClock
@@ -43,11 +43,6 @@ REPETITIONS = 2
 GRAM_SHARE = 5 / 8  # Of a symmetric product's multiplications, what linalg.add_lower_gram_ takes.
 
 
-def fresh(run: Run) -> PreTrainedModel:
-    """Load the model anew: compression changes it."""
-    return load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
-
-
 def train(model: PreTrainedModel, tokens: Tensor, size: int) -> None:
     """Forward and backward over the tokens, with gradients of all weights."""
     for batch in tokens.split(size):
@@ -58,7 +53,7 @@ def train(model: PreTrainedModel, tokens: Tensor, size: int) -> None:
 
 def measure_training(run: Run, tokens: Tensor) -> Stage:
     """Measure the reference."""
-    model = fresh(run).train().requires_grad_(True)
+    model = loaded(run).train().requires_grad_(True)
     size = batch_size(run, tokens)
     train(model, tokens[:size], size)  # Warm-up.
     clock = StageClock()
@@ -69,12 +64,12 @@ def measure_training(run: Run, tokens: Tensor) -> Stage:
 
 def measure_method(run: Run, tokens: Tensor) -> dict[str, Stage]:
     """Measure the stages of a compression."""
-    return dict(compress_as(run, fresh(run), tokens).stages)
+    return dict(compress_as(run, loaded(run), tokens).stages)
 
 
 def arithmetic_limit(run: Run, tokens: Tensor) -> float:
     """Return multiplications of the statistics over those of the training step, per token."""
-    model, needs = fresh(run), run.whitening.needs | run.allocation.needs
+    model, needs = loaded(run), run.whitening.needs | run.allocation.needs
     if needs == Needs():
         return 0.0
     sites = find_sites(model, run.model.sites)
@@ -140,7 +135,7 @@ def row(
     best = min(repeated, key=_seconds)
     total = _seconds(best)
     kept = statistics_bytes(
-        find_sites(fresh(run), run.model.sites), run.whitening.needs | run.allocation.needs
+        find_sites(loaded(run), run.model.sites), run.whitening.needs | run.allocation.needs
     )
     return {
         "method": method,

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from iosvd import rows as rows_module
+from iosvd.compression import device_for
 from iosvd.errors import exit_in_one_line
-from iosvd.execution import device_for
 from iosvd.four_bit import FourBitLinear, quantize_groups
 from iosvd.modules import LowRankLinear, RowLinear, StoredLinear
 from iosvd.rows import PACKED_ROWS, RowLayout, store_rows

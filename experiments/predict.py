@@ -23,13 +23,13 @@ from torch import Tensor
 
 from iosvd import figures
 from iosvd.budget import Budget, Shape, check_ratio
+from iosvd.compression import batch_size, compress_as, factorize_as, loaded
 from iosvd.config import compose_run
 from iosvd.data import calibration_windows, evaluation_windows
 from iosvd.errors import ConfigError, exit_in_one_line
 from iosvd.evaluation.divergence import divergence
 from iosvd.evaluation.perplexity import perplexity
-from iosvd.execution import batch_size, compress_as, device_for, factorize_as
-from iosvd.models import load_model, load_tokenizer
+from iosvd.models import load_tokenizer
 from iosvd.pipeline import Factorized
 from iosvd.plan import dropped_energy
 from iosvd.progress import track
@@ -54,7 +54,7 @@ def predict(overrides: list[str]) -> str:
     tokens = calibration_windows(tokenizer, run.dataset, c.windows, c.seq_len, c.seed)
     text = next(iter(run.eval.texts.values()))
     windows = evaluation_windows(tokenizer, text, run.eval.seq_len, run.eval.windows)
-    model = load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
+    model = loaded(run)
     factorized = factorize_as(run, model, tokens)
     dense = perplexity(model, windows, batch_size(run, windows))
     curve = predicted_curve(run, factorized, tokens, dense)
@@ -69,7 +69,7 @@ def predicted_curve(
     run: Run, factorized: Factorized, tokens: Tensor, dense: float
 ) -> pandas.DataFrame:
     """Return predicted KL and perplexity at every ratio that the sites allow."""
-    model = load_model(run.model)
+    model = loaded(run)
     sites = find_sites(model, run.model.sites)
     shapes = {name: Shape(*site.weight.shape) for name, site in sites.items()}
     least, rows = Budget(shapes, 1.0).smallest_ratio, []
@@ -86,8 +86,7 @@ def measure(
     run: Run, ratio: float, factorized: Factorized, tokens: Tensor, windows: Tensor
 ) -> tuple[float, float, float]:
     """Compress to a ratio and return it, the exact KL on held-out text, and the perplexity."""
-    device = device_for(run.runtime.device)
-    dense, model = (load_model(run.model, device, run.runtime.device_map) for _ in range(2))
+    dense, model = loaded(run), loaded(run)
     compress_as(replace(run, ratio=ratio), model, tokens, factorized)
     size = batch_size(run, windows)
     return ratio, divergence(dense, model, windows, size).kl, perplexity(model, windows, size)

@@ -25,11 +25,11 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel
 
 from iosvd.budget import Budget, Shape
+from iosvd.compression import batch_size, factorize_as, loaded
 from iosvd.config import compose_run
 from iosvd.data import calibration_windows, evaluation_windows
 from iosvd.errors import exit_in_one_line
-from iosvd.execution import batch_size, device_for, factorize_as
-from iosvd.models import load_model, load_tokenizer
+from iosvd.models import load_tokenizer
 from iosvd.pipeline import Compressed, Factorized, compress
 from iosvd.progress import track
 from iosvd.quantization import (
@@ -77,14 +77,14 @@ class Bench:
         tokenizer, c = load_tokenizer(run.model), run.calibration
         tokens = calibration_windows(tokenizer, run.dataset, c.windows, c.seq_len, c.seed)
         text = evaluation_windows(tokenizer, run.dataset, run.eval.seq_len, run.eval.windows)
-        model = fresh(run)
+        model = loaded(run)
         factorized = factorize_as(run, model, tokens)
         return cls(run, tokens, text, factorized, log_probabilities(model, text, run))
 
     def compressed(self, ratio: float, quantization: Quantization) -> Compressed:
         """Compress the model anew."""
         return compress(
-            fresh(self.run),
+            loaded(self.run),
             self.tokens,
             ratio=ratio,
             whitening=self.run.whitening,
@@ -102,11 +102,6 @@ class Bench:
         kl = (dense.exp() * (dense - found)).sum(-1).mean()
         loss = cross_entropy(found[:, :-1].flatten(0, 1), self.text[:, 1:].flatten())
         return float(loss.double().exp()), float(kl)
-
-
-def fresh(run: Run) -> PreTrainedModel:
-    """Load the model anew: compression changes it."""
-    return load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
 
 
 @torch.no_grad()
@@ -168,7 +163,7 @@ def _mean(values: Sequence[float], digits: int) -> str:
 
 def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, dict[str, Site]]:
     """Return the truncated model in float64, and its sites with the gradient of its own loss."""
-    run, model = bench.run, fresh(bench.run).double()
+    run, model = bench.run, loaded(bench.run).double()
     layers = find_sites(model, run.model.sites)
     budget = Budget({name: Shape(*x.weight.shape) for name, x in layers.items()}, ratio)
     size, spectra = batch_size(run, bench.tokens), bench.factorized.spectra
@@ -235,7 +230,7 @@ def report(bench: Bench) -> str:
     """Measure and return the page."""
     table = comparison(bench).to_markdown(index=False, disable_numparse=True)
     run, shape = bench.run, bench.text.shape
-    dense, _ = bench.measure(fresh(run))
+    dense, _ = bench.measure(loaded(run))
     return (
         f"# int8 rows, {run.model.name}\n\n{table}\n\n"
         f"Dense: perplexity {dense:.5f}. KL(dense ‖ compressed), nats per token, on"

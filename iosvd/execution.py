@@ -19,14 +19,15 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
+from iosvd.compression import batch_size, compress_as, factorize_as, loaded
 from iosvd.data import calibration_windows, check_vocabulary, evaluation_windows
-from iosvd.errors import ConfigError, IosvdError, ModelError, one_line
+from iosvd.errors import IosvdError, ModelError, one_line
 from iosvd.evaluation.divergence import Context, divergences
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.zero_shot import ZeroShotResult, load_tasks, zero_shot
 from iosvd.fingerprints import digest
-from iosvd.models import load_config, load_model, load_tokenizer
-from iosvd.pipeline import Compressed, Factorized, compress, factorize
+from iosvd.models import load_config, load_tokenizer
+from iosvd.pipeline import Compressed, Factorized, feasible_budget
 from iosvd.plan import Plan
 from iosvd.recent import RecentSpectra
 from iosvd.records import (
@@ -114,10 +115,13 @@ def _measure(run: Run, folder: Path, recent: RecentSpectra) -> dict[str, Any]:
         }
         tasks = load_tasks(run.eval.zero_shot)
     with clock.stage("load"):
-        model = load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
+        model = loaded(run)
         for windows in (tokens, *texts.values()):
             check_vocabulary(windows, model.config.get_text_config().vocab_size)
     revision = getattr(model.config, "_commit_hash", None)
+    # Before the work: an impossible budget should not cost a pass over the calibration set.
+    sites = find_sites(model, run.model.sites)
+    feasible_budget(sites, run.ratio, run.quantization, run.min_rank_fraction)
     shared = recent.has(run)
     factorized = recent.of(run, lambda: factorize_as(run, model, tokens))
     compressed = compress_as(run, model, tokens, factorized)
@@ -163,48 +167,11 @@ def _measure(run: Run, folder: Path, recent: RecentSpectra) -> dict[str, Any]:
     }
 
 
-def factorize_as(run: Run, model: PreTrainedModel, tokens: Tensor) -> Factorized:
-    """Return the spectra of a loaded model the way a run says."""
-    whitening_tokens, gradient_tokens = run.calibration.divided(tokens)
-    return factorize(
-        model,
-        whitening_tokens,
-        whitening=run.whitening,
-        allocation=run.allocation,
-        quantization=run.quantization,
-        factorization=run.factorization,
-        selection=run.model.sites,
-        gradient_tokens=gradient_tokens,
-        batch_size=batch_size(run, tokens),
-        passes=run.runtime.passes,
-    )
-
-
-def compress_as(
-    run: Run, model: PreTrainedModel, tokens: Tensor, factorized: Factorized | None = None
-) -> Compressed:
-    """Compress a loaded model the way a run says."""
-    return compress(
-        model,
-        run.calibration.divided(tokens)[0],
-        ratio=run.ratio,
-        target_kl=run.target_kl,
-        whitening=run.whitening,
-        allocation=run.allocation,
-        quantization=run.quantization,
-        selection=run.model.sites,
-        min_rank_fraction=run.min_rank_fraction,
-        batch_size=batch_size(run, tokens),
-        passes=run.runtime.passes,
-        factorized=factorized or factorize_as(run, model, tokens),
-    )
-
-
 def _divergence(
     run: Run, compressed: Compressed, factorized: Factorized, texts: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Measure the exact divergence from the dense model, as `eval.kl` asks for it."""
-    dense = load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
+    dense = loaded(run)
     sites, ranks = find_sites(dense, run.model.sites), compressed.plan.ranks
     variants: dict[str, tuple[PreTrainedModel, Context]] = {"": (compressed.model, nullcontext)}
     if run.eval.kl is KL.sites:
@@ -229,11 +196,6 @@ def _divergence(
 
 def _first(windows: Tensor, run: Run) -> Tensor:
     return windows[: run.eval.kl_windows] if run.eval.kl_windows else windows
-
-
-def batch_size(run: Run, windows: Tensor) -> int:
-    """Return how many windows make up `runtime.batch_tokens`, at least one."""
-    return max(1, run.runtime.batch_tokens // windows.shape[1])
 
 
 def _accuracy_summary(accuracy: ZeroShotResult) -> dict[str, Any]:
@@ -276,19 +238,6 @@ def _check_context(run: Run) -> None:
             f"windows of {longest} tokens exceed the context of {context} of {run.model.name};"
             f" set model.seq_len={context}"
         )
-
-
-def device_for(name: str) -> str:
-    """Return the device that `runtime.device` means: "auto" is the GPU if there is one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"runtime.device={name} is no device; try auto, cpu or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"runtime.device={name}, but torch sees no CUDA device; set it to cpu")
-    return name
 
 
 def _device_name(model: PreTrainedModel) -> str:

@@ -99,9 +99,7 @@ def compress(
         raise ConfigError("give either a ratio or a target_kl")
     clock = StageClock()
     sites = _sites(model, selection)
-    shapes = {name: Shape(*site.weight.shape) for name, site in sites.items()}
-    # Before the work: an impossible budget should not cost a pass over the calibration set.
-    budget = Budget(shapes, 1.0 if ratio is None else ratio, quantization.cost, min_rank_fraction)
+    budget = feasible_budget(sites, ratio, quantization, min_rank_fraction)
     rank_budgets = quantization.rank_budgets(budget)
     factorized = factorized or factorize(
         model,
@@ -141,6 +139,24 @@ def compress(
     mark_compressed_(model)
     sigma = {site: spectrum.sigma for site, spectrum in spectra.items()}
     return Compressed(model, plan, sigma, {**stages, **clock.stages})
+
+
+def feasible_budget(
+    sites: Mapping[str, nn.Linear],
+    ratio: float | None,
+    quantization: Quantization,
+    min_rank_fraction: float,
+) -> Budget:
+    """Return the budget of a ratio (None: of 1), checked before any work is done for it.
+
+    Raises:
+        BudgetError: it cannot be met.
+    """
+    shapes = {name: Shape(*site.weight.shape) for name, site in sites.items()}
+    whole = 1.0 if ratio is None else ratio
+    budget = Budget(shapes, whole, quantization.cost, min_rank_fraction)
+    quantization.rank_budgets(budget)
+    return budget
 
 
 def factorize(
@@ -200,11 +216,8 @@ def _collect(
     """Collect everything, the gradient from windows of its own if there are any."""
     if gradient_tokens is None:
         return collect(model, tokens, sites, needs, batch_size)
-    rest, gradient = (
-        replace(needs, gradient_windows=0),
-        Needs(gradient_windows=len(gradient_tokens)),
-    )
-    found = collect(model, tokens, sites, rest, batch_size)
+    found = collect(model, tokens, sites, replace(needs, gradient_windows=0), batch_size)
+    gradient = Needs(gradient_windows=needs.gradient_windows)
     other = collect(model, gradient_tokens, sites, gradient, batch_size)
     return {name: replace(s, gradient=other[name].gradient) for name, s in found.items()}
 

@@ -57,9 +57,9 @@ def truncated_weights(
     dense = {site: sites[site].weight.data for site in ranks}
     try:
         for site, rank in ranks.items():
-            spectrum = spectra[site]
-            weight = spectrum.left[:, :rank] @ spectrum.right[:rank]
-            sites[site].weight.data = weight.to(dense[site])
+            spectrum, device = spectra[site], dense[site].device
+            left, right = spectrum.left[:, :rank].to(device), spectrum.right[:rank].to(device)
+            sites[site].weight.data = (left @ right).to(dense[site].dtype)
         yield
     finally:
         for site, weight in dense.items():

@@ -13,6 +13,7 @@ from conftest import build
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import iosvd.compression
 import iosvd.execution
 from experiments import compress as command
 from experiments import draw, predict, render
@@ -105,7 +106,7 @@ def test_a_failure_is_kept_with_its_traceback_and_tried_again(
 ) -> None:
     asked = run(source, "method=svd")
     with monkeypatch.context() as patch:
-        patch.setattr(iosvd.execution, "compress", lambda *a, **k: 1 / 0)
+        patch.setattr(iosvd.compression, "compress", lambda *a, **k: 1 / 0)
         assert execute(asked) is Outcome.failed
     folder = run_folder(asked)
     failure = json.loads((folder / "failure.json").read_text())
@@ -369,13 +370,13 @@ def test_figures_of_a_run_without_its_spectra_end_in_one_line(source: Path) -> N
 def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Remember the whitening of every factorisation."""
     seen: list[str] = []
-    original = iosvd.execution.factorize
+    original = iosvd.compression.factorize
 
     def counted(*args: object, **options: object) -> object:
         seen.append(type(options["whitening"]).__name__)
         return original(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(iosvd.execution, "factorize", counted)
+    monkeypatch.setattr(iosvd.compression, "factorize", counted)
     return seen
 
 
@@ -484,3 +485,15 @@ def test_predict_writes_its_curve_and_checks_it(
 def test_predict_refuses_what_is_no_ratio(source: Path, wrong: str) -> None:
     with pytest.raises(IosvdError, match=r"is no list of ratios|outside \(0, 1\]"):
         predict.predict(overrides(source, wrong))
+
+
+def test_an_impossible_budget_costs_no_statistics(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = count_passes(monkeypatch)
+    for options in (["ratio=0.01"], ["ratio=0.5", "min_rank_fraction=0.499999"]):
+        asked = run(source, *options)
+        assert execute(asked) is Outcome.failed
+        failure = json.loads((run_folder(asked) / "failure.json").read_text())
+        assert "is below" in failure["error"] and "\n" not in failure["error"]
+    assert seen == []

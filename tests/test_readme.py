@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from conftest import build
+import torch
+from conftest import build, random_statistics
 from transformers import AutoModelForCausalLM
 
+from iosvd.config import compose, to_run
+from iosvd.factorization import Factorization
 from iosvd.models import ASSETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +30,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / "FOLDER" / name).write_bytes((ASSETS / "tiny" / name).read_bytes())
     (tmp_path / "TEXTS").mkdir()
     (tmp_path / "TEXTS" / "train.txt").write_text("Some text that is long enough.\n" * 400)
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (example,) = [code for code in EXAMPLES if "import iosvd" in code]
     shorter = example.replace("length=2048", "length=16")
     assert shorter != example
     monkeypatch.chdir(tmp_path)
@@ -41,3 +47,29 @@ def test_the_tree_names_every_module_and_command() -> None:
     for folder in (*(ROOT / "iosvd").iterdir(), *(ROOT / "conf").iterdir()):
         if folder.is_dir() and folder.name != "__pycache__":
             assert f"{folder.name}/" in README, folder
+
+
+def test_a_whitening_is_added_by_one_file_and_one_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README shows it, with the imports that its file would have."""
+    (example,) = [code for code in EXAMPLES if "class Rms" in code]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    target = re.search(r"_target_: (iosvd\.whitening\.rms\.Rms)", README)
+    assert target is not None
+    module = ModuleType("iosvd.whitening.rms")
+    imports = "from dataclasses import dataclass\n" + "".join(
+        f"from iosvd.{package} import {names}\n"
+        for package, names in (
+            ("types", "Needs, SiteStatistics, Whitener"),
+            ("linalg", "DiagonalRoot, IdentityRoot"),
+        )
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(imports + example, module.__dict__)
+    composed = compose(["method=svd_llm"])
+    composed.whitening = {"_target_": target[1]}
+    run = to_run(composed, "rms")
+    weight, statistics = random_statistics(12, 20)
+    assert statistics.input_metric is not None
+    spectrum = Factorization()(weight, run.whitening(statistics), "site")
+    scale = statistics.input_metric.diagonal().sqrt()
+    torch.testing.assert_close(spectrum.sigma, torch.linalg.svdvals(weight * scale))

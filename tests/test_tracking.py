@@ -15,6 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 from test_execution import metrics, overrides, run, source
 
+import iosvd.compression
 import iosvd.execution
 from experiments import compress as command
 from iosvd import tracking
@@ -106,7 +107,7 @@ def test_a_run_that_failed_is_marked_and_continues_as_the_same_one(
 ) -> None:
     asked = run(source, "method=svd", "wandb=offline")
     with monkeypatch.context() as patch:
-        patch.setattr(iosvd.execution, "compress", lambda *a, **k: 1 / 0)
+        patch.setattr(iosvd.compression, "compress", lambda *a, **k: 1 / 0)
         assert execute(asked) is Outcome.failed
     assert execute(asked) is Outcome.complete
     held = [read_back(folder) for folder in offline_runs(source)]
