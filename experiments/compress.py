@@ -22,13 +22,13 @@ from omegaconf import DictConfig
 from iosvd.config import CONF, label, method_options, to_run
 from iosvd.errors import IosvdError
 from iosvd.execution import execute
-from iosvd.recent import RecentSpectra
+from iosvd.recent import Recent
 from iosvd.records import is_complete, run_folder
 from iosvd.sweeps import baselines, expand
 from iosvd.tracking import check_tracking
 
 # Hydra calls `job` for one run of a sweep after the other, in this process.
-RECENT = RecentSpectra()
+RECENT = Recent()
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")

@@ -15,7 +15,7 @@ from iosvd.errors import IosvdError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.zero_shot import ZeroShot, load_tasks, zero_shot
 from iosvd.models import Model, load_model, load_tokenizer
-from iosvd.pipeline import Compressed, compress
+from iosvd.pipeline import Compressed, Factorized, compress, factorize
 from iosvd.texts import Dataset, Split
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Compressed",
     "Dataset",
+    "Factorized",
     "IosvdError",
     "Model",
     "Split",
@@ -32,6 +33,7 @@ __all__ = [
     "compress",
     "evaluation_windows",
     "export_dense",
+    "factorize",
     "load_model",
     "load_tasks",
     "load_tokenizer",

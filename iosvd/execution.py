@@ -25,11 +25,11 @@ from iosvd.errors import IosvdError, ModelError, one_line
 from iosvd.evaluation.divergence import Context, divergences
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.zero_shot import ZeroShotResult, load_tasks, zero_shot
-from iosvd.fingerprints import digest
+from iosvd.fingerprints import data_digest, digest, spectra_digest
 from iosvd.models import load_config, load_tokenizer
 from iosvd.pipeline import Compressed, Factorized, feasible_budget
 from iosvd.plan import Plan
-from iosvd.recent import RecentSpectra
+from iosvd.recent import Recent, Tokens
 from iosvd.records import (
     ANSWERS,
     CHECKPOINT,
@@ -64,14 +64,14 @@ class Outcome(Enum):
     failed = "failed"
 
 
-def execute(run: Run, recent: RecentSpectra | None = None) -> Outcome:
+def execute(run: Run, recent: Recent | None = None) -> Outcome:
     """Carry out a run unless it is complete; a failure is recorded, never raised.
 
     `metrics.json` is written last. A failure leaves `failure.json` with the traceback, and is
     tried again on the next launch. Runs that are given the same `recent` one after the other share
-    spectra where they may.
+    what they may.
     """
-    recent = recent or RecentSpectra()
+    recent = recent or Recent()
     folder = run_folder(run)
     try:
         if not run.runtime.force and read_record(folder) is not None:
@@ -95,24 +95,15 @@ def execute(run: Run, recent: RecentSpectra | None = None) -> Outcome:
     return Outcome.complete
 
 
-def _measure(run: Run, folder: Path, recent: RecentSpectra) -> dict[str, Any]:
+def _measure(run: Run, folder: Path, recent: Recent) -> dict[str, Any]:
     """Compress and evaluate; return what metrics.json will hold."""
     started = datetime.now(timezone.utc)
     clock = StageClock()
     with clock.stage("data"):
         _check_context(run)
         tokenizer = load_tokenizer(run.model)
-        tokens = calibration_windows(
-            tokenizer,
-            run.dataset,
-            run.calibration.windows,
-            run.calibration.seq_len,
-            run.calibration.seed,
-        )
-        texts = {
-            name: evaluation_windows(tokenizer, text, run.eval.seq_len, run.eval.windows)
-            for name, text in run.eval.texts.items()
-        }
+        read = recent.tokens.of(data_digest(run), lambda: _tokens(run, tokenizer))
+        tokens, texts = read.calibration, read.texts
         tasks = load_tasks(run.eval.zero_shot)
     with clock.stage("load"):
         model = loaded(run)
@@ -122,8 +113,8 @@ def _measure(run: Run, folder: Path, recent: RecentSpectra) -> dict[str, Any]:
     # Before the work: an impossible budget should not cost a pass over the calibration set.
     sites = find_sites(model, run.model.sites)
     feasible_budget(sites, run.ratio, run.quantization, run.min_rank_fraction)
-    shared = recent.has(run)
-    factorized = recent.of(run, lambda: factorize_as(run, model, tokens))
+    shared = recent.spectra.has(identity := spectra_digest(run))
+    factorized = recent.spectra.of(identity, lambda: factorize_as(run, model, tokens))
     compressed = compress_as(run, model, tokens, factorized)
     compressed.plan.write(folder / PLAN, library_versions())
     save_file({n: s.float().contiguous() for n, s in compressed.sigma.items()}, folder / SPECTRA)
@@ -165,6 +156,17 @@ def _measure(run: Run, folder: Path, recent: RecentSpectra) -> dict[str, Any]:
         "versions": library_versions(),
         "config": run.config,
     }
+
+
+def _tokens(run: Run, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    c = run.calibration
+    return Tokens(
+        calibration_windows(tokenizer, run.dataset, c.windows, c.seq_len, c.seed),
+        {
+            name: evaluation_windows(tokenizer, text, run.eval.seq_len, run.eval.windows)
+            for name, text in run.eval.texts.items()
+        },
+    )
 
 
 def _divergence(

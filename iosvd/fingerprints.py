@@ -31,12 +31,8 @@ def digest(run: Run) -> str:
     identity["ratio"] = int(run.ratio) if run.ratio == 1 else run.ratio
     identity["model"] = _without_place(run.config["model"]) | {"content": _model_content(run)}
     identity["dataset"] = _dataset(run.config["dataset"], run.dataset, run.dataset.calibration)
-    texts = {
-        name: _dataset(run.config["eval"]["texts"][name], text, text.evaluation)
-        for name, text in run.eval.texts.items()
-    }
     tasks = _tasks(run.config["eval"]["zero_shot"], run.eval.zero_shot)
-    identity["eval"] = {**run.config["eval"], "texts": texts, "zero_shot": tasks}
+    identity["eval"] = {**run.config["eval"], "texts": _texts(run), "zero_shot": tasks}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -53,6 +49,26 @@ def spectra_digest(run: Run) -> str:
         "quantization": run.config["quantization"],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def data_digest(run: Run) -> str:
+    """Return the identity of the tokens that a run reads."""
+    texts = run.config["eval"]
+    identity = {
+        "model": _without_place(run.config["model"]) | {"content": _model_content(run)},
+        "dataset": _dataset(run.config["dataset"], run.dataset, run.dataset.calibration),
+        "calibration": run.config["calibration"],
+        "texts": _texts(run),
+        "windows": [texts["seq_len"], texts["windows"]],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _texts(run: Run) -> dict[str, Any]:
+    return {
+        name: _dataset(run.config["eval"]["texts"][name], text, text.evaluation)
+        for name, text in run.eval.texts.items()
+    }
 
 
 def _without_place(options: dict[str, Any]) -> dict[str, Any]:

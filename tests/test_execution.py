@@ -21,9 +21,9 @@ from iosvd.config import compose_run
 from iosvd.errors import ConfigError, IosvdError, RecordError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.execution import Outcome, execute
-from iosvd.fingerprints import digest
+from iosvd.fingerprints import data_digest, digest, spectra_digest
 from iosvd.models import ASSETS, load_tokenizer
-from iosvd.recent import RecentSpectra
+from iosvd.recent import Recent
 from iosvd.records import read_record, run_folder, write_json
 from iosvd.replacement import low_rank_layers
 from iosvd.run import Run
@@ -383,7 +383,7 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_runs_that_differ_in_the_ratio_share_spectra(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, recent = count_passes(monkeypatch), RecentSpectra()
+    seen, recent = count_passes(monkeypatch), Recent()
     runs = [run(source, f"ratio={ratio}") for ratio in (0.8, 0.5)]
     runs += [run(source, "ratio=0.5", "allocation=zero_sum")]  # It needs the same statistics.
     for asked in runs:
@@ -408,10 +408,10 @@ def test_runs_that_differ_in_the_ratio_share_spectra(
     ],
 )
 def test_runs_that_differ_before_the_spectra_do_not_share_them(source: Path, changed: str) -> None:
-    recent = RecentSpectra()
+    recent = Recent()
     execute(run(source), recent)
-    assert recent.has(run(source, "ratio=0.3"))
-    assert not recent.has(run(source, changed))
+    assert recent.spectra.has(spectra_digest(run(source, "ratio=0.3")))
+    assert not recent.spectra.has(spectra_digest(run(source, changed)))
 
 
 def test_the_divergence_is_measured_where_it_is_asked_for(source: Path) -> None:
@@ -497,3 +497,18 @@ def test_an_impossible_budget_costs_no_statistics(
         failure = json.loads((run_folder(asked) / "failure.json").read_text())
         assert "is below" in failure["error"] and "\n" not in failure["error"]
     assert seen == []
+
+
+def test_tokens_are_read_again_where_anything_about_them_changed(source: Path) -> None:
+    one = data_digest(run(source))
+    assert data_digest(run(source, "ratio=0.3", "method=svd", "whitening=none")) == one
+    for changed in (
+        "calibration.seed=1",
+        "calibration.windows=4",
+        "eval.windows=2",
+        "eval.seq_len=8",
+    ):
+        assert data_digest(run(source, changed)) != one
+    text = source / "text" / "validation.txt"
+    text.write_text(text.read_text() + "One more line.\n")
+    assert data_digest(run(source)) != one
