@@ -25,6 +25,7 @@ from iosvd.compression import batch_size, compress_as, loaded
 from iosvd.config import compose_run
 from iosvd.data import calibration_windows
 from iosvd.errors import exit_in_one_line
+from iosvd.kl_metric import Estimator
 from iosvd.models import load_tokenizer
 from iosvd.run import Run
 from iosvd.sites import find_sites
@@ -76,15 +77,19 @@ def arithmetic_limit(run: Run, tokens: Tensor) -> float:
     weights = sum(site.weight.numel() for site in sites.values())
     forward = weights + model.get_output_embeddings().weight.numel()
     # One window, to see which sites share a metric.
-    found = collect(model, tokens[:1], sites, needs).values()
+    found = list(collect(model, tokens[:1], sites, needs).values())
     metrics = [m for s in found for m in (s.input_metric, s.kl_metric, s.fisher_metric)]
     distinct = {m.data_ptr(): m.numel() for m in metrics if m is not None}
     passes = max(1, needs.kronecker_passes)
     sampled = needs.fisher_metric is not None and needs.fisher_metric.sampled
-    backward = (needs.kl_metric is not None) + sampled + needs.true_loss * passes
+    kl = needs.kl_metric
+    # One backward pass and one product a probe, or for each of the K tokens.
+    probes = 0 if kl is None else kl.probes if kl.estimator is Estimator.probe else kl.top_k
+    backward = probes + sampled + needs.true_loss * passes
     weighed = (needs.gradient_windows > 0) + needs.every_gradient * passes
     products: float = weights * weighed
-    products += GRAM_SHARE * sum(distinct.values())
+    repeated = sum(s.kl_metric.numel() for s in found if s.kl_metric is not None)
+    products += GRAM_SHARE * (sum(distinct.values()) + max(0, probes - 1) * repeated)
     if needs.kronecker_passes:  # G A Gᵀ or Gᵀ B G, once a window.
         shapes = [site.weight.shape for site in sites.values()]
         products += passes * sum(m * n * (m + n) for m, n in shapes) / tokens.shape[1]

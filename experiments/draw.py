@@ -88,7 +88,7 @@ def _lines(option: str, frame: pandas.DataFrame, found: Sequence[Found]) -> list
 
     def rest(run: Run) -> str:
         kept = {key: run.config[key] for key in ("dataset", "calibration", *METHOD_GROUPS)}
-        kept[group] = {key: v for key, v in run.config[group].items() if key not in (name, "seed")}
+        kept[group] = {key: v for key, v in run.config[group].items() if key != name}
         return json.dumps(kept, sort_keys=True)
 
     kinds = {one.run.label: rest(one.run) for one in found if one.run.label != DENSE}
@@ -109,6 +109,8 @@ def _predictions(read: SweepTable) -> dict[str, Figure]:
         if not read.spec.predictions or one.record is None or one.run.label == DENSE:
             continue
         metrics = read_metrics(run_folder(one.run))
+        if not metrics.get("site_divergence"):
+            raise ConfigError("this figure needs runs with eval.kl=sites")
         text = next(iter(metrics["divergence"]))
         about = {"method": one.run.label, "ratio": one.ratio}
         planned = {k: metrics[k] for k in ("predicted_kl", "predicted_loss_change")}

@@ -20,21 +20,23 @@ from pathlib import Path
 
 import pandas
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from iosvd import figures
-from iosvd.budget import Budget, Shape, check_ratio
+from iosvd.budget import check_ratio
 from iosvd.compression import batch_size, compress_as, factorize_as, loaded
 from iosvd.config import compose_run
 from iosvd.data import calibration_windows, evaluation_windows
-from iosvd.errors import ConfigError, exit_in_one_line
+from iosvd.errors import BudgetError, ConfigError, exit_in_one_line
 from iosvd.evaluation.divergence import divergence
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.models import load_tokenizer
-from iosvd.pipeline import Factorized
+from iosvd.pipeline import Factorized, feasible_budget
 from iosvd.plan import dropped_energy
 from iosvd.progress import track
 from iosvd.run import Run
 from iosvd.sites import find_sites
+from iosvd.target import check_target
 from iosvd.trials import CalibrationTrial
 from iosvd.versions import commit
 
@@ -47,9 +49,11 @@ GOOD = 1.5  # A prediction within this factor of the measured divergence is call
 def predict(overrides: list[str]) -> str:
     """Predict, measure where asked, write and return the page."""
     asked = [o.partition("=")[2] for o in overrides if o.startswith("measure=")]
-    run = compose_run([*METHOD, *(o for o in overrides if not o.startswith("measure="))])
+    rest = [o for o in overrides if not o.startswith("measure=")]
+    run = compose_run([*METHOD, *rest])
+    check_target(GOOD, run.whitening, run.quantization)  # What can have a target can be predicted.
     default = MEASURED if run.model.embedded else ()
-    ratios = _ratios(asked[-1]) if asked else default
+    measured = _ratios(asked[-1]) if asked else list(default)
     tokenizer, c = load_tokenizer(run.model), run.calibration
     tokens = calibration_windows(tokenizer, run.dataset, c.windows, c.seq_len, c.seed)
     text = next(iter(run.eval.texts.values()))
@@ -57,37 +61,44 @@ def predict(overrides: list[str]) -> str:
     model = loaded(run)
     factorized = factorize_as(run, model, tokens)
     dense = perplexity(model, windows, batch_size(run, windows))
-    curve = predicted_curve(run, factorized, tokens, dense)
-    measured = pandas.DataFrame(
-        [measure(run, ratio, factorized, tokens, windows) for ratio in ratios],
-        columns=["ratio", "kl", "perplexity"],
-    )
-    return _write(run, curve.merge(measured, on="ratio", how="outer"), dense, text.name)
+    ratios = sorted({*RATIOS, *measured})
+    predicted = [predicted_kl(run, ratio, model, factorized, tokens) for ratio in ratios]
+    feasible = [point for point in predicted if point is not None]
+    curve = pandas.DataFrame(feasible, columns=["ratio", "predicted_kl"])
+    curve["predicted_perplexity"] = dense * curve["predicted_kl"].clip(upper=50).map(math.exp)
+    points = [
+        measure(run, ratio, model, factorized, tokens, windows)
+        for ratio in track(measured, len(measured), "measurement", "ratio")
+    ]
+    found = pandas.DataFrame(points, columns=["ratio", "kl", "perplexity"])
+    return _write(run, rest, curve.merge(found, on="ratio", how="left"), dense, text.name)
 
 
-def predicted_curve(
-    run: Run, factorized: Factorized, tokens: Tensor, dense: float
-) -> pandas.DataFrame:
-    """Return predicted KL and perplexity at every ratio that the sites allow."""
-    model = loaded(run)
-    sites = find_sites(model, run.model.sites)
-    shapes = {name: Shape(*site.weight.shape) for name, site in sites.items()}
-    least, rows = Budget(shapes, 1.0).smallest_ratio, []
-    feasible = [ratio for ratio in RATIOS if ratio > least]
-    for ratio in track(feasible, len(feasible), "prediction", "ratio"):
-        budget, spectra = Budget(shapes, ratio), factorized.spectra
-        trial = CalibrationTrial(model, sites, spectra, budget, tokens, batch_size(run, tokens))
-        kl = dropped_energy(run.allocation(spectra, budget, trial), spectra, budget) / 2
-        rows.append((ratio, kl, dense * math.exp(min(kl, 50))))
-    return pandas.DataFrame(rows, columns=["ratio", "predicted_kl", "predicted_perplexity"])
+def predicted_kl(
+    run: Run, ratio: float, model: PreTrainedModel, factorized: Factorized, tokens: Tensor
+) -> tuple[float, float] | None:
+    """Return a ratio and its predicted KL, None if the sites do not allow it."""
+    sites, spectra = find_sites(model, run.model.sites), factorized.spectra
+    try:
+        budget = feasible_budget(sites, ratio, run.quantization, run.min_rank_fraction)
+    except BudgetError:
+        return None
+    whitened = run.calibration.divided(tokens)[0]
+    trial = CalibrationTrial(model, sites, spectra, budget, whitened, batch_size(run, tokens))
+    return ratio, dropped_energy(run.allocation(spectra, budget, trial), spectra, budget) / 2
 
 
 def measure(
-    run: Run, ratio: float, factorized: Factorized, tokens: Tensor, windows: Tensor
+    run: Run,
+    ratio: float,
+    dense: PreTrainedModel,
+    factorized: Factorized,
+    tokens: Tensor,
+    windows: Tensor,
 ) -> tuple[float, float, float]:
     """Compress to a ratio and return it, the exact KL on held-out text, and the perplexity."""
-    dense, model = loaded(run), loaded(run)
-    compress_as(replace(run, ratio=ratio), model, tokens, factorized)
+    model = loaded(run)
+    compress_as(replace(run, ratio=ratio, target_kl=None), model, tokens, factorized)
     size = batch_size(run, windows)
     return ratio, divergence(dense, model, windows, size).kl, perplexity(model, windows, size)
 
@@ -119,21 +130,22 @@ def _limit(frame: pandas.DataFrame) -> str:
     )
 
 
-def _write(run: Run, frame: pandas.DataFrame, dense: float, text: str) -> str:
+def _write(run: Run, overrides: list[str], frame: pandas.DataFrame, dense: float, text: str) -> str:
     results, name = Path(run.runtime.results), f"predict-{run.model.name}"
     for folder in ("tables", "figures"):
         (results / folder).mkdir(parents=True, exist_ok=True)
     frame.to_csv(results / "tables" / f"{name}.csv", index=False)
     drawn = figures.predicted_curve(frame, dense, text)
     drawn.savefig(results / "figures" / f"{name}.png", dpi=120, metadata={"Software": None})
-    shown = frame[frame["ratio"].map(lambda r: round(100 * r) % 10 == 0)]
+    tenths = frame["ratio"].map(lambda ratio: round(100 * ratio) % 10 == 0)
+    shown = frame[tenths | frame["kl"].notna()]
     table = shown.sort_values("ratio", ascending=False).to_markdown(index=False, floatfmt=".4f")
     page = (
         f"# Predicted divergence, {run.model.name}\n\n{table}\n\n{_limit(frame)}\n\n"
         f"KL(dense ‖ compressed) in nats per token; perplexity on {text}, dense {dense:.3f}. Method"
-        f" {' '.join(METHOD)}, calibration {run.calibration.windows} × {run.calibration.seq_len}"
-        f" tokens of {run.dataset.name}; every second percent is in the csv. Commit {commit()},"
-        f" {time.strftime('%Y-%m-%d')}.\n"
+        f" {' '.join([*METHOD, *overrides])}, calibration {run.calibration.windows} ×"
+        f" {run.calibration.seq_len} tokens of {run.dataset.name}; every second percent is in the"
+        f" csv. Commit {commit()}, {time.strftime('%Y-%m-%d')}.\n"
     )
     (results / "tables" / f"{name}.md").write_text(page, encoding="utf-8")
     return page

@@ -78,7 +78,8 @@ class Bench:
         tokens = calibration_windows(tokenizer, run.dataset, c.windows, c.seq_len, c.seed)
         text = evaluation_windows(tokenizer, run.dataset, run.eval.seq_len, run.eval.windows)
         model = loaded(run)
-        factorized = factorize_as(run, model, tokens)
+        # Remapping plans the highest ranks, so its spectra serve every scheme.
+        factorized = factorize_as(replace(run, quantization=Remap()), model, tokens)
         return cls(run, tokens, text, factorized, log_probabilities(model, text, run))
 
     def compressed(self, ratio: float, quantization: Quantization) -> Compressed:

@@ -77,6 +77,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
+        check_fraction(self.min_rank_fraction)
         if self.cost(self.floors) > self.limit:
             # Rounded up, so that the number in the message is itself feasible.
             smallest = math.ceil(1e4 * self.smallest_ratio) / 1e4
@@ -138,3 +139,9 @@ def check_ratio(ratio: float) -> None:
         raise BudgetError(
             f"ratio {ratio:g} is outside (0, 1]; it is the share of the 16-bit model that is kept"
         )
+
+
+def check_fraction(min_rank_fraction: float) -> None:
+    """Raise BudgetError unless the fraction is in [0, 1]."""
+    if not 0 <= min_rank_fraction <= 1:
+        raise BudgetError(f"min_rank_fraction={min_rank_fraction:g} is outside [0, 1]")

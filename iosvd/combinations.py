@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from iosvd.allocation import LayerImportance, SensitivitySearch
 from iosvd.allocation.first_order import ALL_WINDOWS
-from iosvd.budget import check_ratio
+from iosvd.allocation.layer_importance import Chosen
+from iosvd.budget import check_fraction, check_ratio
 from iosvd.errors import ConfigError
 from iosvd.factorization import Algorithm, Precision
 from iosvd.quantization import NoQuantization
 from iosvd.run import Halves, Run
-from iosvd.whitening import InputOutput
+from iosvd.target import check_target
+
+_NEARLY = 0.95  # Of the dense size, at the break-even rank of a layer of 40 × 40 or more.
 
 
 def check_combination(run: Run) -> None:
@@ -16,6 +20,7 @@ def check_combination(run: Run) -> None:
     _check_goal(run)
     _check_floor(run)
     _check_gradient(run)
+    _check_trials(run)
     f = run.factorization
     if f.precision is Precision.float32 and f.algorithm is Algorithm.gram:
         raise ConfigError(
@@ -34,29 +39,35 @@ def _check_goal(run: Run) -> None:
         raise ConfigError(
             f"target_kl chooses the ratio; leave out ratio={run.ratio:g} or target_kl"
         )
-    if not run.target_kl > 0:
-        raise ConfigError(f"target_kl={run.target_kl:g} is not above 0; it is in nats per token")
-    if not (isinstance(run.whitening, InputOutput) and run.whitening.top_k == 0):
-        raise ConfigError(
-            "target_kl needs whitening=input_output with whitening.top_k=0: only the curvature of"
-            " the whole vocabulary predicts the KL divergence"
-        )
-    if not isinstance(run.quantization, NoQuantization):
-        raise ConfigError(
-            "target_kl needs quantization=none: what rounding costs comes after ranks"
-        )
+    check_target(run.target_kl, run.whitening, run.quantization)
 
 
 def _check_floor(run: Run) -> None:
     fraction = run.min_rank_fraction
-    if not 0 <= fraction <= 1:
-        raise ConfigError(f"min_rank_fraction={fraction:g} is outside [0, 1]")
-    # At its break-even rank a site costs as much as dense, whatever its shape.
+    check_fraction(fraction)
+    # At its break-even rank a site costs nearly as much as dense; what exactly it costs is known
+    # when the model is.
     plain = isinstance(run.quantization, NoQuantization)
-    if plain and run.ratio is not None and fraction > run.ratio:
+    if plain and run.ratio is not None and _NEARLY * fraction > run.ratio:
         raise ConfigError(
             f"min_rank_fraction={fraction:g} keeps more than ratio={run.ratio:g} allows;"
             " lower it, or raise ratio"
+        )
+
+
+def _check_trials(run: Run) -> None:
+    """Windows of a trial are the first ones of those that whiten."""
+    allocation = run.allocation
+    if isinstance(allocation, LayerImportance) and allocation.chosen is Chosen.heuristic:
+        return
+    if not isinstance(allocation, LayerImportance | SensitivitySearch):
+        return
+    halves = 1 if run.calibration.halves is Halves.none else 2
+    if allocation.windows > run.calibration.windows // halves:
+        raise ConfigError(
+            f"allocation.windows={allocation.windows}, but only"
+            f" {run.calibration.windows // halves} windows are there for it; set it to 0 for all,"
+            " or raise calibration.windows"
         )
 
 

@@ -49,11 +49,15 @@ from iosvd.stages import Stage, StageClock
 from iosvd.tracking import tracked
 from iosvd.trials import truncated_weights
 from iosvd.versions import commit, library_versions
+from iosvd.whitening import predicts_kl
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+
+WHOLE = "the compressed model"  # Beside the names of sites.
 
 
 class Outcome(Enum):
@@ -175,7 +179,7 @@ def _divergence(
     """Measure the exact divergence from the dense model, as `eval.kl` asks for it."""
     dense = loaded(run)
     sites, ranks = find_sites(dense, run.model.sites), compressed.plan.ranks
-    variants: dict[str, tuple[PreTrainedModel, Context]] = {"": (compressed.model, nullcontext)}
+    variants: dict[str, tuple[PreTrainedModel, Context]] = {WHOLE: (compressed.model, nullcontext)}
     if run.eval.kl is KL.sites:
         for site, rank in ranks.items():
             alone = partial(truncated_weights, sites, factorized.spectra, {site: rank})
@@ -184,9 +188,13 @@ def _divergence(
         name: divergences(dense, variants, _first(windows, run), batch_size(run, windows))
         for name, windows in texts.items()
     }
-    whole = {name: asdict(of_text.pop("")) for name, of_text in found.items()}
+    whole = {name: asdict(of_text.pop(WHOLE)) for name, of_text in found.items()}
+    kl = predicts_kl(run.whitening)
     planned = {
-        site: {"predicted_kl": plan.dropped_energy / 2, "predicted_loss_change": plan.loss_change}
+        site: {
+            "predicted_kl": plan.dropped_energy / 2 if kl else None,
+            "predicted_loss_change": plan.loss_change,
+        }
         for site, plan in compressed.plan.sites.items()
     }
     by_site = {

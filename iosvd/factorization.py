@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iosvd.errors import NumericalError
+from iosvd.errors import ConfigError, NumericalError
 from iosvd.linalg import principal_directions
 from iosvd.types import Factors, Spectrum, Whitener
 
@@ -97,7 +97,15 @@ def truncate(spectrum: Spectrum, rank: int) -> Factors:
 
     Each component's weight is divided evenly between its two vectors, so that both factors stay
     within the range of half precision however small the metrics are.
+
+    Raises:
+        ConfigError: the spectrum was cut below this rank.
     """
+    if rank > spectrum.left.shape[1]:
+        raise ConfigError(
+            f"rank {rank} is asked of a spectrum that keeps {spectrum.left.shape[1]} components;"
+            " factorize with the quantization that the ranks are planned for"
+        )
     left, right = spectrum.left[:, :rank], spectrum.right[:rank]
     norm_left = left.norm(dim=0)
     norm_right = right.norm(dim=1)

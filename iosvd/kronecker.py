@@ -25,7 +25,7 @@ class KroneckerSums:
 
     left: dict[str, Tensor] = field(default_factory=dict)  # B by site, (m, m)
     right: dict[str, Tensor] = field(default_factory=dict)  # A by site, (n, n)
-    _sums: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
     _updates_left: bool = True
 
     def add(self, site: str, gradient: Tensor) -> None:
@@ -33,14 +33,14 @@ class KroneckerSums:
         g = gradient if self._updates_left else gradient.T
         other = (self.right if self._updates_left else self.left).get(site)
         term = g @ g.T if other is None else g @ other @ g.T
-        self._sums[site] = self._sums[site].add_(term) if site in self._sums else term
+        self.sums[site] = self.sums[site].add_(term) if site in self.sums else term
 
     def finish_pass(self, windows: int, last: bool) -> None:
         """Make the sums the new factor; but for the last pass, of unit norm for the next to use."""
         updated = self.left if self._updates_left else self.right
-        for site, total in self._sums.items():
+        for site, total in self.sums.items():
             factor = (total + total.T) / (2 * windows)
             norm = factor.norm()
             updated[site] = factor if last or norm == 0 else factor / norm
-        self._sums.clear()
+        self.sums.clear()
         self._updates_left = not self._updates_left

@@ -24,11 +24,11 @@ from iosvd.scoring import with_fisher_norm, with_loss_change
 from iosvd.sites import SiteSelection, find_sites, in_groups
 from iosvd.stages import Stage, StageClock
 from iosvd.statistics import collect, statistics_bytes
-from iosvd.target import budget_for_kl
+from iosvd.target import budget_for_kl, check_target
 from iosvd.trials import CalibrationTrial
 from iosvd.truncation import best_ranks, truncated_sites, with_gradient
 from iosvd.types import Needs, SiteStatistics, Spectrum
-from iosvd.whitening import Whitening
+from iosvd.whitening import Whitening, predicts_kl
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel
@@ -97,6 +97,8 @@ def compress(
 
     if (ratio is None) == (target_kl is None):
         raise ConfigError("give either a ratio or a target_kl")
+    if target_kl is not None:
+        check_target(target_kl, whitening, quantization)
     clock = StageClock()
     sites = _sites(model, selection)
     budget = feasible_budget(sites, ratio, quantization, min_rank_fraction)
@@ -122,7 +124,8 @@ def compress(
         candidates = [allocation(spectra, rank_budget, trial) for rank_budget in rank_budgets]
         ranks = best_ranks(candidates, sites, spectra, budget, quantization)
         truncated = truncated_sites(ranks, sites, spectra, budget)
-    # The factors are copies; from here on only the numbers of the spectra are needed.
+    # The factors are copies; from here on only the numbers of the spectra are needed, and the
+    # vectors are freed unless the caller keeps them.
     spectra = {name: spectrum.head(0, torch.float32) for name, spectrum in spectra.items()}
     del factorized, trial
     with clock.stage("replacement"):
@@ -134,8 +137,7 @@ def compress(
             truncated = with_gradient(truncated, model, tokens, asked, groups, batch_size)
         stored = quantization(truncated, budget.limit, half_dtype(model.dtype))
         store_(model, stored)
-    kl = whitening.needs.kl_metric is not None
-    plan = make_plan(ranks, spectra, budget, kl=kl, stored=stored)
+    plan = make_plan(ranks, spectra, budget, kl=predicts_kl(whitening), stored=stored)
     mark_compressed_(model)
     sigma = {site: spectrum.sigma for site, spectrum in spectra.items()}
     return Compressed(model, plan, sigma, {**stages, **clock.stages})
@@ -176,8 +178,8 @@ def factorize(
     """Return the spectra of all sites, scored as the allocation needs; the model is not changed.
 
     They hold for every ratio, and for every allocation and quantisation that needs no other
-    statistics and keeps no higher ranks. Arguments are those of `compress`; `statistics` is what
-    `collect` returned for this model, instead of collecting.
+    statistics and plans no higher ranks than this one. Arguments are those of `compress`;
+    `statistics` is what `collect` returned for this model, instead of collecting.
     """
     clock = StageClock()
     sites = _sites(model, selection)

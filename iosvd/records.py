@@ -152,7 +152,9 @@ def _extra(metrics: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[tup
         yield f"{names[text]}_kl", float(measured["kl"])
         yield f"{names[text]}_loss_change", float(measured["loss_change"])
     for text, sites in metrics.get("site_divergence", {}).items():
-        if ratios := [site["predicted_kl"] / site["kl"] for site in sites.values()]:
+        # A truncation that changes nothing at all was predicted neither well nor badly.
+        measured = [s for s in sites.values() if s["kl"] > 0 and s["predicted_kl"] is not None]
+        if ratios := [site["predicted_kl"] / site["kl"] for site in measured]:
             yield f"{names[text]}_site_median", statistics.median(ratios)
             within = [0.5 <= ratio <= 2 for ratio in ratios]
             yield f"{names[text]}_sites_within_two", sum(within) / len(within)

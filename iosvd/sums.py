@@ -103,6 +103,7 @@ class Sums:
         yield "output gradients", self.fisher_metric
         yield "squared gradients", self.fisher_rows
         yield "gradient", self.gradient
+        yield "Kronecker factor", self.kronecker.sums
 
     def finish(self, windows: int, length: int) -> None:
         """Turn the sums into means, in place: sites that share a metric share its memory."""

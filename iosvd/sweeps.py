@@ -92,8 +92,9 @@ def _composed_once(jobs: Sequence[Sequence[str]]) -> list[Run]:
     for job in jobs:
         rest = tuple(line for line in job if group_of(line) != "ratio")
         if rest not in composed:
-            found = compose(rest)
-            composed[rest] = None if refers_to_ratio(found) else run_of(found, rest)
+            # With this job's own ratio: with the default one it might not be a legal run.
+            found = compose(job)
+            composed[rest] = None if refers_to_ratio(found) else run_of(found, job)
         if (run := composed[rest]) is None:
             run = compose_run(job)
         else:

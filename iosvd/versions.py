@@ -9,7 +9,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[1]
 _CODE = ("iosvd", "conf", "experiments")
-_LIBRARIES = ("iosvd", "torch", "transformers", "datasets", "lm_eval")
+_LIBRARIES = ("iosvd", "torch", "transformers", "datasets", "lm_eval", "optuna")
 
 
 def library_versions() -> dict[str, str]:

@@ -240,6 +240,13 @@ def test_a_preset_may_hang_on_the_ratio() -> None:
     }
 
 
+def test_a_sweep_is_checked_at_its_own_ratios() -> None:
+    runs = expand(["method=svd", "ratio=0.95,0.9", "min_rank_fraction=0.85"], sweep=True)
+    assert [run.ratio for run in runs] == [0.95, 0.9]
+    with pytest.raises(IosvdError, match=r"min_rank_fraction=0\.85 keeps more than ratio=0\.8"):
+        expand(["method=svd", "ratio=0.95,0.8", "min_rank_fraction=0.85"], sweep=True)
+
+
 def test_a_target_takes_the_place_of_the_ratio() -> None:
     run = compose_run(["whitening.top_k=0", "target_kl=0.05"])
     assert (run.ratio, run.target_kl) == (None, 0.05)
@@ -318,6 +325,10 @@ BAD = [
     (
         ["allocation=type_grouped", "allocation.counted=all"],
         "counted: Invalid value 'all'",
+    ),
+    (
+        ["allocation=sensitivity_search", "calibration.windows=4"],
+        "allocation.windows=8, but only 4 windows are there for it",
     ),
     (["eval.kl=all"], "eval.kl: Invalid value 'all', expected one of [none, model, sites]"),
     (["eval.kl_windows=-1"], "eval.kl_windows=-1 is below 0"),

@@ -455,6 +455,7 @@ def test_halves_are_whitened_and_scored_apart(source: Path) -> None:
         plan = json.loads((run_folder(asked) / "plan.json").read_text())
         ranks[halves] = {name: site["rank"] for name, site in plan["sites"].items()}
     assert ranks["same"] != ranks["other"]
+    assert ranks["none"] != ranks["same"]
     first = run(source, "calibration.windows=8", "calibration.halves=same", "ratio=0.5")
     tokens, gradient = first.calibration.divided(torch.arange(8))
     assert (tokens.tolist(), gradient) == ([0, 1, 2, 3], None)
@@ -465,12 +466,13 @@ def test_halves_are_whitened_and_scored_apart(source: Path) -> None:
 def test_predict_writes_its_curve_and_checks_it(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = predict.predict(overrides(source, "measure=0.8,0.4"))
+    page = predict.predict(overrides(source, "measure=0.8,0.45"))
     frame = pandas.read_csv(source / "results" / "tables" / "predict-small.csv")
     assert (source / "results" / "figures" / "predict-small.png").stat().st_size > 0
     assert frame.sort_values("ratio")["predicted_kl"].is_monotonic_decreasing
     measured = frame.dropna(subset=["kl"])
-    assert measured["ratio"].tolist() == [0.4, 0.8]
+    assert measured["ratio"].tolist() == [0.45, 0.8]
+    assert "0.4500" in page
     # The same as a run of its own.
     asked = run(source, *predict.METHOD, "ratio=0.8", "eval.kl=model")
     assert execute(asked) is Outcome.complete
@@ -512,3 +514,10 @@ def test_tokens_are_read_again_where_anything_about_them_changed(source: Path) -
     text = source / "text" / "validation.txt"
     text.write_text(text.read_text() + "One more line.\n")
     assert data_digest(run(source)) != one
+
+
+def test_predict_without_measurements_says_so(source: Path) -> None:
+    page = predict.predict(overrides(source))
+    assert "Nothing was measured here; measure=0.8,0.6 checks the prediction." in page
+    with pytest.raises(ConfigError, match="only the curvature of the whole vocabulary"):
+        predict.predict(overrides(source, "whitening.top_k=5"))

@@ -133,9 +133,9 @@ def test_the_search_finds_the_layer_that_matters() -> None:
     found = best_shares(loss, start=start, spread=0.2, trials=80, seed=0)
     assert loss(found) < 0.3 * min(loss(start), loss([0.0] * 4))
     assert all(abs(value) <= 0.2 for value in found)
-    assert best_shares(loss, start=start, spread=0.2, trials=2, seed=0) == start or loss(
-        [0.0] * 4
-    ) < loss(start)
+    # The first two trials are the start, and equal ratios, which are better here.
+    assert best_shares(loss, start=start, spread=0.2, trials=1, seed=0) == start
+    assert best_shares(loss, start=start, spread=0.2, trials=2, seed=0) == [0.0] * 4
     again = best_shares(loss, start=start, spread=0.2, trials=80, seed=0)
     assert again == found
 

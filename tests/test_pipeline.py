@@ -13,7 +13,7 @@ from iosvd.allocation import Allocation, LossAware, Spectral, Uniform
 from iosvd.errors import BudgetError, ConfigError, NumericalError
 from iosvd.factorization import Algorithm, Factorization
 from iosvd.pipeline import Compressed, compress, factorize
-from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization
+from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization, Remap
 from iosvd.replacement import compressed_layers, low_rank_layers
 from iosvd.sites import SiteSelection, find_sites, in_groups
 from iosvd.statistics import collect
@@ -217,3 +217,32 @@ def test_a_target_is_met_by_the_smallest_ratio() -> None:
 def test_a_ratio_or_a_target(options: dict[str, float | None]) -> None:
     with pytest.raises(ConfigError, match="either a ratio or a target_kl"):
         run(**options)  # type: ignore[arg-type]
+
+
+def test_spectra_that_were_cut_too_low_are_refused() -> None:
+    """Remapping plans ranks above the break-even of 16 bits, at which these spectra end."""
+    model = build("llama")
+    cut = factorize(model, TOKENS, whitening=InputOutput(), allocation=Spectral())
+    with pytest.raises(ConfigError, match=r"is asked of a spectrum that keeps .* components"):
+        run(ratio=0.95, quantization=Remap(), factorized=cut)
+    whole = factorize(
+        model, TOKENS, whitening=InputOutput(), allocation=Spectral(), quantization=Remap()
+    )
+    assert run(ratio=0.95, quantization=Remap(), factorized=whole).plan.sites
+
+
+def test_a_target_needs_the_whole_kl_metric_and_no_rounding() -> None:
+    for options in (
+        {"whitening": InputOutput()},
+        {"whitening": InputOutput(top_k=0, output_metric_roles=["mlp.*"])},
+        {"whitening": InputOutput(top_k=0), "quantization": Remap()},
+    ):
+        with pytest.raises(ConfigError, match="target_kl needs"):
+            run(ratio=None, target_kl=0.1, **options)  # type: ignore[arg-type]
+
+
+def test_a_restricted_output_metric_predicts_no_kl() -> None:
+    restricted = InputOutput(output_metric_roles=["mlp.*"])
+    assert run(whitening=restricted).plan.predicted_kl is None
+    assert run(whitening=InputOutput(renormalize=True)).plan.predicted_kl is None
+    assert run(whitening=InputOutput()).plan.predicted_kl is not None

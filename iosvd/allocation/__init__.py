@@ -2,7 +2,7 @@
 
 An allocation is a frozen dataclass with `needs` and a call; one file each. A rank above a site's
 break-even rank means that the site stays dense; none is below the site's floor in the budget. To
-add one, write its file, export it here, and give it a YAML in `conf/allocation`.
+add one, write its file and give it a YAML in `conf/allocation`; those here are exported for Python.
 """
 
 from collections.abc import Mapping

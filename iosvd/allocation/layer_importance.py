@@ -30,10 +30,11 @@ class LayerImportance:
 
     Sensitivity is the root of the Fisher's trace over the norm of the weight, summed over a layer's
     sites; the effective rank is the share of the whitened singular values that make up 95 % of
-    their sum. Both are scaled to [0, 1] over the layers, and ratios lie within `spread` of the
-    whole one. β, the spread and the 95 % are the public code's. It takes the effective rank of the
-    layers' outputs, and inverts both measures, so that important layers keep less, which the
-    paper's text says the opposite of; this is the text (`inverted` is the code).
+    their sum. Both are scaled to [0, 1] over the layers; ratios lie within `spread` of the whole
+    one and are then scaled to meet it. β, the spread and the 95 % are the public code's. It takes
+    the effective rank of the layers' outputs, and inverts both measures, so that important layers
+    keep less, which the paper's text says the opposite of; this is the text (`inverted` is the
+    code).
 
     The search minimises the calibration loss over the same interval by a Bayesian optimiser (the
     paper's: GPyOpt, no longer maintained; here Optuna), starting from the heuristic.

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from iosvd.models import Dtype
 from iosvd.records import Record
-from iosvd.run import Run
+from iosvd.run import KL, Run
 from iosvd.tables.spec import TableSpec
 from iosvd.tables.sweep import OnDisk, Sweep
-from iosvd.tables.table import Table
+from iosvd.tables.table import DENSE, Table
 from iosvd.tables.text import flags
 
 # Options that change how a run is carried out or logged, not what it measures.
@@ -30,7 +30,7 @@ def notes(table: Table, on_disk: OnDisk, spec: TableSpec, sweep: Sweep) -> list[
         *filter(None, [_legend(table), _sources(table, spec)]),
         f"Runs found: {len(records)} of {len(sweep.runs)}.{_provenance(records)}{_flags(table)}",
         *(f"Set aside: {reason}" for reason in on_disk.set_aside),
-        _protocol(sweep.runs[0]),
+        _protocol(sweep.runs),
         *filter(None, [_bytes(spec, sweep.runs), _spread(spec), _columns(spec)]),
         _deviations(sweep.overrides),
         *spec.notes,
@@ -91,9 +91,21 @@ def _flags(table: Table) -> str:
     return f" Rows measured by another commit than most are marked: {marked}." if marked else ""
 
 
-def _protocol(run: Run) -> str:
+def _protocol(runs: Sequence[Run]) -> str:
     """Say which model was measured how, as the runs have it (METHODS 9 asks for id and joins)."""
-    calibration, evaluation, model = run.calibration, run.eval, run.model
+    run = runs[0]
+    evaluation, model = run.eval, run.model
+    # The dense model's own are not used.
+    used = [r for r in runs if r.label != DENSE] or [run]
+    windows, lengths, seeds, sources = (
+        _listed(str(value(r)) for r in used)
+        for value in (
+            lambda r: r.calibration.windows,
+            lambda r: r.calibration.seq_len,
+            lambda r: r.calibration.seed,
+            lambda r: r.dataset.name,
+        )
+    )
     source = model.path or (f"embedded {model.name}" if model.embedded else model.hub_id)
     joins = [
         f"{text.name}, every document a sequence"
@@ -103,12 +115,14 @@ def _protocol(run: Run) -> str:
     ]
     parts = [
         f"Model {source}, {model.dtype.value}",
-        f"calibration {calibration.windows} × {calibration.seq_len} tokens of {run.dataset.name},"
-        f" seed {calibration.seed}",
+        f"calibration {windows} × {lengths} tokens of {sources}, seed {seeds}",
         f"perplexity in windows of {evaluation.seq_len} tokens ({', '.join(joins)})",
     ]
     if evaluation.zero_shot.tasks:
         parts.append("zero-shot accuracy `acc` with lm-eval's prompts")
+    if evaluation.kl is not KL.none:
+        first = f"the first {evaluation.kl_windows}" if evaluation.kl_windows else "all"
+        parts.append(f"divergences on {first} windows")
     return f"{'; '.join(parts)}."
 
 
@@ -133,10 +147,12 @@ def _spread(spec: TableSpec) -> str:
 
 
 _MEANINGS = {
-    "predicted_kl": "predicted KL: ½ Σ σ² of what is dropped, a top-K metric's share of it",
-    "predicted_loss_change": "predicted Δloss: −Σ g σ of what is dropped, on calibration windows",
-    "kl": "KL: exact KL(dense ‖ compressed) on held-out text",
-    "loss_change": "Δloss: measured change of the next-token loss on held-out text",
+    "predicted_kl": "predicted KL: ½ Σ σ² of what is dropped, nats per token, a top-K metric's"
+    " share of them",
+    "predicted_loss_change": "predicted Δloss: −Σ g σ of what is dropped, nats per token, on"
+    " calibration windows",
+    "kl": "KL: exact KL(dense ‖ compressed) on held-out text, nats per token",
+    "loss_change": "Δloss: measured change of the next-token loss on held-out text, nats per token",
     "site_median": "sites: of one site truncated at a time, the median of predicted / exact KL",
     "sites_within_two": "sites within ×2: share of the sites predicted within a factor of two",
 }
@@ -144,7 +160,7 @@ _MEANINGS = {
 
 def _columns(spec: TableSpec) -> str:
     named = [_MEANINGS[name] for name in spec.extra if name in _MEANINGS]
-    return f"In nats per token: {'; '.join(named)}." if named else ""
+    return f"{'; '.join(named)}." if named else ""
 
 
 def _deviations(overrides: Sequence[str]) -> str:

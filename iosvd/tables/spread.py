@@ -38,7 +38,7 @@ def merged_over(option: str, found: Sequence[Found]) -> list[Found]:
 
 def without_option(option: str, name: str) -> str:
     """Return a row's label without one of the options that it names."""
-    method, _, changed = name.rstrip("]").partition("[")
+    method, _, changed = name.removesuffix("]").partition("[")
     # A comma divides options only where a name follows it.
     rest = [
         o for o in re.split(r",(?=[\w.@/+~]+=)", changed) if o and not o.startswith(f"{option}=")
@@ -53,15 +53,20 @@ def _mean(found: Sequence[Found]) -> Record | None:
     first = records[0]
 
     def means(field: str) -> dict[str, float]:
+        """Of what every run has."""
         values = [getattr(record, field) for record in records]
-        return {key: statistics.mean(v[key] for v in values) for key in values[0]}
+        common = [key for key in values[0] if all(key in v for v in values)]
+        return {key: statistics.mean(v[key] for v in values) for key in common}
 
     merged = replace(
         first,
         perplexity=means("perplexity"),
         accuracy=means("accuracy"),
         extra=means("extra"),
+        ratio_achieved=statistics.mean(record.ratio_achieved for record in records),
+        target_bytes=round(statistics.mean(record.target_bytes for record in records)),
         seconds=statistics.mean(record.seconds for record in records),
+        commit=", ".join(dict.fromkeys(record.commit for record in records)),
         average_acc=_mean_of([record.average_acc for record in records]),
     )
     if len(records) == 1:

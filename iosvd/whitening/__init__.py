@@ -1,7 +1,7 @@
 """Whitenings: from the statistics of a site to the two roots that its weight is whitened with.
 
 A whitening is a frozen dataclass with `needs` and a call; one file each. To add one, write its
-file, export it here, and give it a YAML in `conf/whitening`.
+file and give it a YAML in `conf/whitening`; those here are exported for Python.
 """
 
 from typing import Protocol
@@ -30,6 +30,11 @@ class Whitening(Protocol):
         ...
 
 
+def predicts_kl(whitening: Whitening) -> bool:
+    """Whether ½ Σ σ² of what is dropped is a KL divergence, or its top-K share (METHODS 1, 5)."""
+    return isinstance(whitening, InputOutput) and whitening.predicts_kl
+
+
 __all__ = [
     "Asvd",
     "ChannelWeighted",
@@ -40,4 +45,5 @@ __all__ = [
     "Input",
     "InputOutput",
     "Whitening",
+    "predicts_kl",
 ]

@@ -35,8 +35,8 @@ class InputOutput:
     damping_output: float = 1e-6  # Relative to the mean diagonal of C.
     root: RootKind = RootKind.cholesky
     seed: int = 0  # Of the random signs.
-    # By glob on the role, such as self_attn.q_proj; the paper's are all. Third parties leave out q
-    # and k (METHODS 3).
+    # By glob on the role, such as self_attn.q_proj, or its last part; the paper's are all. Third
+    # parties leave out q and k (METHODS 3).
     output_metric_roles: list[str] = field(default_factory=lambda: ["*"])
 
     def __post_init__(self) -> None:
@@ -49,6 +49,11 @@ class InputOutput:
         kl_metric = KLMetric(self.top_k, self.renormalize, self.estimator, self.probes, self.seed)
         return Needs(input_metric=True, kl_metric=kl_metric)
 
+    @property
+    def predicts_kl(self) -> bool:
+        """Whether C is the KL metric at every site, as it is; not where it was renormalised."""
+        return self.output_metric_roles == ["*"] and not self.renormalize
+
     def __call__(self, statistics: SiteStatistics) -> Whitener:
         metric_in, metric_out = statistics.need("input_metric"), statistics.need("kl_metric")
         what_in = f"the input metric of {statistics.site}"
@@ -60,7 +65,8 @@ class InputOutput:
 
     def _left(self, site: str, metric: Tensor, what: str) -> Root:
         role = layer_and_role(site)[1]
-        if any(fnmatchcase(role, pattern) for pattern in self.output_metric_roles):
+        names = (role, role.rpartition(".")[2])
+        if any(fnmatchcase(name, p) for name in names for p in self.output_metric_roles):
             return root_of(metric, self.damping_output, self.root, what)
         diagonal = metric.diagonal()
         return DiagonalRoot(diagonal.mean().sqrt().expand_as(diagonal))
