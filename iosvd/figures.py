@@ -83,7 +83,11 @@ def quality_against(
         _dense_line(axes, rows, metric)
         for number, method in enumerate(_methods(rows)):
             mine = rows[rows["method"] == method].sort_values(x)
-            axes.plot(mine[x], mine[metric], marker=_MARKERS[number % 10], label=method)
+            # Colours and marks repeat after ten.
+            style = "-" if number < 10 else "--"
+            axes.plot(
+                mine[x], mine[metric], marker=_MARKERS[number % 10], linestyle=style, label=method
+            )
         axes.set_xlabel(titles.get(x, x))
     _share_legend(figure, panels)
     return figure
