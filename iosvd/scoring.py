@@ -32,5 +32,5 @@ def with_fisher_norm(spectrum: Spectrum, weight: Tensor, fisher_rows: Tensor) ->
         weight: W, (m, n).
         fisher_rows: Σ_j E[(∂ℓ/∂W_ij)²], (m,).
     """
-    norm = max(float(weight.norm()), torch.finfo(weight.dtype).tiny)
+    norm = max(float(weight.detach().norm()), torch.finfo(weight.dtype).tiny)
     return replace(spectrum, fisher_norm=float(fisher_rows.sum().sqrt()) / norm)
