@@ -62,27 +62,26 @@ def _check_trials(run: Run) -> None:
         return
     if not isinstance(allocation, LayerImportance | SensitivitySearch):
         return
-    halves = 1 if run.calibration.halves is Halves.none else 2
-    if allocation.windows > run.calibration.windows // halves:
-        raise ConfigError(
-            f"allocation.windows={allocation.windows}, but only"
-            f" {run.calibration.windows // halves} windows are there for it; set it to 0 for all,"
-            " or raise calibration.windows"
-        )
+    _check_windows("allocation.windows", allocation.windows, run)
 
 
 def _check_gradient(run: Run) -> None:
     asked, calibration = run.allocation.needs.gradient_windows, run.calibration
-    halves = 1 if calibration.halves is Halves.none else 2
-    if calibration.windows < halves:
+    if calibration.windows_each < 1:
         raise ConfigError(f"calibration.halves={calibration.halves.value} needs 2 windows at least")
     if calibration.halves is Halves.other and not asked:
         raise ConfigError(
             "calibration.halves=other scores with windows of its own, but this allocation needs no"
             " gradient; choose allocation=loss_aware or zero_sum, or calibration.halves=same"
         )
-    if ALL_WINDOWS != asked > calibration.windows // halves:
+    if asked != ALL_WINDOWS:
+        _check_windows("allocation.gradient_windows", asked, run)
+
+
+def _check_windows(option: str, asked: int, run: Run) -> None:
+    there = run.calibration.windows_each
+    if asked > there:
         raise ConfigError(
-            f"allocation.gradient_windows={asked}, but only {calibration.windows // halves} windows"
-            " are there for it; set it to 0 for all, or raise calibration.windows"
+            f"{option}={asked}, but only {there} windows are there for it; set it to 0 for all,"
+            " or raise calibration.windows"
         )

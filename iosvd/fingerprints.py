@@ -29,11 +29,10 @@ def digest(run: Run) -> str:
     identity: dict[str, Any] = {k: v for k, v in run.config.items() if k not in apart}
     # 1 and 1.0 are the same ratio.
     identity["ratio"] = int(run.ratio) if run.ratio == 1 else run.ratio
-    identity["model"] = _without_place(run.config["model"]) | {"content": _model_content(run)}
-    identity["dataset"] = _dataset(run.config["dataset"], run.dataset, run.dataset.calibration)
+    identity |= _sources(run)
     tasks = _tasks(run.config["eval"]["zero_shot"], run.eval.zero_shot)
     identity["eval"] = {**run.config["eval"], "texts": _texts(run), "zero_shot": tasks}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return _hash_of(identity)[:12]
 
 
 def spectra_digest(run: Run) -> str:
@@ -42,26 +41,35 @@ def spectra_digest(run: Run) -> str:
     Of the allocation that is what it needs; of the quantisation, up to which rank they are kept.
     """
     identity = {
-        "model": _without_place(run.config["model"]) | {"content": _model_content(run)},
-        "dataset": _dataset(run.config["dataset"], run.dataset, run.dataset.calibration),
+        **_sources(run),
         **{key: run.config[key] for key in ("calibration", "whitening", "factorization")},
         "needs": repr(run.allocation.needs),
         "quantization": run.config["quantization"],
     }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return _hash_of(identity)
 
 
 def data_digest(run: Run) -> str:
     """Return the identity of the tokens that a run reads."""
     texts = run.config["eval"]
     identity = {
-        "model": _without_place(run.config["model"]) | {"content": _model_content(run)},
-        "dataset": _dataset(run.config["dataset"], run.dataset, run.dataset.calibration),
+        **_sources(run),
         "calibration": run.config["calibration"],
         "texts": _texts(run),
         "windows": [texts["seq_len"], texts["windows"]],
     }
+    return _hash_of(identity)
+
+
+def _hash_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _sources(run: Run) -> dict[str, Any]:
+    return {
+        "model": _without_place(run.config["model"]) | {"content": _model_content(run)},
+        "dataset": _dataset(run.config["dataset"], run.dataset, run.dataset.calibration),
+    }
 
 
 def _texts(run: Run) -> dict[str, Any]:

@@ -34,6 +34,11 @@ class Calibration:
     seed: int = 0
     halves: Halves = Halves.none
 
+    @property
+    def windows_each(self) -> int:
+        """Windows that whiten, and windows there are for the gradient."""
+        return self.windows if self.halves is Halves.none else self.windows // 2
+
     def divided(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the windows that whiten, and those of the gradient if they are others."""
         first, second = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]

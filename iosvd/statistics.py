@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from iosvd.errors import ModelError, NumericalError
+from iosvd.evaluation.perplexity import summed_loss
 from iosvd.kl_metric import cotangents
 from iosvd.progress import track
 from iosvd.sums import Phase, Sums
@@ -111,16 +111,10 @@ def _scalars(logits: Tensor, batch: Tensor, sums: Sums) -> Iterator[tuple[Phase,
     labels = batch[:, 1:].to(logits.device)
     if needs.fisher_metric is not None and needs.fisher_metric.sampled and once:
         drawn = needs.fisher_metric.draw(logits, first)[:, :-1]
-        yield Phase.SAMPLED_LOSS, _summed_loss(logits, drawn)
+        yield Phase.SAMPLED_LOSS, summed_loss(logits, drawn)
     windows = len(batch) if needs.every_loss else min(len(batch), needs.gradient_windows - first)
     if windows > 0:
-        yield Phase.LOSS, _summed_loss(logits[:windows], labels[:windows])
-
-
-def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    accumulate = torch.promote_types(logits.dtype, torch.float32)
-    predictions = logits[:, :-1].flatten(0, 1).to(accumulate)
-    return cross_entropy(predictions, labels.flatten(), reduction="sum")
+        yield Phase.LOSS, summed_loss(logits[:windows], labels[:windows])
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from iosvd.allocation.trial import Trial
-from iosvd.budget import Budget
+from iosvd.budget import Budget, SiteCost
 from iosvd.errors import check_at_least
 from iosvd.types import Needs, Spectrum
 
@@ -46,8 +46,17 @@ class Hull:
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
     ) -> dict[str, int]:
-        weights = {s: c.component ** (1 - self.exponent) for s, c in budget.costs.items()}
-        curves = {s: _Curve.of(s, x, weights[s], budget) for s, x in spectra.items()}
+        prices, floors = budget.costs, budget.floors
+        curves = {
+            site: _Curve.of(
+                site,
+                spectrum.sigma,
+                prices[site],
+                floors[site],
+                prices[site].component ** (1 - self.exponent),
+            )
+            for site, spectrum in spectra.items()
+        }
         steps = sorted(
             (step for curve in curves.values() for step in curve.hull()), key=lambda s: -s.slope
         )
@@ -81,11 +90,10 @@ class _Curve:
     weight: float  # Of its slopes against other sites'.
 
     @classmethod
-    def of(cls, site: str, spectrum: Spectrum, weight: float, budget: Budget) -> _Curve:
-        price, full = budget.costs[site], budget.shapes[site].full_rank
-        tails = _tails(spectrum.sigma)
+    def of(cls, site: str, sigma: Tensor, price: SiteCost, floor: int, weight: float) -> _Curve:
+        full, tails = len(sigma), _tails(sigma)
         last = min(price.break_even_rank, full)
-        ranks = [*range(min(budget.floors[site], full), last + 1)]
+        ranks = [*range(min(floor, full), last + 1)]
         ranks += [full] if not ranks or ranks[-1] != full else []
         dense = price.break_even_rank < full
         losses = [0.0 if dense and rank == full else tails[rank] for rank in ranks]

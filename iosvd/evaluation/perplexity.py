@@ -60,7 +60,8 @@ def mean_loss(
     with torch.inference_mode():
         for start in range(0, len(windows), batch_size) if starts is None else starts:
             batch = windows[start : start + batch_size].to(model.device)
-            loss = summed_loss(model(input_ids=batch, use_cache=False).logits, batch)
+            logits = model(input_ids=batch, use_cache=False).logits
+            loss = float(summed_loss(logits, batch[:, 1:]))
             if not math.isfinite(loss):
                 raise NumericalError(
                     f"the loss of windows {start} to {start + len(batch) - 1} is NaN or infinite;"
@@ -70,9 +71,13 @@ def mean_loss(
     return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 
-def summed_loss(logits: Tensor, batch: Tensor) -> float:
-    """Return the summed next-token cross-entropy of a batch in nats, in float32 or better."""
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed cross-entropy in nats, in float32 or better.
+
+    Args:
+        logits: (windows, length, vocabulary).
+        labels: (windows, length − 1), the tokens after all positions but the last.
+    """
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     predictions = logits[:, :-1].flatten(0, 1).to(accumulate)
-    labels = batch[:, 1:].flatten().to(logits.device)
-    return float(cross_entropy(predictions, labels, reduction="sum"))
+    return cross_entropy(predictions, labels.flatten().to(logits.device), reduction="sum")
