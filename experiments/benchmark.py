@@ -11,6 +11,7 @@ attention, norms and the softmax left out of both. Prints the table and writes i
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -25,13 +26,10 @@ from iosvd.compression import batch_size, compress_as, loaded
 from iosvd.config import compose_run
 from iosvd.data import calibration_windows
 from iosvd.errors import ConfigError, check_at_least, exit_in_one_line
-from iosvd.kl_metric import Estimator
 from iosvd.models import load_tokenizer
+from iosvd.planning import Outline, outline
 from iosvd.run import Run
-from iosvd.sites import find_sites
 from iosvd.stages import Stage, StageClock
-from iosvd.statistics import collect, statistics_bytes
-from iosvd.types import Needs
 from iosvd.versions import commit
 
 RELATIVE_TO = "svd_llm"
@@ -40,7 +38,6 @@ METHODS = (
     *("io_svd", "io_svd_plus", "io_svd_spectral", "io_svd_hull"),
 )
 REPETITIONS = 1  # Ten minutes for the embedded model; repetitions=3 for less noise.
-GRAM_SHARE = 5 / 8  # Of a symmetric product's multiplications, what linalg.add_lower_gram_ takes.
 
 
 def train(model: PreTrainedModel, tokens: Tensor, size: int) -> None:
@@ -67,32 +64,10 @@ def measure_method(run: Run, tokens: Tensor) -> dict[str, Stage]:
     return dict(compress_as(run, loaded(run), tokens).stages)
 
 
-def arithmetic_limit(run: Run, tokens: Tensor) -> float:
+def arithmetic_limit(run: Run, shapes: Outline, length: int) -> float:
     """Return multiplications of the statistics over those of the training step, per token."""
-    model, needs = loaded(run), run.whitening.needs | run.allocation.needs
-    if needs == Needs():
-        return 0.0
-    sites = find_sites(model, run.model.sites)
-    weights = sum(site.weight.numel() for site in sites.values())
-    forward = weights + model.get_output_embeddings().weight.numel()
-    # One window, to see which sites share a metric.
-    found = list(collect(model, tokens[:1], sites, needs).values())
-    metrics = [m for s in found for m in (s.input_metric, s.kl_metric, s.fisher_metric)]
-    distinct = {m.data_ptr(): m.numel() for m in metrics if m is not None}
-    passes = max(1, needs.kronecker_passes)
-    sampled = needs.fisher_metric is not None and needs.fisher_metric.sampled
-    kl = needs.kl_metric
-    # One backward pass and one product a probe, or for each of the K tokens.
-    probes = 0 if kl is None else kl.probes if kl.estimator is Estimator.probe else kl.top_k
-    backward = probes + sampled + needs.true_loss * passes
-    weighed = (needs.gradient_windows > 0) + needs.every_gradient * passes
-    products: float = weights * weighed
-    repeated = sum(s.kl_metric.numel() for s in found if s.kl_metric is not None)
-    products += GRAM_SHARE * (sum(distinct.values()) + max(0, probes - 1) * repeated)
-    if needs.kronecker_passes:  # G A Gᵀ or Gᵀ B G, once a window.
-        shapes = [site.weight.shape for site in sites.values()]
-        products += passes * sum(m * n * (m + n) for m, n in shapes) / tokens.shape[1]
-    return (passes * forward + backward * forward + products) / (3 * forward)
+    needs = run.whitening.needs | run.allocation.needs
+    return shapes.statistics(needs, length).total / (3 * shapes.forward)
 
 
 def benchmark(overrides: list[str]) -> None:
@@ -144,9 +119,8 @@ def row(
     """
     best = min(repeated, key=_seconds)
     total = _seconds(best)
-    kept = statistics_bytes(
-        find_sites(loaded(run), run.model.sites), run.whitening.needs | run.allocation.needs
-    )
+    shapes = outline(run.model, tokens.shape[1])
+    kept = sum(shapes.passes(run.whitening.needs | run.allocation.needs, math.inf))
     return {
         "method": method,
         **{
@@ -157,8 +131,8 @@ def row(
         f"whole / {RELATIVE_TO}": f"{total / unit:.2f}",
         "whole / step": f"{total / reference.seconds:.2f}",
         "statistics / step": f"{best['statistics'].seconds / reference.seconds:.2f}",
-        "its limit": f"{arithmetic_limit(run, tokens):.2f}",
-        "metrics at most, MiB": f"{kept / 2**20:.1f}",
+        "its limit": f"{arithmetic_limit(run, shapes, tokens.shape[1]):.2f}",
+        "sums, MiB": f"{kept / 2**20:.1f}",
     }
 
 

@@ -31,11 +31,12 @@ from iosvd.errors import BudgetError, ConfigError, exit_in_one_line
 from iosvd.evaluation.divergence import divergence
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.models import load_tokenizer
-from iosvd.pipeline import Factorized, feasible_budget
+from iosvd.pipeline import feasible_budget
 from iosvd.plan import dropped_energy
 from iosvd.progress import track
 from iosvd.run import Run
 from iosvd.sites import find_sites
+from iosvd.spectra import Factorized
 from iosvd.target import check_target
 from iosvd.trials import CalibrationTrial
 from iosvd.versions import commit

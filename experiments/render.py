@@ -9,9 +9,9 @@ Writes <results>/tables/<experiment>-<model>.md, .csv and .tex, and prints the t
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from iosvd.errors import exit_in_one_line
+from iosvd.storage import write_text
 from iosvd.tables.frame import to_frame
 from iosvd.tables.latex import to_latex
 from iosvd.tables.markdown import to_markdown
@@ -28,16 +28,12 @@ def render(overrides: list[str]) -> None:
     folder = sweep.results / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     text = to_markdown(table, below)
-    _write(folder / f"{sweep.name}.md", text)
-    _write(folder / f"{sweep.name}.tex", to_latex(table, below))
+    write_text(folder / f"{sweep.name}.md", text)
+    write_text(folder / f"{sweep.name}.tex", to_latex(table, below))
     frame = to_frame(table)
-    frame.to_csv(folder / f"{sweep.name}.csv", index=False)
+    write_text(folder / f"{sweep.name}.csv", frame.to_csv(index=False))
     print(text)
     log_sweep(sweep.name, sweep.runs[0], {"table": frame}, {})
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

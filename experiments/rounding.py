@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from iosvd.compression import batch_size, factorize_as, loaded
 from iosvd.config import compose_run
 from iosvd.data import calibration_windows, evaluation_windows
 from iosvd.errors import exit_in_one_line
+from iosvd.memory import MemoryUse
 from iosvd.models import load_tokenizer
-from iosvd.pipeline import Compressed, Factorized, compress
+from iosvd.pipeline import Compressed, compress
 from iosvd.progress import track
 from iosvd.quantization import (
     Axis,
@@ -47,8 +48,9 @@ from iosvd.replacement import replace_
 from iosvd.rows import restore, store_rows
 from iosvd.run import Run
 from iosvd.sites import find_sites
+from iosvd.spectra import Factorized
 from iosvd.trials import CalibrationTrial
-from iosvd.truncation import truncated_sites, with_gradient
+from iosvd.truncation import TruncatedSites, with_gradient
 from iosvd.types import Needs
 from iosvd.versions import commit
 
@@ -162,17 +164,17 @@ def _mean(values: Sequence[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, dict[str, Site]]:
+def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, Mapping[str, Site]]:
     """Return the truncated model in float64, and its sites with the gradient of its own loss."""
     run, model = bench.run, loaded(bench.run).double()
     layers = find_sites(model, run.model.sites)
     budget = Budget({name: Shape(*x.weight.shape) for name, x in layers.items()}, ratio)
     size, spectra = batch_size(run, bench.tokens), bench.factorized.spectra
     trial = CalibrationTrial(model, layers, spectra, budget, bench.tokens, size)
-    sites = truncated_sites(run.allocation(spectra, budget, trial), layers, spectra, budget)
-    replace_(model, {name: site.factors for name, site in sites.items() if site.factors})
+    sites = TruncatedSites(run.allocation(spectra, budget, trial), layers, spectra, budget)
+    replace_(model, sites)
     needs = Needs(gradient_windows=WINDOWS)
-    return model, with_gradient(sites, model, bench.tokens, needs, [layers], size)
+    return model, with_gradient(sites, model, bench.tokens, needs, size, MemoryUse())
 
 
 def single_rows(bench: Bench, ratio: float, axis: Axis) -> pandas.DataFrame:

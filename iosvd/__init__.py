@@ -15,7 +15,8 @@ from iosvd.errors import IosvdError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.zero_shot import ZeroShot, load_tasks, zero_shot
 from iosvd.models import Model, load_model, load_tokenizer
-from iosvd.pipeline import Compressed, Factorized, compress, factorize
+from iosvd.pipeline import Compressed, compress, factorize
+from iosvd.spectra import Factorized
 from iosvd.texts import Dataset, Split
 
 if TYPE_CHECKING:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from iosvd.cache import Cache
 from iosvd.errors import ConfigError
+from iosvd.fingerprints import model_identity
+from iosvd.memory import GIB, MemoryUse, sums_limit
 from iosvd.models import load_model
-from iosvd.pipeline import Compressed, Factorized, compress, factorize
+from iosvd.pipeline import Compressed, compress, factorize
+from iosvd.planning import activations_of
 from iosvd.run import Run
+from iosvd.spectra import Factorized
+from iosvd.store import NoStore, Store
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel
@@ -21,7 +28,14 @@ def loaded(run: Run) -> PreTrainedModel:
     return load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
 
 
-def factorize_as(run: Run, model: PreTrainedModel, tokens: Tensor) -> Factorized:
+def cache_of(run: Run) -> Cache:
+    """Return where a run keeps what other runs may need too."""
+    return Cache(Path(run.runtime.cache), run.runtime.cache_gib * GIB)
+
+
+def factorize_as(
+    run: Run, model: PreTrainedModel, tokens: Tensor, store: Store | None = None
+) -> Factorized:
     """Return the spectra of a loaded model the way a run says."""
     whitening_tokens, gradient_tokens = run.calibration.divided(tokens)
     return factorize(
@@ -34,28 +48,51 @@ def factorize_as(run: Run, model: PreTrainedModel, tokens: Tensor) -> Factorized
         selection=run.model.sites,
         gradient_tokens=gradient_tokens,
         batch_size=batch_size(run, tokens),
-        passes=run.runtime.passes,
+        memory=memory_use(run, model, tokens),
+        store=store or NoStore(),
+        identity=_identity(run, model),
     )
 
 
 def compress_as(
-    run: Run, model: PreTrainedModel, tokens: Tensor, factorized: Factorized | None = None
+    run: Run,
+    model: PreTrainedModel,
+    tokens: Tensor,
+    factorized: Factorized | None = None,
+    store: Store | None = None,
 ) -> Compressed:
     """Compress a loaded model the way a run says."""
+    whitening_tokens, gradient_tokens = run.calibration.divided(tokens)
     return compress(
         model,
-        run.calibration.divided(tokens)[0],
+        whitening_tokens,
         ratio=run.ratio,
         target_kl=run.target_kl,
         whitening=run.whitening,
         allocation=run.allocation,
         quantization=run.quantization,
+        factorization=run.factorization,
         selection=run.model.sites,
         min_rank_fraction=run.min_rank_fraction,
+        gradient_tokens=gradient_tokens,
         batch_size=batch_size(run, tokens),
-        passes=run.runtime.passes,
-        factorized=factorized or factorize_as(run, model, tokens),
+        memory=memory_use(run, model, tokens),
+        store=store or NoStore(),
+        identity=_identity(run, model),
+        factorized=factorized or factorize_as(run, model, tokens, store),
     )
+
+
+def memory_use(run: Run, model: PreTrainedModel, tokens: Tensor) -> MemoryUse:
+    """Return what the sums of one pass may take beside the loaded model and its activations."""
+    runtime, needs = run.runtime, run.whitening.needs | run.allocation.needs
+    where = torch.device("cpu") if runtime.metrics_on_cpu else model.device
+    activations = 0
+    if where == model.device:
+        shapes = activations_of(model, run.model.sites, batch_size(run, tokens) * tokens.shape[1])
+        activations = shapes.bytes(needs, runtime.checkpoint_blocks)
+    limit = sums_limit(runtime.memory_gib, where, activations)
+    return MemoryUse(limit, runtime.metrics_on_cpu, runtime.checkpoint_blocks)
 
 
 def batch_size(run: Run, windows: Tensor) -> int:
@@ -74,3 +111,7 @@ def device_for(name: str) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"runtime.device={name}, but torch sees no CUDA device; set it to cpu")
     return name
+
+
+def _identity(run: Run, model: PreTrainedModel) -> str:
+    return model_identity(run, getattr(model.config, "_commit_hash", None))

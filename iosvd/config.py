@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import torch
 from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,7 @@ from iosvd.models import Model, context_of
 from iosvd.run import Calibration, Evaluation, Run, Runtime, Tracking
 from iosvd.tables.spec import EXTRA, TableSpec
 from iosvd.texts import Dataset
+from iosvd.workers import cores
 
 CONF = Path(__file__).parents[1] / "conf"
 METHOD_GROUPS = ("whitening", "allocation", "quantization", "factorization")
@@ -43,6 +45,13 @@ OmegaConf.register_new_resolver(
     replace=True,
 )
 OmegaConf.register_new_resolver("folder_name", lambda path: Path(path).resolve().name, replace=True)
+# Workers side by side: as many as there are GPUs, and the cores divided among them.
+OmegaConf.register_new_resolver(
+    "workers_here", lambda: torch.cuda.device_count() or 2, replace=True
+)
+OmegaConf.register_new_resolver(
+    "threads_each", lambda workers: max(1, cores() // max(1, workers)), replace=True
+)
 OmegaConf.register_new_resolver(
     "window_length", lambda path: min(PROTOCOL_LENGTH, context_of(path)), replace=True
 )
@@ -150,7 +159,7 @@ def _check(run: Run) -> None:
         "calibration.windows": run.calibration.windows,
         "runtime.batch_tokens": run.runtime.batch_tokens,
         "runtime.batch_requests": run.runtime.batch_requests,
-        "runtime.passes": run.runtime.passes,
+        **({} if run.runtime.threads is None else {"runtime.threads": run.runtime.threads}),
     }
     # A window of one token predicts nothing.
     at_least_two = {
@@ -159,7 +168,13 @@ def _check(run: Run) -> None:
     }
     check_at_least(1, **at_least_one)
     check_at_least(2, **at_least_two)
-    check_at_least(0, **{"eval.windows": run.eval.windows, "eval.kl_windows": run.eval.kl_windows})
+    at_least_zero: dict[str, float] = {
+        "eval.windows": run.eval.windows,
+        "eval.kl_windows": run.eval.kl_windows,
+        "runtime.cache_gib": run.runtime.cache_gib,
+        "runtime.memory_gib": run.runtime.memory_gib or 0.0,
+    }
+    check_at_least(0, **at_least_zero)
     if not run.eval.texts:
         raise ConfigError("eval.texts is empty; choose eval=own, eval=pydoc or eval=paper")
     if run.wandb.checkpoint and not run.runtime.save_checkpoint:

@@ -13,7 +13,7 @@ from iosvd.config import METHOD_GROUPS
 from iosvd.errors import RecordError
 from iosvd.models import ASSETS
 from iosvd.plan import plan_frame
-from iosvd.records import METRICS, PLAN, read_record
+from iosvd.records import METRICS, PLAN, read_metrics, read_record
 
 log = logging.getLogger(__name__)
 _PLACE = "__RUNS__"
@@ -43,7 +43,7 @@ def to_page(runs: list[dict[str, Any]]) -> str:
 def _run(folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     assert record is not None
-    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    metrics = read_metrics(folder)
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     measures = {f"{name}_ppl": value for name, value in record.perplexity.items()}
     measures |= record.accuracy

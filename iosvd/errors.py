@@ -59,3 +59,11 @@ class CheckpointError(IosvdError):
 
 class RecordError(IosvdError):
     """A run's record is missing or unreadable."""
+
+
+class StorageError(IosvdError):
+    """A file cannot be written, for instance because the disk is full."""
+
+
+class WorkerError(IosvdError):
+    """The process that carried out a run was killed."""

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +36,35 @@ def digest(run: Run) -> str:
     return _hash_of(identity)[:12]
 
 
-def spectra_digest(run: Run) -> str:
-    """Return the identity of a run's spectra: of all that they depend on, and no more.
+def model_identity(run: Run, revision: str | None) -> str:
+    """Return what tells the weights of a run's model, in its dtype, from all others.
 
-    Of the allocation that is what it needs; of the quantisation, up to which rank they are kept.
+    Args:
+        run: whose model is meant.
+        revision: of the hub that it was loaded from, however the run names it.
     """
-    identity = {
-        **_sources(run),
-        **{key: run.config[key] for key in ("calibration", "whitening", "factorization")},
-        "needs": repr(run.allocation.needs),
-        "quantization": run.config["quantization"],
-    }
-    return _hash_of(identity)
+    content = _model_content(run)
+    source = content or [run.model.hub_id, revision or run.model.revision]
+    return _hash_of({"source": source, "dtype": run.model.dtype.value})
 
 
-def data_digest(run: Run) -> str:
-    """Return the identity of the tokens that a run reads."""
-    texts = run.config["eval"]
-    identity = {
-        **_sources(run),
-        "calibration": run.config["calibration"],
-        "texts": _texts(run),
-        "windows": [texts["seq_len"], texts["windows"]],
+def tokens_identity(
+    run: Run, dataset: Dataset, split: Split, options: dict[str, Any], revision: str | None
+) -> dict[str, Any]:
+    """Return what windows of a text depend on: text, tokenizer, and how they are cut.
+
+    Args:
+        run: whose tokenizer is meant.
+        dataset, split: the text.
+        options: how windows are cut.
+        revision: of the hub that the tokenizer was loaded from.
+    """
+    return {
+        "model": model_identity(run, revision),
+        "dataset": _dataset(json.loads(json.dumps(asdict(dataset))), dataset, split),
+        "split": asdict(split),
+        **options,
     }
-    return _hash_of(identity)
 
 
 def _hash_of(identity: dict[str, Any]) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from iosvd.allocation import Allocation
@@ -15,33 +13,27 @@ from iosvd.budget import Budget, Shape
 from iosvd.data import warn_if_few
 from iosvd.errors import ConfigError, ModelError
 from iosvd.factorization import Factorization
+from iosvd.gathering import Gatherer
+from iosvd.keys import Keys
+from iosvd.memory import MemoryUse
 from iosvd.plan import Plan, make_plan
-from iosvd.progress import track
 from iosvd.quantization import NoQuantization, Quantization
+from iosvd.quantization.base import Site
 from iosvd.replacement import compressed_layers, replace_, store_
 from iosvd.rows import half_dtype
-from iosvd.scoring import with_fisher_norm, with_loss_change
-from iosvd.sites import SiteSelection, find_sites, in_groups
+from iosvd.sites import SiteSelection, find_sites
+from iosvd.spectra import Factorized, SpectraOf
 from iosvd.stages import Stage, StageClock
-from iosvd.statistics import collect, statistics_bytes
+from iosvd.statistics import shared_inputs
+from iosvd.store import NoStore, Store
 from iosvd.target import budget_for_kl, check_target
-from iosvd.trials import CalibrationTrial
-from iosvd.truncation import best_ranks, truncated_sites, with_gradient
-from iosvd.types import Needs, SiteStatistics, Spectrum
+from iosvd.trials import CalibrationTrial, KeptLosses
+from iosvd.truncation import TruncatedSites, best_ranks, with_gradient
+from iosvd.types import Needs
 from iosvd.whitening import Whitening, predicts_kl
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Factorized:
-    """The spectra of all sites, and what they took; they serve every ratio."""
-
-    spectra: Mapping[str, Spectrum]
-    stages: Mapping[str, Stage]
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,9 @@ def compress(
     min_rank_fraction: float = 0.0,
     gradient_tokens: Tensor | None = None,
     batch_size: int = 8,
-    passes: int = 1,
+    memory: MemoryUse = MemoryUse(),  # noqa: B008 (frozen)
+    store: Store = NoStore(),  # noqa: B008 (frozen)
+    identity: str = "",
     factorized: Factorized | None = None,
 ) -> Compressed:
     """Compress a causal language model to a maintenance ratio, or to a predicted quality.
@@ -86,8 +80,10 @@ def compress(
         min_rank_fraction: of its break-even rank that every site keeps at least.
         gradient_tokens: windows of the loss gradient, which scores; None: the same.
         batch_size: windows per forward pass.
-        passes: passes over the calibration set, each for a part of the sites: the statistics take
-            so many times less memory, and more time.
+        memory: what statistics may take; with less, the calibration set is passed more often, each
+            time for a part of the sites.
+        store: where statistics, spectra and trials are kept, to be computed once; see `Cache`.
+        identity: what tells the model's weights from those of all others that use the same store.
         factorized: what `factorize` returned for this model, to compress it to several ratios.
 
     Raises:
@@ -113,33 +109,32 @@ def compress(
         selection=selection,
         gradient_tokens=gradient_tokens,
         batch_size=batch_size,
-        passes=passes,
+        memory=memory,
+        store=store,
+        identity=identity,
     )
     spectra, stages = factorized.spectra, factorized.stages
+    keys = Keys.of(identity, tokens, gradient_tokens, whitening, factorization)
     with clock.stage("allocation"):
-        trial = CalibrationTrial(model, sites, spectra, budget, tokens, batch_size)
+        kept = KeptLosses(store, keys, whitening.needs)
+        trial = CalibrationTrial(model, sites, spectra, budget, tokens, batch_size, kept)
         if target_kl is not None:
             budget = budget_for_kl(target_kl, allocation, spectra, budget, trial)
             rank_budgets = quantization.rank_budgets(budget)
         candidates = [allocation(spectra, rank_budget, trial) for rank_budget in rank_budgets]
         ranks = best_ranks(candidates, sites, spectra, budget, quantization)
-        truncated = truncated_sites(ranks, sites, spectra, budget)
-    # The factors are copies; from here on only the numbers of the spectra are needed, and the
-    # vectors are freed unless the caller keeps them.
-    spectra = {name: spectrum.head(0, torch.float32) for name, spectrum in spectra.items()}
-    del factorized, trial
+    truncated: Mapping[str, Site] = TruncatedSites(ranks, sites, spectra, budget)
     with clock.stage("replacement"):
-        replace_(model, {name: s.factors for name, s in truncated.items() if s.factors})
+        replace_(model, truncated)
     with clock.stage("quantization"):
-        asked = Needs(gradient_windows=quantization.gradient_windows)
-        if asked != Needs():
-            groups = in_groups(sites, passes)
-            truncated = with_gradient(truncated, model, tokens, asked, groups, batch_size)
+        if quantization.gradient_windows:
+            asked = Needs(gradient_windows=quantization.gradient_windows)
+            truncated = with_gradient(truncated, model, tokens, asked, batch_size, memory)
         stored = quantization(truncated, budget.limit, half_dtype(model.dtype))
         store_(model, stored)
     plan = make_plan(ranks, spectra, budget, kl=predicts_kl(whitening), stored=stored)
     mark_compressed_(model)
-    sigma = {site: spectrum.sigma for site, spectrum in spectra.items()}
+    sigma = {site: spectrum.sigma.clone() for site, spectrum in spectra.items()}
     return Compressed(model, plan, sigma, {**stages, **clock.stages})
 
 
@@ -172,73 +167,26 @@ def factorize(
     selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
     gradient_tokens: Tensor | None = None,
     batch_size: int = 8,
-    passes: int = 1,
-    statistics: Mapping[str, SiteStatistics] | None = None,
+    memory: MemoryUse = MemoryUse(),  # noqa: B008 (frozen)
+    store: Store = NoStore(),  # noqa: B008 (frozen)
+    identity: str = "",
 ) -> Factorized:
     """Return the spectra of all sites, scored as the allocation needs; the model is not changed.
 
     They hold for every ratio, and for every allocation and quantisation that needs no other
-    statistics and plans no higher ranks than this one. Arguments are those of `compress`;
-    `statistics` is what `collect` returned for this model, instead of collecting.
+    statistics and, without a store, plans no higher ranks than this one. Arguments are those of
+    `compress`.
     """
-    clock = StageClock()
     sites = _sites(model, selection)
     needs = whitening.needs | allocation.needs
-    groups = in_groups(sites, passes)
-    largest = max(statistics_bytes(group, needs) for group in groups)
-    log.info("%d sites; statistics take at most %.1f MiB", len(sites), largest / 2**20)
     if needs != Needs():
         warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
-    spectra: dict[str, Spectrum] = {}
-    for group in groups:
-        with clock.stage("statistics"):
-            if statistics is None:
-                found = _collect(model, tokens, group, needs, gradient_tokens, batch_size)
-            else:
-                found = dict(statistics)
-        with clock.stage("factorization"):
-            for name in track(list(group), len(group), "factorization", "site"):
-                # Absent only where the caller gave those of other sites; `need` then names it.
-                of_site = found.pop(name, SiteStatistics(name)).to(factorization.precision.dtype)
-                spectrum = _spectrum(group[name], of_site, whitening, allocation, factorization)
-                cost = quantization.cost(Shape(*group[name].weight.shape))
-                keep = torch.promote_types(group[name].weight.dtype, torch.float32)
-                spectra[name] = spectrum.head(cost.break_even_rank, keep)
-    return Factorized(spectra, clock.stages)
-
-
-def _collect(
-    model: PreTrainedModel,
-    tokens: Tensor,
-    sites: Mapping[str, nn.Linear],
-    needs: Needs,
-    gradient_tokens: Tensor | None,
-    batch_size: int,
-) -> dict[str, SiteStatistics]:
-    """Collect everything, the gradient from windows of its own if there are any."""
-    if gradient_tokens is None:
-        return collect(model, tokens, sites, needs, batch_size)
-    found = collect(model, tokens, sites, replace(needs, gradient_windows=0), batch_size)
-    gradient = Needs(gradient_windows=needs.gradient_windows)
-    other = collect(model, gradient_tokens, sites, gradient, batch_size)
-    return {name: replace(s, gradient=other[name].gradient) for name, s in found.items()}
-
-
-def _spectrum(
-    site: nn.Linear,
-    statistics: SiteStatistics,
-    whitening: Whitening,
-    allocation: Allocation,
-    factorization: Factorization,
-) -> Spectrum:
-    """Factorise one site, and score it as the allocation needs it."""
-    spectrum = factorization(site.weight, whitening(statistics), statistics.site)
-    if allocation.needs.gradient_windows:
-        spectrum = with_loss_change(spectrum, statistics.need("gradient"))
-    if allocation.needs.fisher_rows:
-        rows = statistics.need("fisher_rows")
-        spectrum = with_fisher_norm(spectrum, site.weight, rows)
-    return spectrum
+    keys = Keys.of(identity, tokens, gradient_tokens, whitening, factorization)
+    shared = shared_inputs(model, tokens, sites)
+    gather = Gatherer(
+        *(model, tokens, gradient_tokens, sites, shared, batch_size, memory, store, keys)
+    )
+    return SpectraOf(whitening, allocation, quantization, factorization)(gather)
 
 
 def _sites(model: PreTrainedModel, selection: SiteSelection) -> dict[str, nn.Linear]:

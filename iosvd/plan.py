@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from iosvd.budget import ENTRY_BITS, Budget, Shape
 from iosvd.sites import layer_and_role
+from iosvd.storage import write_json
 from iosvd.types import Spectrum
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Plan:
     def write(self, path: Path, versions: Mapping[str, str]) -> None:
         """Write plan.json."""
         record: dict[str, Any] = {"ratio_achieved": self.ratio_achieved, **asdict(self)}
-        path.write_text(json.dumps({**record, "versions": dict(versions)}, indent=1) + "\n")
+        write_json(path, {**record, "versions": dict(versions)})
 
 
 def make_plan(

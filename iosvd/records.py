@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,9 @@ from iosvd.errors import RecordError
 from iosvd.fingerprints import digest
 from iosvd.plan import SitePlan
 from iosvd.run import Run
+from iosvd.storage import DamagedError, read_sealed
 
-METRICS = "metrics.json"  # Written last.
+METRICS = "metrics.json"  # Written last, with a checksum.
 FAILURE = "failure.json"
 PLAN = "plan.json"
 SPECTRA = "spectra.safetensors"  # All singular values of every site.
@@ -43,22 +42,6 @@ def run_folder(run: Run) -> Path:
     label = re.sub(r"[^\w.=]+", "_", run.label).strip("_")
     goal = f"kl{run.target_kl:g}" if run.ratio is None else f"{run.ratio:g}"
     return folder / f"{label}-{goal}-{identity}"
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file, all of it or nothing."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as stream:
-        temporary = Path(stream.name)
-        try:
-            json.dump(value, stream, indent=1)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    temporary.chmod(0o644)  # Temporary files are private to the user.
-    temporary.replace(path)
 
 
 @dataclass(frozen=True)
@@ -110,14 +93,13 @@ def read_record(folder: Path) -> Record | None:
     Raises:
         RecordError: metrics.json is damaged.
     """
-    path = folder / METRICS
-    if not path.exists():
+    if not (folder / METRICS).exists():
         return None
     try:
-        return _record(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return _record(read_metrics(folder))
+    except (KeyError, TypeError, AttributeError) as error:
         raise RecordError(
-            f"cannot read {path} ({type(error).__name__}); remove it and run again"
+            f"cannot read {folder / METRICS} ({type(error).__name__}); remove it and run again"
         ) from error
 
 
@@ -166,10 +148,13 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     Raises:
         RecordError: it cannot be read.
     """
+    path = folder / METRICS
     try:
-        return dict(json.loads((folder / METRICS).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"cannot read {folder / METRICS}; remove it and run again") from error
+        return read_sealed(path)
+    except DamagedError as error:
+        raise RecordError(f"cannot read {path}: {error}; remove it and run again") from error
+    except OSError as error:
+        raise RecordError(f"cannot read {path}; remove it and run again") from error
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

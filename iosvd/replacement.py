@@ -8,16 +8,17 @@ import torch
 from torch import nn
 
 from iosvd.modules import CompressedLinear, LowRankLinear
-from iosvd.quantization.base import Stored
-from iosvd.types import Factors
+from iosvd.quantization.base import Site, Stored
 
 
-def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> None:
-    """Put low-rank layers in the model's dtype in place of the named dense ones."""
-    for name, value in factors.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        model.set_submodule(name, LowRankLinear.from_factors(layer, value))
+def replace_(model: nn.Module, sites: Mapping[str, Site]) -> None:
+    """Put low-rank layers in the model's dtype in place of those that have factors, one by one."""
+    for name, site in sites.items():
+        if site.factors is not None:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            model.set_submodule(name, LowRankLinear.from_factors(layer, site.factors))
+            layer.to("meta")  # Frees the weight, whoever still knows the layer.
 
 
 def store_(model: nn.Module, stored: Mapping[str, Stored]) -> None:

@@ -75,8 +75,15 @@ class Runtime:
     device_map: str | None = None
     batch_tokens: int = 2048
     batch_requests: int = 32
-    passes: int = 1
+    workers: int = 1
+    threads: int | None = None
+    gpu_per_worker: bool = False
+    memory_gib: float | None = None
+    metrics_on_cpu: bool = False
+    checkpoint_blocks: bool = False
     results: str = "results"
+    cache: str = "results/cache"
+    cache_gib: float = 200.0
     save_checkpoint: bool = False
     force: bool = False
 

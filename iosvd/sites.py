@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -27,12 +27,31 @@ class SiteSelection:
 
 
 def find_sites(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Linear]:
-    """Return the target layers by qualified name, in the order of the model.
+    """Return the target layers by qualified name, in the order of the model, fit for compression.
 
     Raises:
         ConfigError: a module type does not exist or is not a linear layer.
         ModelError: nothing matches.
         NumericalError: a weight is not finite.
+    """
+    sites = find_linears(model, selection)
+    for name, module in sites.items():
+        if module.weight.is_meta:
+            raise ModelError(
+                f"{name} was offloaded to disk or main memory, where it cannot be compressed;"
+                " use a device with more memory, or runtime.device=cpu without a device map"
+            )
+        if not torch.isfinite(module.weight).all():
+            raise NumericalError(f"the weight of {name} has NaN or infinity; check the checkpoint")
+    return sites
+
+
+def find_linears(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Linear]:
+    """Return the target layers by qualified name, in the order of the model, whatever they hold.
+
+    Raises:
+        ConfigError: a module type does not exist or is not a linear layer.
+        ModelError: nothing matches.
     """
     types = tuple(_module_type(path) for path in selection.module_types)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, types)}
@@ -47,22 +66,34 @@ def find_sites(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Linea
             f"no site matches model.sites.include={selection.include} and"
             f" exclude={selection.exclude}; layers of type {selection.module_types}: {found}, …"
         )
-    for name, module in sites.items():
-        if module.weight.is_meta:
-            raise ModelError(
-                f"{name} was offloaded to disk or main memory, where it cannot be compressed;"
-                " use a device with more memory, or runtime.device=cpu without a device map"
-            )
-        if not torch.isfinite(module.weight).all():
-            raise NumericalError(f"the weight of {name} has NaN or infinity; check the checkpoint")
     return sites
 
 
-def in_groups(sites: Mapping[str, nn.Linear], count: int) -> list[dict[str, nn.Linear]]:
-    """Divide the sites, in their order, into at most `count` groups of about the same size."""
-    size = -(-len(sites) // count)
-    items = list(sites.items())
-    return [dict(items[start : start + size]) for start in range(0, len(items), size)]
+def in_groups(
+    sites: Iterable[str], size_bytes: Callable[[list[str]], int], limit_bytes: float
+) -> list[list[str]]:
+    """Divide sites, in their order, into as few groups as a limit allows, one site at least each.
+
+    Args:
+        sites: qualified names.
+        size_bytes: of a group.
+        limit_bytes: of every group.
+    """
+    groups: list[list[str]] = []
+    for site in sites:
+        if groups and size_bytes([*groups[-1], site]) <= limit_bytes:
+            groups[-1].append(site)
+        else:
+            groups.append([site])
+    return groups
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of the longest list of modules of one kind: the decoder's."""
+    lists = [
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len({*map(type, m)}) == 1
+    ]
+    return list(max(lists, key=len, default=()))
 
 
 def layer_and_role(site: str) -> tuple[int, str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from iosvd.logs import of_stage
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +34,29 @@ class StageClock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure what happens inside."""
-        _reset_peak()
-        started = time.monotonic()
-        yield
-        if _on_gpu():
-            torch.cuda.synchronize()
+        with of_stage(name):
+            with measured() as took:
+                yield
+            self.add(name, took())
+            log.info("took %.1f s", took().seconds)
+
+    def add(self, name: str, took: Stage) -> None:
+        """Add to a stage what was measured elsewhere."""
         before = self.stages.get(name, Stage(0.0, 0))
-        seconds = time.monotonic() - started
-        peak = max(before.peak_bytes, _peak_bytes())
-        self.stages[name] = Stage(before.seconds + seconds, peak)
-        log.info("%s: %.1f s", name, seconds)
+        peak = max(before.peak_bytes, took.peak_bytes)
+        self.stages[name] = Stage(before.seconds + took.seconds, peak)
+
+
+@contextmanager
+def measured() -> Iterator[Callable[[], Stage]]:
+    """Yield what tells afterwards how long the inside took, and how much memory."""
+    found: list[Stage] = []
+    _reset_peak()
+    started = time.monotonic()
+    yield lambda: found[0]
+    if _on_gpu():
+        torch.cuda.synchronize()
+    found.append(Stage(time.monotonic() - started, _peak_bytes()))
 
 
 def _on_gpu() -> bool:

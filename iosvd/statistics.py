@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from iosvd.budget import Shape
 from iosvd.errors import ModelError, NumericalError
 from iosvd.evaluation.perplexity import summed_loss
 from iosvd.kl_metric import cotangents
 from iosvd.progress import track
+from iosvd.sites import decoder_blocks
 from iosvd.sums import Phase, Sums
 from iosvd.types import Needs, SiteStatistics
 
@@ -34,6 +37,9 @@ def collect(
     sites: Mapping[str, nn.Module],
     needs: Needs,
     batch_size: int = 8,
+    *,
+    on_cpu: bool = False,
+    checkpoint_blocks: bool = False,
 ) -> dict[str, SiteStatistics]:
     """Return the statistics of the given sites, which may be a subset of the model's.
 
@@ -43,14 +49,17 @@ def collect(
         sites: target layers by qualified name; linear, or what took a linear layer's place.
         needs: which statistics; none at all costs nothing.
         batch_size: windows per forward pass; it changes results by rounding only.
+        on_cpu: keep the sums in main memory, wherever the model is.
+        checkpoint_blocks: for each backward pass compute the activations of one decoder block at a
+            time again, instead of keeping those of all.
 
     Raises:
         NumericalError: activations or logits are not finite; the first such site is named.
     """
     if needs == Needs():
         return {name: SiteStatistics(name) for name in sites}
-    sums = Sums(needs, _shared_inputs(model, tokens[:1, :8], sites))
-    with _observed(model, sites, sums):
+    sums = Sums(needs, shared_inputs(model, tokens, sites), on_cpu)
+    with _observed(model, sites, sums), _checkpointed(model, checkpoint_blocks and needs.backward):
         for number in range(max(1, needs.kronecker_passes)):
             sums.only_kronecker = number > 0
             _pass_over(model, tokens, batch_size, sums)
@@ -60,17 +69,26 @@ def collect(
     return {name: sums.statistics(name) for name in sites}
 
 
-def statistics_bytes(sites: Mapping[str, nn.Linear], needs: Needs) -> int:
-    """Bound the bytes of the sums from above: shared inputs are counted for every site."""
-    total = 0
-    for linear in sites.values():
-        m, n = linear.weight.shape
-        total += n * n * needs.input_metric + n * needs.input_magnitude
-        total += m * m * (needs.kl_metric is not None) + m * m * (needs.fisher_metric is not None)
-        total += m * needs.fisher_rows + m * n * (needs.gradient_windows > 0)
+def statistics_bytes(shapes: Mapping[str, Shape], needs: Needs, shared: Mapping[str, str]) -> int:
+    """Return the bytes of the sums of these sites, in float32.
+
+    Args:
+        shapes: of the sites' weights.
+        needs: what is collected.
+        shared: what `shared_inputs` returned, of these sites or more.
+    """
+    entries = 0
+    readers: set[str] = set()
+    for name, shape in shapes.items():
+        m, n = shape.m, shape.n
+        if shared[name] not in readers:  # It pays for those that read the same.
+            readers.add(shared[name])
+            entries += n * n * needs.input_metric + n * needs.input_magnitude
+        entries += m * m * ((needs.kl_metric is not None) + (needs.fisher_metric is not None))
+        entries += m * needs.fisher_rows + m * n * (needs.gradient_windows > 0)
         # Both factors, and the sum of the one that is being updated.
-        total += (m * m + n * n + max(m, n) ** 2) * (needs.kronecker_passes > 0)
-    return 4 * total  # float32
+        entries += (m * m + n * n + max(m, n) ** 2) * (needs.kronecker_passes > 0)
+    return 4 * entries
 
 
 def _pass_over(model: PreTrainedModel, tokens: Tensor, batch_size: int, sums: Sums) -> None:
@@ -140,10 +158,33 @@ def _observed(model: PreTrainedModel, sites: Mapping[str, nn.Module], sums: Sums
                 parameter.requires_grad_(wanted)
 
 
-def _shared_inputs(
+@contextmanager
+def _checkpointed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Keep of each decoder block its input alone, and compute the rest again when it is needed."""
+    # Not transformers' own: it works in training mode only, where dropout would be on.
+    blocks = decoder_blocks(model) if wanted else []
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # What stood in front of the method of the class.
+
+
+def shared_inputs(
     model: PreTrainedModel, tokens: Tensor, sites: Mapping[str, nn.Module]
 ) -> dict[str, str]:
-    """Map each site to the first one that reads the very same tensor (q, k, v; gate, up)."""
+    """Map each site to the first one that reads the very same tensor (q, k, v; gate, up).
+
+    Args:
+        model: a causal language model, on any device, the meta device too.
+        tokens: windows (windows, length), of which a few tokens are used.
+        sites: target layers by qualified name.
+
+    Raises:
+        ModelError: a site is not used; it is named.
+    """
     seen: dict[int, tuple[str, Tensor]] = {}  # The tensor is kept so that its id stays its own.
     shared: dict[str, str] = {}
 
@@ -153,7 +194,7 @@ def _shared_inputs(
     with ExitStack() as stack, torch.no_grad():
         for name, site in sites.items():
             stack.callback(site.register_forward_pre_hook(partial(see, name)).remove)
-        model(input_ids=tokens.to(model.device), use_cache=False)
+        model(input_ids=tokens[:1, :8].to(model.device), use_cache=False)
     for name in sites:
         if name not in shared:
             raise ModelError(

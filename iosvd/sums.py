@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from iosvd.errors import NumericalError
 from iosvd.kronecker import KroneckerSums
-from iosvd.linalg import add_lower_gram_, mirror_
+from iosvd.linalg import add_lower_gram_, add_product_, mirror_
 from iosvd.types import Needs, SiteStatistics
 
 
@@ -27,10 +27,11 @@ class Phase(Enum):
 
 @dataclass
 class Sums:
-    """Sums by site, in float32 or better, on the site's device."""
+    """Sums by site, in float32 or better."""
 
     needs: Needs
     shared: Mapping[str, str]  # Site to the first site that reads the same tensor.
+    on_cpu: bool = False  # Rather than on the site's device.
     phase: Phase = Phase.INPUTS
     first_window: int = 0  # Of the batch that passes.
     windows: int = 0  # In that batch.
@@ -45,13 +46,15 @@ class Sums:
 
     def see_output(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         """Add a site's inputs, and watch for the cotangents of its output."""
+        if self.phase is not Phase.INPUTS:  # A checkpointed block computes its activations again.
+            return
         x = inputs[0].detach()
         if self.shared[name] == name and not self.only_kronecker:
             rows = _rows(x)
             if self.needs.input_metric:
-                _add_gram(self.input_metric, name, rows)
+                self._add_gram(self.input_metric, name, rows)
             if self.needs.input_magnitude:
-                _add(self.input_magnitude, name, rows.abs().sum(0))
+                self._add(self.input_magnitude, name, rows.abs().sum(0))
         if self.needs.backward:
             weighs = self.needs.gradient_windows > 0 or self.needs.every_gradient
             y.register_hook(partial(self.see_cotangent, name, x if weighs else None))
@@ -60,31 +63,54 @@ class Sums:
         """Add what was back-propagated to a site's output."""
         rows = _rows(cotangent)
         if self.phase is Phase.KL:
-            _add_gram(self.kl_metric, name, rows)
+            self._add_gram(self.kl_metric, name, rows)
         elif self.phase is Phase.SAMPLED_LOSS:
-            _add_gram(self.fisher_metric, name, rows)
+            self._add_gram(self.fisher_metric, name, rows)
         elif self.phase is Phase.LOSS:
             self._see_loss(name, x, rows)
 
     def _see_loss(self, name: str, x: Tensor | None, rows: Tensor) -> None:
         metric = self.needs.fisher_metric
         if metric is not None and not metric.sampled and not self.only_kronecker:
-            _add_gram(self.fisher_metric, name, rows)
+            self._add_gram(self.fisher_metric, name, rows)
         if x is None:
             return
         inputs, length = _rows(x), len(rows) // self.windows
         scored = max(0, min(self.windows, self.needs.gradient_windows - self.first_window))
         if scored and not self.only_kronecker:
-            _add_product(self.gradient, name, rows[: scored * length], inputs[: scored * length])
+            kept = scored * length
+            self._add_product(self.gradient, name, rows[:kept], inputs[:kept])
         if self.needs.every_gradient:
             for g, seen in zip(rows.split(length), inputs.split(length), strict=True):
                 self._see_window(name, g.T @ seen)
 
     def _see_window(self, name: str, gradient: Tensor) -> None:
         if self.needs.fisher_rows and not self.only_kronecker:
-            _add(self.fisher_rows, name, gradient.square().sum(1))
+            self._add(self.fisher_rows, name, gradient.square().sum(1))
         if self.needs.kronecker_passes:
             self.kronecker.add(name, gradient)
+
+    def _add(self, sums: dict[str, Tensor], name: str, term: Tensor) -> None:
+        sums[name] = (
+            sums[name].add_(term.to(sums[name].device)) if name in sums else self._own(term)
+        )
+
+    def _add_gram(self, sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
+        """Add rowsᵀ rows, of which only the lower triangle's blocks are computed."""
+        width = rows.shape[1]
+        if name not in sums:
+            sums[name] = rows.new_zeros(width, width, device="cpu" if self.on_cpu else None)
+        add_lower_gram_(sums[name], rows)
+
+    def _add_product(self, sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
+        """Add aᵀ b."""
+        if name not in sums:
+            shape = (a.shape[1], b.shape[1])
+            sums[name] = a.new_zeros(shape, device="cpu" if self.on_cpu else None)
+        add_product_(sums[name], a, b)
+
+    def _own(self, term: Tensor) -> Tensor:
+        return term.cpu() if self.on_cpu else term
 
     def check(self) -> None:
         """Raise for the first site, in the order of the model, whose sums are not finite."""
@@ -142,22 +168,3 @@ class Sums:
 def _rows(x: Tensor) -> Tensor:
     """Flatten (windows, length, width) to (tokens, width) in float32 or better."""
     return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _add(sums: dict[str, Tensor], name: str, term: Tensor) -> None:
-    sums[name] = sums[name].add_(term) if name in sums else term
-
-
-def _add_gram(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
-    """Add rowsᵀ rows, of which only the lower triangle's blocks are computed."""
-    width = rows.shape[1]
-    if name not in sums:
-        sums[name] = rows.new_zeros(width, width)
-    add_lower_gram_(sums[name], rows)
-
-
-def _add_product(sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
-    """Add aᵀ b."""
-    if name not in sums:
-        sums[name] = a.new_zeros(a.shape[1], b.shape[1])
-    sums[name].addmm_(a.T, b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,10 +24,19 @@ from iosvd.config import (
     run_of,
 )
 from iosvd.errors import ConfigError, one_line
+from iosvd.fingerprints import digest
 from iosvd.run import Run
 
 # A row says these by itself.
 _SHOWN_APART = frozenset({"method", "ratio", "model", "model.path", "model.hub_id", "model.name"})
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, and the overrides that make it: what Hydra's launcher is given."""
+
+    run: Run
+    overrides: tuple[str, ...]
 
 
 def expand(overrides: Sequence[str], sweep: bool) -> list[Run]:
@@ -38,15 +48,7 @@ def expand(overrides: Sequence[str], sweep: bool) -> list[Run]:
     Raises:
         ConfigError: one line that names the option and what it may be.
     """
-    if not sweep:
-        return [compose_run(overrides)]
-    jobs = _jobs(overrides)
-    common = set.intersection(*map(set, jobs))
-    fixed = {line for line in common if _key(line) in {_key(given) for given in overrides}}
-    return [
-        dataclasses.replace(run, label=_label(run, job, common, fixed))
-        for run, job in zip(_composed_once(jobs), jobs, strict=True)
-    ]
+    return [job.run for job in _cells(overrides)] if sweep else [compose_run(overrides)]
 
 
 def baselines(overrides: Sequence[str]) -> list[Run]:
@@ -54,18 +56,53 @@ def baselines(overrides: Sequence[str]) -> list[Run]:
 
     They have one ratio and no method's options, so they cannot be cells of the sweep itself.
     """
+    return [job.run for job in _baselines(overrides)]
+
+
+def sweep_jobs(overrides: Sequence[str]) -> list[Job]:
+    """Return the jobs of a sweep, baselines first, each run once.
+
+    Those that differ in the ratio alone lie apart: side by side they would wait for each other's
+    statistics.
+
+    Raises:
+        ConfigError: one line that names the option and what it may be.
+    """
+    cells = _cells(overrides)
+    ratios = list(dict.fromkeys(job.run.ratio for job in cells))
+    ordered = [*_baselines(overrides), *sorted(cells, key=lambda job: ratios.index(job.run.ratio))]
+    return list({digest(job.run): job for job in reversed(ordered)}.values())[::-1]
+
+
+def _cells(overrides: Sequence[str]) -> list[Job]:
+    jobs = _jobs(overrides)
+    common = set.intersection(*map(set, jobs))
+    fixed = {line for line in common if _key(line) in {_key(given) for given in overrides}}
+    return [
+        Job(dataclasses.replace(run, label=_label(run, job, common, fixed)), tuple(job))
+        for run, job in zip(_composed_once(jobs), jobs, strict=True)
+    ]
+
+
+def _baselines(overrides: Sequence[str]) -> list[Job]:
     dropped = {*METHOD_GROUPS, "method", "ratio", "target_kl", "min_rank_fraction"}
     jobs = [
-        tuple(
-            line
-            for line in job
-            if group_of(line) not in dropped and _key(line) != "calibration.halves"
+        (
+            *(
+                line
+                for line in job
+                if group_of(line) not in dropped and _key(line) != "calibration.halves"
+            ),
+            *("method=dense", "ratio=1"),
         )
         for job in _jobs(overrides)
     ]
-    runs = [compose_run([*job, "method=dense", "ratio=1"]) for job in dict.fromkeys(jobs)]
+    found = [Job(compose_run(job), job) for job in dict.fromkeys(jobs)]
     # What calibrates does not change the dense model.
-    measured = {json.dumps([r.config["model"], r.config["eval"]]): r for r in reversed(runs)}
+    measured = {
+        json.dumps([job.run.config["model"], job.run.config["eval"]]): job
+        for job in reversed(found)
+    }
     return list(reversed(measured.values()))
 
 
@@ -79,7 +116,8 @@ def _jobs(overrides: Sequence[str]) -> list[list[str]]:
         jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), None)
     except HydraException as error:
         raise ConfigError(one_line(error)) from None
-    return list(jobs[0])
+    # How they are launched is not theirs.
+    return [[line for line in job if not _key(line).startswith("hydra")] for job in jobs[0]]
 
 
 def _composed_once(jobs: Sequence[Sequence[str]]) -> list[Run]:

@@ -6,7 +6,6 @@ failed and is tried again, or was complete before tracking was turned on, contin
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from iosvd.errors import ConfigError, one_line
 from iosvd.fingerprints import digest
 from iosvd.plan import plan_frame
-from iosvd.records import CHECKPOINT, METRICS, TRACKED, read_plan_and_spectra, write_json
+from iosvd.records import CHECKPOINT, TRACKED, read_metrics, read_plan_and_spectra
 from iosvd.run import Run, Tracking, TrackingMode
+from iosvd.storage import write_json
 
 if TYPE_CHECKING:  # Takes a second to import, and most runs do without.
     import pandas
@@ -127,7 +127,7 @@ def log_complete(run: wandb.Run, folder: Path, checkpoint: bool = False) -> None
     plan, sigma = read_plan_and_spectra(folder)
     pictures = {"ranks": figures.rank_map(plan["sites"]), "spectra": figures.spectra(sigma)}
     log_media(run, {"plan": plan_frame(plan["sites"])}, pictures)
-    run.summary.update(json.loads((folder / METRICS).read_text()))
+    run.summary.update(read_metrics(folder))
     if checkpoint and (folder / CHECKPOINT).is_dir():
         artifact = wandb.Artifact(f"{run.id}-checkpoint", type="model")
         artifact.add_dir(str(folder / CHECKPOINT))

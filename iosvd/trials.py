@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from iosvd.budget import Budget
 from iosvd.evaluation.perplexity import mean_loss
-from iosvd.types import Spectrum
+from iosvd.keys import Keys
+from iosvd.stages import measured
+from iosvd.store import Entry, Store
+from iosvd.types import Needs, Spectrum
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class KeptLosses:
+    """Losses that were measured before, by anyone who tried the same ranks of the same spectra."""
+
+    store: Store
+    keys: Keys
+    needs: Needs  # The whitening's.
+
+    def of(self, ranks: Mapping[str, int], windows: int, measure: Callable[[], float]) -> float:
+        """Return the loss with these ranks on the first so many windows; if need be, measure it."""
+        key = self.keys.trial(self.needs, ranks, windows)
+        if (entry := self.store.get(key)) is None:
+            with self.store.locked([self.keys.trials(self.needs)]):
+                if (entry := self.store.get(key)) is None:
+                    with measured() as took:
+                        loss = measure()
+                    tensors = {"loss": torch.tensor(loss, dtype=torch.float64)}
+                    entry = self.store.put(key, Entry(tensors, took()))
+        return float(entry.tensors["loss"])
 
 
 @dataclass(frozen=True)
@@ -27,6 +52,7 @@ class CalibrationTrial:
     budget: Budget
     windows: Tensor  # (windows, length)
     batch_size: int
+    kept: KeptLosses | None = None
 
     @property
     def tokens(self) -> int:
@@ -42,8 +68,12 @@ class CalibrationTrial:
         chosen = self.windows[:windows] if windows else self.windows
         costs = self.budget.costs
         factorised = {s: rank for s, rank in ranks.items() if rank <= costs[s].break_even_rank}
-        with truncated_weights(self.sites, self.spectra, factorised):
-            return mean_loss(self.model, chosen, self.batch_size)
+
+        def measure() -> float:
+            with truncated_weights(self.sites, self.spectra, factorised):
+                return mean_loss(self.model, chosen, self.batch_size)
+
+        return measure() if self.kept is None else self.kept.of(factorised, len(chosen), measure)
 
 
 @contextmanager

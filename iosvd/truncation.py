@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from iosvd.budget import Budget
+from iosvd.budget import Budget, Shape
 from iosvd.factorization import truncate
+from iosvd.memory import MemoryUse
 from iosvd.plan import dropped_energy
 from iosvd.quantization.base import Quantization, Site
 from iosvd.rows import half_dtype
-from iosvd.statistics import collect
+from iosvd.sites import in_groups
+from iosvd.statistics import collect, statistics_bytes
 from iosvd.types import Needs, Spectrum
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
@@ -23,24 +25,47 @@ if TYPE_CHECKING:  # transformers' models take seconds to import.
 log = logging.getLogger(__name__)
 
 
-def truncated_sites(
-    ranks: Mapping[str, int],
-    sites: Mapping[str, nn.Linear],
-    spectra: Mapping[str, Spectrum],
-    budget: Budget,
-) -> dict[str, Site]:
-    """Truncate the sites that ranks factorise; the factors are copies."""
-    factorised = budget.factorised(ranks)
-    return {
-        name: Site(
+@dataclass(frozen=True)
+class TruncatedSites(Mapping[str, Site]):
+    """All sites under some ranks; factors are computed when they are looked at, and not kept."""
+
+    ranks: Mapping[str, int]
+    sites: Mapping[str, nn.Linear]
+    spectra: Mapping[str, Spectrum]
+    budget: Budget
+
+    def __getitem__(self, name: str) -> Site:
+        spectrum, factorised = self.spectra[name], self.budget.factorised(self.ranks)
+        return Site(
             name=name,
-            weight=layer.weight,
-            factors=truncate(spectra[name], factorised[name]) if name in factorised else None,
-            output_diagonal=spectra[name].output_diagonal,
-            input_diagonal=spectra[name].input_diagonal,
+            weight=self.sites[name].weight,
+            factors=truncate(spectrum, factorised[name]) if name in factorised else None,
+            output_diagonal=spectrum.output_diagonal,
+            input_diagonal=spectrum.input_diagonal,
         )
-        for name, layer in sites.items()
-    }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+
+@dataclass(frozen=True)
+class _WithGradient(Mapping[str, Site]):
+    """Sites with the gradient of what they multiply by."""
+
+    sites: Mapping[str, Site]
+    gradients: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Site:
+        return replace(self.sites[name], gradient=self.gradients[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
 
 
 def best_ranks(
@@ -56,7 +81,7 @@ def best_ranks(
     halves = half_dtype(next(iter(sites.values())).weight.dtype)
 
     def loss(ranks: Mapping[str, int]) -> float:
-        truncated = truncated_sites(ranks, sites, spectra, budget)
+        truncated = TruncatedSites(ranks, sites, spectra, budget)
         rounding = quantization.predicted_loss(truncated, budget.limit, halves)
         dropped = dropped_energy(ranks, spectra, budget) / 2
         log.info("predicted loss: %.4g by truncation, %.4g by rounding", dropped, rounding)
@@ -70,9 +95,9 @@ def with_gradient(
     model: PreTrainedModel,
     tokens: Tensor,
     needs: Needs,
-    groups: Sequence[Mapping[str, nn.Linear]],
     batch_size: int,
-) -> dict[str, Site]:
+    memory: MemoryUse,
+) -> Mapping[str, Site]:
     """Add the gradient of the calibration loss at what the model computes now, in main memory.
 
     Args:
@@ -80,12 +105,25 @@ def with_gradient(
         model: with the truncated sites in place.
         tokens: calibration windows (windows, length); those that the gradient needs are used.
         needs: how many that are.
-        groups: the sites whose gradients are collected in one pass.
         batch_size: windows per forward pass.
+        memory: what the sums of a pass may take.
     """
+    shapes = {name: Shape(*site.weight.shape) for name, site in truncated.items()}
+
+    def size(group: list[str]) -> int:
+        chosen = {name: shapes[name] for name in group}
+        return statistics_bytes(chosen, needs, {name: name for name in group})
+
     gradients: dict[str, Tensor] = {}
-    for group in groups:
-        layers = {name: model.get_submodule(name) for name in group}
-        found = collect(model, tokens[: needs.gradient_windows], layers, needs, batch_size)
+    for group in in_groups(shapes, size, memory.limit_bytes):
+        found = collect(
+            model,
+            tokens[: needs.gradient_windows],
+            {name: model.get_submodule(name) for name in group},
+            needs,
+            batch_size,
+            on_cpu=memory.metrics_on_cpu,
+            checkpoint_blocks=memory.checkpoint_blocks,
+        )
         gradients |= {name: found[name].need("gradient").cpu() for name in group}
-    return {name: replace(site, gradient=gradients[name]) for name, site in truncated.items()}
+    return _WithGradient(truncated, gradients)

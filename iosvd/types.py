@@ -37,6 +37,11 @@ class Needs:
             gradient_windows=max(self.gradient_windows, other.gradient_windows),
         )
 
+    def parts(self) -> dict[str, Needs]:
+        """Return what is asked for one by one, by the name of the field that asks for it."""
+        asked = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: Needs(**{name: value}) for name, value in asked.items() if value}
+
     @property
     def backward(self) -> bool:
         """Whether a backward pass is needed."""
@@ -95,6 +100,18 @@ class SiteStatistics:
 
 
 STATISTICS = tuple(field.name for field in fields(SiteStatistics) if field.name != "site")
+# What is found for each field of `Needs`, where it is not what the field is called.
+_FOUND = {
+    "kronecker_passes": ("kronecker_left", "kronecker_right"),
+    "gradient_windows": ("gradient",),
+}
+# What depends on the input of a site alone; sites that read the same tensor share it.
+OF_INPUT = frozenset({"input_metric", "input_magnitude"})
+
+
+def statistics_for(need: str) -> tuple[str, ...]:
+    """Return which statistics a field of `Needs` asks for."""
+    return _FOUND.get(need, (need,))
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from iosvd.data import calibration_windows, evaluation_windows
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.kl_metric import KLMetric
 from iosvd.models import Model, load_model, load_tokenizer
-from iosvd.pipeline import Factorized, compress, factorize
+from iosvd.pipeline import compress, factorize
 from iosvd.run import Run
 from iosvd.sites import find_sites
+from iosvd.spectra import Factorized
 from iosvd.statistics import collect
 from iosvd.texts import Dataset
 from iosvd.types import Needs, SiteStatistics

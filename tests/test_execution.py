@@ -17,16 +17,17 @@ import iosvd.compression
 import iosvd.execution
 from experiments import compress as command
 from experiments import draw, predict, render
+from iosvd.compression import cache_of
 from iosvd.config import compose_run
 from iosvd.errors import ConfigError, IosvdError, RecordError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.execution import Outcome, execute
-from iosvd.fingerprints import data_digest, digest, spectra_digest
+from iosvd.fingerprints import digest
 from iosvd.models import ASSETS, load_tokenizer
-from iosvd.recent import Recent
-from iosvd.records import read_record, run_folder, write_json
+from iosvd.records import read_metrics, read_record, run_folder
 from iosvd.replacement import low_rank_layers
 from iosvd.run import Run
+from iosvd.storage import write_json
 from iosvd.sweeps import expand
 
 
@@ -65,7 +66,7 @@ def run(source: Path, *more: str) -> Run:
 
 
 def metrics(folder: Path) -> dict[str, object]:
-    return json.loads((folder / "metrics.json").read_text())
+    return read_metrics(folder)
 
 
 def test_a_run_records_what_its_checkpoint_measures(source: Path) -> None:
@@ -111,7 +112,7 @@ def test_a_failure_is_kept_with_its_traceback_and_tried_again(
     folder = run_folder(asked)
     failure = json.loads((folder / "failure.json").read_text())
     assert failure["error"] == "ZeroDivisionError: division by zero"
-    assert "in _measure" in failure["traceback"]
+    assert "in measure" in failure["traceback"]
     assert "failed: ZeroDivisionError" in caplog.text
     assert read_record(folder) is None
     assert execute(asked) is Outcome.complete
@@ -196,7 +197,7 @@ def test_a_wrong_command_loads_nothing(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["compress.py", "-m", "ratio=0.8,7"])
-    monkeypatch.setattr(command, "job", lambda: pytest.fail("a run was started"))
+    monkeypatch.setattr(command, "carry_out", lambda *_: pytest.fail("a run was started"))
     assert command.main() == 2
     assert capfd.readouterr().err == (
         "error: ratio 7 is outside (0, 1]; it is the share of the 16-bit model that is kept\n"
@@ -367,53 +368,6 @@ def test_figures_of_a_run_without_its_spectra_end_in_one_line(source: Path) -> N
         draw.draw([*sweep, "format=gif"])
 
 
-def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Remember the whitening of every factorisation."""
-    seen: list[str] = []
-    original = iosvd.compression.factorize
-
-    def counted(*args: object, **options: object) -> object:
-        seen.append(type(options["whitening"]).__name__)
-        return original(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(iosvd.compression, "factorize", counted)
-    return seen
-
-
-def test_runs_that_differ_in_the_ratio_share_spectra(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen, recent = count_passes(monkeypatch), Recent()
-    runs = [run(source, f"ratio={ratio}") for ratio in (0.8, 0.5)]
-    runs += [run(source, "ratio=0.5", "allocation=zero_sum")]  # It needs the same statistics.
-    for asked in runs:
-        assert execute(asked, recent) is Outcome.complete
-    assert seen == ["InputOutput"]
-    shared = [metrics(run_folder(asked))["spectra_shared"] for asked in runs]
-    assert shared == [False, True, True]
-    # The seconds of the table are those of the whole compression, whoever paid for it.
-    times = [metrics(run_folder(asked))["stages"]["statistics"] for asked in runs]  # type: ignore[index]
-    assert times[0] == times[1] == times[2]
-    alone = run(source, "ratio=0.5", f"runtime.results={source}/alone")
-    assert execute(alone) is Outcome.complete
-    for name in ("perplexity", "predicted_kl", "ratio_achieved"):
-        assert metrics(run_folder(alone))[name] == metrics(run_folder(runs[1]))[name]
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        *("whitening.top_k=3", "calibration.seed=1", "allocation=spectral", "method=svd_llm"),
-        *("quantization=half", "calibration.halves=same", "factorization.algorithm=svd"),
-    ],
-)
-def test_runs_that_differ_before_the_spectra_do_not_share_them(source: Path, changed: str) -> None:
-    recent = Recent()
-    execute(run(source), recent)
-    assert recent.spectra.has(spectra_digest(run(source, "ratio=0.3")))
-    assert not recent.spectra.has(spectra_digest(run(source, changed)))
-
-
 def test_the_divergence_is_measured_where_it_is_asked_for(source: Path) -> None:
     asked = run(source, "ratio=0.5", "eval.kl=sites", "eval.kl_windows=4", "whitening.top_k=0")
     assert execute(asked) is Outcome.complete
@@ -489,31 +443,13 @@ def test_predict_refuses_what_is_no_ratio(source: Path, wrong: str) -> None:
         predict.predict(overrides(source, wrong))
 
 
-def test_an_impossible_budget_costs_no_statistics(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = count_passes(monkeypatch)
+def test_an_impossible_budget_costs_no_statistics(source: Path) -> None:
     for options in (["ratio=0.01"], ["ratio=0.5", "min_rank_fraction=0.499999"]):
         asked = run(source, *options)
         assert execute(asked) is Outcome.failed
         failure = json.loads((run_folder(asked) / "failure.json").read_text())
         assert "is below" in failure["error"] and "\n" not in failure["error"]
-    assert seen == []
-
-
-def test_tokens_are_read_again_where_anything_about_them_changed(source: Path) -> None:
-    one = data_digest(run(source))
-    assert data_digest(run(source, "ratio=0.3", "method=svd", "whitening=none")) == one
-    for changed in (
-        "calibration.seed=1",
-        "calibration.windows=4",
-        "eval.windows=2",
-        "eval.seq_len=8",
-    ):
-        assert data_digest(run(source, changed)) != one
-    text = source / "text" / "validation.txt"
-    text.write_text(text.read_text() + "One more line.\n")
-    assert data_digest(run(source)) != one
+    assert {kept.kind for kept in cache_of(asked).entries()} == {"tokens"}
 
 
 def test_predict_without_measurements_says_so(source: Path) -> None:

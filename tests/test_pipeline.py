@@ -12,6 +12,7 @@ import iosvd.whitening
 from iosvd.allocation import Allocation, LossAware, Spectral, Uniform
 from iosvd.errors import BudgetError, ConfigError, NumericalError
 from iosvd.factorization import Algorithm, Factorization
+from iosvd.memory import MemoryUse
 from iosvd.pipeline import Compressed, compress, factorize
 from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization, Remap
 from iosvd.replacement import compressed_layers, low_rank_layers
@@ -74,40 +75,31 @@ def weights(result: Compressed) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("quantization", [NoQuantization(), LossAwareRemap()], ids=str)
-@pytest.mark.parametrize("passes", [2, 5, 100])
-def test_passes_change_nothing(passes: int, quantization: Quantization) -> None:
+@pytest.mark.parametrize("limit", [10_000, 3000, 0])
+def test_passes_change_nothing(limit: float, quantization: Quantization) -> None:
+    """To the bit: a site's statistics do not hang on which others are collected with it."""
     one = run(allocation=LossAware(), quantization=quantization)
-    several = run(allocation=LossAware(), quantization=quantization, passes=passes)
-    assert several.plan.ranks == one.plan.ranks
+    memory = MemoryUse(limit_bytes=limit)
+    several = run(allocation=LossAware(), quantization=quantization, memory=memory)
+    assert several.plan == one.plan
     for name, weight in weights(several).items():
-        assert_close(weight, weights(one)[name], rtol=1e-5, atol=1e-6)
+        assert torch.equal(weight, weights(one)[name])
 
 
 def test_groups_divide_the_sites_in_order() -> None:
-    sites = find_sites(build("llama"), SiteSelection())
-    for count in (1, 3, 14, 20):
-        groups = in_groups(sites, count)
-        assert len(groups) <= count
-        assert [name for group in groups for name in group] == list(sites)
-
-
-def test_given_statistics_give_the_same_result_at_every_ratio() -> None:
-    model = build("llama")
-    needs = InputOutput().needs | LossAware().needs
-    found = collect(model, TOKENS, find_sites(model, SiteSelection()), needs)
-    for ratio in (0.8, 0.5):
-        spectra = factorize(
-            model, TOKENS, whitening=InputOutput(), allocation=LossAware(), statistics=found
-        )
-        reused = run(ratio=ratio, allocation=LossAware(), factorized=spectra)
-        assert reused.plan == run(ratio=ratio, allocation=LossAware()).plan
+    sites = list(find_sites(build("llama"), SiteSelection()))
+    for limit, expected in ((0, 14), (3, 5), (100, 1)):
+        groups = in_groups(sites, len, limit)
+        assert len(groups) == expected
+        assert all(len(group) <= max(1, limit) for group in groups)
+        assert [name for group in groups for name in group] == sites
 
 
 def test_statistics_that_lack_what_is_needed_say_so() -> None:
     model = build("llama")
-    found = collect(model, TOKENS, find_sites(model, SiteSelection()), InputOutput().needs)
-    with pytest.raises(ConfigError, match=r"q_proj have no gradient; collect them with needs="):
-        factorize(model, TOKENS, whitening=InputOutput(), allocation=LossAware(), statistics=found)
+    found = collect(model, TOKENS, find_sites(model, SiteSelection()), LossAware().needs)
+    with pytest.raises(ConfigError, match=r"q_proj have no input_metric; collect them with needs="):
+        InputOutput()(next(iter(found.values())))
 
 
 def test_both_algorithms_agree() -> None:

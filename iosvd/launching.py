@@ -1,0 +1,156 @@
+"""Hand a sweep's runs to Hydra's launcher, watch them, and go on where workers die.
+
+Which launcher is conf/launcher's choice; this file schedules nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from iosvd.config import CONF, label, method_options, to_run
+from iosvd.errors import WorkerError, one_line
+from iosvd.execution import execute, locked, record_failure
+from iosvd.records import METRICS, TRACKED, run_folder
+from iosvd.run import Run, TrackingMode
+from iosvd.states import Standing, State, standing
+from iosvd.sweeps import Job
+from iosvd.workers import COUNT_ONLY, take_gpu
+
+log = logging.getLogger(__name__)
+_LOOK_SECONDS = 2.0
+
+
+def job(composed: DictConfig) -> None:
+    """Carry out one run of Hydra's; in a worker's process, if the launcher has workers."""
+    hydra_config = HydraConfig.get()
+    options = method_options(hydra_config.overrides.task)
+    run = to_run(composed, label(hydra_config.runtime.choices.get("method"), options))
+    if run.runtime.gpu_per_worker:
+        take_gpu()
+    execute(run)
+
+
+def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[Standing]:
+    """Carry out the runs of a sweep that are not complete, and return where all of them stand.
+
+    A run that another sweep carries out is waited for. One whose process is killed is recorded as
+    failed, and the others go on.
+
+    Args:
+        jobs: of the sweep.
+        overrides: of its command line.
+    """
+    pending = [job for job in jobs if _has_work(job.run)]
+    log.info("%d runs, %d of them complete", len(jobs), len(jobs) - len(pending))
+    with watched([job.run for job in jobs]) if pending else _nothing():
+        while pending:
+            try:
+                _launch(pending, overrides)
+            # Launchers raise types of their own when a worker dies.
+            except Exception as error:  # noqa: BLE001
+                log.error("a worker ended: %s", one_line(error)[:300])
+            left = _left(pending)
+            if len(left) == len(pending):  # Nothing was even begun: so it would be again.
+                break
+            pending = left
+    return [standing(job.run) for job in jobs]
+
+
+def _left(launched: Sequence[Job]) -> list[Job]:
+    """Return the runs that have neither ended nor failed, once nobody carries them out."""
+    left = []
+    for each in launched:
+        found = standing(each.run)
+        if found.state is State.running:
+            log.info("waiting for another process, which carries out %s", found.folder)
+            with locked(each.run, patience=-1):
+                pass
+            found = standing(each.run)
+        if found.state is State.interrupted:
+            killed = "the process that carried it out was killed; out of memory, perhaps"
+            record_failure(each.run, WorkerError(f"{killed}: launch again to go on"))
+        elif found.state is State.missing:
+            left.append(each)
+    return left
+
+
+def _has_work(run: Run) -> bool:
+    if run.runtime.force or standing(run).state is not State.done:
+        return True
+    untracked = not (run_folder(run) / TRACKED).exists()
+    return run.wandb.mode is not TrackingMode.disabled and untracked
+
+
+def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
+    """Give these runs to the launcher that the overrides choose, and wait for it."""
+    if any(each.run.runtime.gpu_per_worker for each in jobs):
+        os.environ[COUNT_ONLY] = "1"  # For the workers.
+    GlobalHydra.instance().clear()
+    hydra = Hydra.create_main_hydra2("compress", create_config_search_path(str(CONF)))
+    try:
+        config = hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN)
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=job, config=config
+        )
+        results = launcher.launch([list(each.overrides) for each in jobs], initial_job_idx=0)
+        for result in results:
+            _ = result.return_value  # Raises what a job raised: nothing that belongs to a run.
+    finally:
+        GlobalHydra.instance().clear()
+
+
+@contextmanager
+def watched(runs: Sequence[Run]) -> Iterator[None]:
+    """Show how a sweep goes: a bar for people, in logs a line for each run that is done."""
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(runs, stop), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _watch(runs: Sequence[Run], stop: threading.Event) -> None:
+    started, before = time.monotonic(), _done(runs)
+    last, total = before, len(runs)
+    with tqdm(total=total, initial=before, desc="sweep", unit="run", disable=None) as bar:
+        while not stop.wait(_LOOK_SECONDS):
+            done = _done(runs)
+            bar.update(done - bar.n)
+            running = sum(standing(run).state is State.running for run in runs)
+            bar.set_postfix(running=running)
+            if done > last and not sys.stderr.isatty():
+                left = (time.monotonic() - started) / (done - before) * (total - done)
+                log.info(
+                    "sweep: %d of %d runs done, %d running, about %.0f min left",
+                    *(done, total, running, left / 60),
+                )
+            last = done
+
+
+def _done(runs: Sequence[Run]) -> int:
+    return sum((run_folder(run) / METRICS).exists() for run in runs)

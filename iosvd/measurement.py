@@ -1,0 +1,213 @@
+"""One run from beginning to end: load, compress, evaluate; nothing of it twice."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from iosvd.compression import batch_size, cache_of, compress_as, factorize_as, loaded
+from iosvd.data import check_vocabulary
+from iosvd.errors import ModelError
+from iosvd.evaluation.divergence import Context, divergences
+from iosvd.evaluation.perplexity import perplexity
+from iosvd.evaluation.zero_shot import load_tasks, zero_shot
+from iosvd.fingerprints import digest
+from iosvd.models import load_config, load_tokenizer
+from iosvd.parts import Parts
+from iosvd.pipeline import Compressed, feasible_budget
+from iosvd.plan import Plan
+from iosvd.records import ANSWERS, CHECKPOINT, PLAN, SPECTRA
+from iosvd.replacement import stored_bytes
+from iosvd.run import KL, Run
+from iosvd.sites import find_sites
+from iosvd.spectra import Factorized
+from iosvd.stages import Stage, StageClock
+from iosvd.storage import write_json, written_whole
+from iosvd.tokens import calibration_tokens, evaluation_tokens
+from iosvd.trials import truncated_weights
+from iosvd.versions import commit, library_versions
+from iosvd.whitening import predicts_kl
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WHOLE = "the compressed model"  # Beside the names of sites.
+
+
+def measure(run: Run, folder: Path) -> dict[str, Any]:
+    """Compress and evaluate; return what metrics.json will hold.
+
+    Args:
+        run: what is measured.
+        folder: the run's, which no other process writes to.
+    """
+    started, cache = datetime.now(timezone.utc), cache_of(run)
+    clock = StageClock()
+    parts = Parts(folder, f"{digest(run)} {commit()}", clock)
+    with clock.stage("data"):
+        _check_context(run)
+        tokenizer = load_tokenizer(run.model)
+        revision = getattr(load_config(run.model), "_commit_hash", None)
+        tokens = calibration_tokens(run, tokenizer, cache, revision)
+        texts = evaluation_tokens(run, tokenizer, cache, revision)
+        tasks = dict(zip(run.eval.zero_shot.tasks, load_tasks(run.eval.zero_shot), strict=True))
+    with clock.stage("load"):
+        model = loaded(run)
+        for windows in (tokens, *texts.values()):
+            check_vocabulary(windows, model.config.get_text_config().vocab_size)
+    # Before the work: an impossible budget should not cost a pass over the calibration set.
+    sites = find_sites(model, run.model.sites)
+    feasible_budget(sites, run.ratio, run.quantization, run.min_rank_fraction)
+    del sites  # They would keep the dense weights.
+    factorized = factorize_as(run, model, tokens, cache)
+    compressed = compress_as(run, model, tokens, factorized, cache)
+    cache.evict(used_before=started.timestamp())
+    _write_plan(compressed, folder)
+    if run.runtime.save_checkpoint:
+        _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, tokenizer)
+
+    def text_perplexity(name: str) -> float:
+        return perplexity(model, texts[name], batch_size(run, texts[name]))
+
+    def task_scores(name: str) -> dict[str, Any]:
+        limit, requests = run.eval.zero_shot.limit, run.runtime.batch_requests
+        found = zero_shot(model, tokenizer, [tasks[name]], limit, requests)
+        return {"score": asdict(found.scores[name]), "correct": list(found.correct[name])}
+
+    perplexities = parts.of("evaluation", texts, text_perplexity)
+    answered = parts.of("zero_shot", tasks, task_scores)
+    write_json(folder / ANSWERS, {name: found["correct"] for name, found in answered.items()})
+    divergence = {}
+    if run.eval.kl is not KL.none:
+        divergence = _divergence(run, compressed, factorized, texts, parts)
+    accuracies = [found["score"]["acc"] for found in answered.values()]
+    stages = {**clock.stages, **compressed.stages}
+    return {
+        "digest": digest(run),
+        "label": run.label,
+        "model": run.model.name,
+        "model_revision": getattr(model.config, "_commit_hash", None),
+        "ratio": compressed.plan.ratio_asked,
+        "target_kl": run.target_kl,
+        **_plan_summary(compressed.plan),
+        "target_bytes": stored_bytes(model, compressed.plan.sites),
+        "perplexity": perplexities,
+        "zero_shot": {name: found["score"] for name, found in answered.items()},
+        "average_acc": sum(accuracies) / len(accuracies) if accuracies else None,
+        **divergence,
+        "windows": {name: list(windows.shape) for name, windows in texts.items()},
+        "compression_seconds": sum(stage.seconds for stage in compressed.stages.values()),
+        # Of those that another run paid for, the seconds are what it took that one.
+        "computed_here": sorted(factorized.computed),
+        "stages": {name: _stage_summary(stage) for name, stage in stages.items()},
+        "device": _device_name(model),
+        "started": started.isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": library_versions(),
+        "config": run.config,
+    }
+
+
+def _write_plan(compressed: Compressed, folder: Path) -> None:
+    compressed.plan.write(folder / PLAN, library_versions())
+    sigma = {name: s.float().contiguous() for name, s in compressed.sigma.items()}
+    with written_whole(folder / SPECTRA) as temporary:
+        save_file(sigma, temporary)
+
+
+def _divergence(
+    run: Run,
+    compressed: Compressed,
+    factorized: Factorized,
+    texts: Mapping[str, Tensor],
+    parts: Parts,
+) -> dict[str, Any]:
+    """Measure the exact divergence from the dense model, as `eval.kl` asks for it."""
+    ranks = compressed.plan.ranks
+    dense_model = functools.cache(lambda: loaded(run))
+
+    def of_text(name: str) -> dict[str, Any]:
+        dense = dense_model()
+        sites = find_sites(dense, run.model.sites)
+        variants: dict[str, tuple[PreTrainedModel, Context]]
+        variants = {WHOLE: (compressed.model, nullcontext)}
+        if run.eval.kl is KL.sites:
+            for site, rank in ranks.items():
+                alone = partial(truncated_weights, sites, factorized.spectra, {site: rank})
+                variants[site] = (dense, alone)
+        windows = _first(texts[name], run)
+        found = divergences(dense, variants, windows, batch_size(run, windows))
+        return {variant: asdict(value) for variant, value in found.items()}
+
+    found = parts.of("divergence", texts, of_text)
+    whole = {name: of_text.pop(WHOLE) for name, of_text in found.items()}
+    kl = predicts_kl(run.whitening)
+    planned = {
+        site: {
+            "predicted_kl": plan.dropped_energy / 2 if kl else None,
+            "predicted_loss_change": plan.loss_change,
+        }
+        for site, plan in compressed.plan.sites.items()
+    }
+    by_site = {
+        name: {site: measured | planned[site] for site, measured in sites.items()}
+        for name, sites in found.items()
+    }
+    return {"divergence": whole, "site_divergence": by_site}
+
+
+def _first(windows: Tensor, run: Run) -> Tensor:
+    return windows[: run.eval.kl_windows] if run.eval.kl_windows else windows
+
+
+def _plan_summary(plan: Plan) -> dict[str, Any]:
+    return {
+        "ratio_achieved": plan.ratio_achieved,
+        "bits_kept": plan.bits_kept,
+        "bits_total": plan.bits_total,
+        "parameters_kept": plan.parameters_kept,
+        "parameters_total": plan.parameters_total,
+        "predicted_kl": plan.predicted_kl,
+        "predicted_loss_change": plan.predicted_loss_change,
+    }
+
+
+def _stage_summary(stage: Stage) -> dict[str, float]:
+    return {"seconds": round(stage.seconds, 3), "peak_bytes": stage.peak_bytes}
+
+
+def _save_checkpoint(
+    model: PreTrainedModel, folder: Path, plan: Plan, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    from iosvd.checkpoint import save  # Imports much of transformers.
+
+    if folder.exists():  # Left by a run that ended before its metrics were written.
+        shutil.rmtree(folder)
+    save(model, folder, plan, tokenizer)
+
+
+def _check_context(run: Run) -> None:
+    """Fail before loading where windows are longer than the model's context."""
+    context = getattr(load_config(run.model), "max_position_embeddings", None)
+    longest = max(run.calibration.seq_len, run.eval.seq_len)
+    if context is not None and longest > context:
+        raise ModelError(
+            f"windows of {longest} tokens exceed the context of {context} of {run.model.name};"
+            f" set model.seq_len={context}"
+        )
+
+
+def _device_name(model: PreTrainedModel) -> str:
+    device = model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)

@@ -1,0 +1,216 @@
+"""The spectra of all sites, each computed once, group by group as memory allows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from iosvd.allocation import Allocation
+from iosvd.budget import Shape
+from iosvd.factorization import Factorization
+from iosvd.gathering import Gathered, Gatherer
+from iosvd.logs import of_stage
+from iosvd.progress import track
+from iosvd.quantization import Quantization
+from iosvd.scoring import with_fisher_norm, with_loss_change
+from iosvd.sites import in_groups
+from iosvd.stages import Stage, StageClock, measured
+from iosvd.statistics import statistics_bytes
+from iosvd.store import Entry, Key, Store
+from iosvd.types import Needs, SiteStatistics, Spectrum
+from iosvd.whitening import Whitening
+
+log = logging.getLogger(__name__)
+_TENSORS = ("right", "sigma", "left_energy", "right_energy", "output_diagonal", "input_diagonal")
+_NUMBERS = ("damping_output", "damping_input")
+Found = dict[tuple[str, str], Entry]  # By kind, spectrum or score, and site.
+
+
+@dataclass(frozen=True)
+class Factorized:
+    """The spectra of all sites, and what they took; they serve every ratio."""
+
+    spectra: Mapping[str, Spectrum]
+    stages: Mapping[str, Stage]  # Whoever carried them out.
+    computed: frozenset[str] = (
+        frozenset()
+    )  # The stages that were, in part at least, carried out now.
+
+
+@dataclass(frozen=True)
+class SpectraOf:
+    """A method as far as spectra are concerned: how they are computed and what scores them."""
+
+    whitening: Whitening
+    allocation: Allocation
+    quantization: Quantization
+    factorization: Factorization
+
+    def __call__(self, gather: Gatherer) -> Factorized:
+        """Return the spectra of all of a gatherer's sites, scored as the allocation needs it."""
+        wanted, locks = self._keys(gather)
+        found: Found = {}
+        _load(gather.store, wanted, found)
+        computed: set[str] = set()
+        if len(found) < len(wanted):
+            with gather.store.locked(locks):
+                _load(gather.store, wanted, found)  # Others may have computed them meanwhile.
+                computed = self._compute(gather, wanted, found)
+        clock, spectra = StageClock(), {}
+        for name in gather.sites:
+            spectra[name] = self._cut(_scored(name, found), gather.sites[name], gather.store.keeps)
+        for entry in found.values():
+            seconds, peak = entry.numbers["statistics_seconds"], entry.numbers["statistics_peak"]
+            clock.add("statistics", Stage(seconds or 0.0, int(peak or 0)))
+            clock.add("factorization", entry.cost)
+        return Factorized(spectra, clock.stages, frozenset(computed))
+
+    def _keys(self, gather: Gatherer) -> tuple[dict[tuple[str, str], Key], list[Key]]:
+        """Return the keys of all entries, and those to be locked while they are computed."""
+        keys, whitened, scored = gather.keys, self.whitening.needs, self.allocation.needs
+        wanted = {("spectrum", name): keys.spectrum(whitened, name) for name in gather.sites}
+        if scored == Needs():
+            return wanted, [keys.spectrum(whitened)]
+        wanted |= {("score", name): keys.score(whitened, scored, name) for name in gather.sites}
+        return wanted, [keys.spectrum(whitened), keys.score(whitened, scored)]
+
+    def _compute(
+        self, gather: Gatherer, wanted: Mapping[tuple[str, str], Key], found: Found
+    ) -> set[str]:
+        """Compute what has not been found, and add it; return which stages were carried out."""
+        stages: set[str] = set()
+        lacking = {
+            kind: {n for k, n in wanted if k == kind and (k, n) not in found} for kind, _ in wanted
+        }
+        todo = [name for name in gather.sites if any(name in names for names in lacking.values())]
+        needs = self.allocation.needs | (self.whitening.needs if lacking["spectrum"] else Needs())
+        for group in groups_within(gather, todo, needs):
+            gathered = gather(group, needs)
+            stages |= {"factorization", *(["statistics"] if gathered.collected else [])}
+            with of_stage("factorization"):
+                log.info("%d sites", len(group))
+            for name in track(group, len(group), "factorization", "site"):
+                if name in lacking["spectrum"]:
+                    entry = self._spectrum(gather.sites[name], gathered, name)
+                    found["spectrum", name] = gather.store.put(wanted["spectrum", name], entry)
+                if name in lacking.get("score", ()):
+                    entry = self._score(gather.sites[name], gathered, found["spectrum", name], name)
+                    found["score", name] = gather.store.put(wanted["score", name], entry)
+                del gathered.statistics[name]
+        return stages
+
+    def _spectrum(self, site: nn.Linear, gathered: Gathered, name: str) -> Entry:
+        """Whiten and factorise one site."""
+        with measured() as took:
+            statistics = gathered.statistics[name].to(self.factorization.precision.dtype)
+            spectrum = self.factorization(site.weight, self.whitening(statistics), name)
+            keep = torch.promote_types(site.weight.dtype, torch.float32)
+            spectrum = spectrum.head(len(spectrum.sigma), keep)
+        tensors = {field: getattr(spectrum, field) for field in _TENSORS}
+        # Transposed, so that the first components lie together in the file.
+        tensors["left_transposed"] = spectrum.left.T.contiguous()
+        numbers = {field: getattr(spectrum, field) for field in _NUMBERS}
+        cost = gathered.cost(name, self.whitening.needs)
+        return Entry(tensors, took(), {**numbers, **_cost_of_statistics(cost)})
+
+    def _score(self, site: nn.Linear, gathered: Gathered, kept: Entry, name: str) -> Entry:
+        """Score one site's spectrum, as it is kept: rounding is the same whoever does it when."""
+        precision = self.factorization.precision.dtype
+        statistics = gathered.statistics[name].to(precision)
+        with measured() as took:
+            tensors, numbers = self._scores(site, statistics, _spectrum_of(kept), precision)
+        already = self.whitening.needs.parts()
+        apart = {p: n for p, n in self.allocation.needs.parts().items() if p not in already}
+        costs = [gathered.cost(name, needs) for needs in apart.values()]
+        peak = max((cost.peak_bytes for cost in costs), default=0)
+        cost = Stage(sum(cost.seconds for cost in costs), peak)
+        return Entry(tensors, took(), {**numbers, **_cost_of_statistics(cost)})
+
+    def _scores(
+        self,
+        site: nn.Linear,
+        statistics: SiteStatistics,
+        spectrum: Spectrum,
+        precision: torch.dtype,
+    ) -> tuple[dict[str, Tensor], dict[str, float | None]]:
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, float | None] = {}
+        if self.allocation.needs.gradient_windows:
+            place = (site.weight.device, precision)
+            vectors = replace(
+                spectrum, left=spectrum.left.to(*place), right=spectrum.right.to(*place)
+            )
+            gradient = statistics.need("gradient").to(*place)
+            change = with_loss_change(vectors, gradient).loss_change
+            assert change is not None
+            tensors["loss_change"] = change.cpu()
+        if self.allocation.needs.fisher_rows:
+            rows = statistics.need("fisher_rows").to(site.weight.device)
+            numbers["fisher_norm"] = with_fisher_norm(spectrum, site.weight, rows).fisher_norm
+        return tensors, numbers
+
+    def _cut(self, spectrum: Spectrum, site: nn.Linear, keeps: bool) -> Spectrum:
+        """Keep in memory what ranks can be planned for; what a store maps is in no memory."""
+        if keeps:
+            return spectrum
+        cost = self.quantization.cost(Shape(*site.weight.shape))
+        return spectrum.head(cost.break_even_rank, spectrum.left.dtype)
+
+
+def groups_within(gather: Gatherer, names: Iterable[str], needs: Needs) -> list[list[str]]:
+    """Divide sites so that the sums of a pass are within the limit."""
+    names, limit = list(names), gather.memory.limit_bytes
+    shapes = {name: Shape(*gather.sites[name].weight.shape) for name in names}
+
+    def size(group: list[str]) -> int:
+        return statistics_bytes({name: shapes[name] for name in group}, needs, gather.shared)
+
+    groups = in_groups(names, size, limit)
+    if needs == Needs() or not groups:
+        return groups
+    largest = max(map(size, groups))
+    log.info(
+        "statistics of %d sites: %d pass(es), sums of at most %.1f MiB",
+        *(len(names), len(groups), largest / 2**20),
+    )
+    if largest > limit:
+        log.warning(
+            "the sums of one site take %.2f GiB, more than runtime.memory_gib leaves beside weights"
+            " and activations; raise it, lower runtime.batch_tokens, or set"
+            " runtime.metrics_on_cpu=true or runtime.checkpoint_blocks=true",
+            largest / 2**30,
+        )
+    return groups
+
+
+def _load(store: Store, wanted: Mapping[tuple[str, str], Key], found: Found) -> None:
+    for what, key in wanted.items():
+        if what not in found and (entry := store.get(key)) is not None:
+            found[what] = entry
+
+
+def _spectrum_of(entry: Entry) -> Spectrum:
+    tensors, numbers = dict(entry.tensors), entry.numbers
+    left = tensors.pop("left_transposed").T
+    damping = {field: float(numbers[field] or 0.0) for field in _NUMBERS}
+    return Spectrum(left=left, **tensors, **damping)  # type: ignore[arg-type]
+
+
+def _scored(name: str, found: Found) -> Spectrum:
+    spectrum = _spectrum_of(found["spectrum", name])
+    if ("score", name) not in found:
+        return spectrum
+    score = found["score", name]
+    return replace(
+        spectrum,
+        loss_change=score.tensors.get("loss_change"),
+        fisher_norm=score.numbers.get("fisher_norm"),
+    )
+
+
+def _cost_of_statistics(cost: Stage) -> dict[str, float]:
+    return {"statistics_seconds": cost.seconds, "statistics_peak": float(cost.peak_bytes)}
