@@ -44,7 +44,6 @@ def main() -> int:
     except IosvdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _quiet_libraries()
     if not arguments.multirun:
         _hydra()
         return 0 if is_complete(run_folder(run)) else 1
@@ -60,13 +59,6 @@ def main() -> int:
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def _hydra(composed: object) -> None:
     job(composed)  # type: ignore[arg-type]
-
-
-def _quiet_libraries() -> None:
-    if not sys.stderr.isatty():  # Bars are for people; ours know that by themselves.
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

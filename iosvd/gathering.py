@@ -62,13 +62,20 @@ class Gatherer:
         with self.store.locked(self.keys.statistic(part, one) for part, one in parts.items()):
             found = {part: self._kept(part, one, names) for part, one in parts.items()}
             missing = {
-                part: [name for name in names if self._place(part, name) not in entries]
+                part: lacking
                 for part, entries in found.items()
+                if (lacking := self._lacking(part, names, entries))
             }
-            missing = {part: lacking for part, lacking in missing.items() if lacking}
             self._collect(missing, parts, found)
         statistics = {name: self._statistics(name, found) for name in names}
         return Gathered(statistics, self._costs(names, found), bool(missing))
+
+    def _lacking(self, part: str, names: list[str], entries: Mapping[str, Entry]) -> list[str]:
+        """Return the sites whose statistic is missing; of those that share it, the first."""
+        first: dict[str, str] = {}
+        for name in names:
+            first.setdefault(self._place(part, name), name)
+        return [name for place, name in first.items() if place not in entries]
 
     def _costs(
         self, names: list[str], found: Mapping[str, dict[str, Entry]]
@@ -115,7 +122,8 @@ class Gatherer:
                     on_cpu=self.memory.metrics_on_cpu,
                     checkpoint_blocks=self.memory.checkpoint_blocks,
                 )
-            log.info("statistics of %d sites: %.1f s", len(sites), took().seconds)
+            with of_stage("statistics"):
+                log.info("%d sites: %.1f s", len(sites), took().seconds)
             self._keep(collected, {part: missing[part] for part in chosen}, parts, took(), found)
 
     def _keep(
@@ -127,18 +135,13 @@ class Gatherer:
         found: Mapping[str, dict[str, Entry]],
     ) -> None:
         """Put what was collected, and let go of it site by site."""
-        places = [
-            (part, self._place(part, name), name)
-            for part, names in missing.items()
-            for name in names
-        ]
-        count = len({(part, place) for part, place, _ in places})
+        count = sum(map(len, missing.values()))
         cost = Stage(took.seconds / count, took.peak_bytes)  # Every part has paid the same.
-        for part, place, name in places:
-            if place not in found[part]:
-                tensors = {f: collected[name].need(f) for f in statistics_for(part)}
-                key = self._key(part, parts[part], place)
-                found[part][place] = self.store.put(key, Entry(tensors, cost))
+        for part, name in ((part, name) for part, names in missing.items() for name in names):
+            place = self._place(part, name)
+            tensors = {f: collected[name].need(f) for f in statistics_for(part)}
+            key = self._key(part, parts[part], place)
+            found[part][place] = self.store.put(key, Entry(tensors, cost))
             let_go: dict[str, Any] = dict.fromkeys(statistics_for(part))
             collected[name] = replace(collected[name], **let_go)
 

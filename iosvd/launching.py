@@ -26,6 +26,7 @@ from tqdm import tqdm
 from iosvd.config import CONF, label, method_options, to_run
 from iosvd.errors import WorkerError, one_line
 from iosvd.execution import execute, locked, record_failure
+from iosvd.progress import quiet_libraries
 from iosvd.records import METRICS, TRACKED, run_folder
 from iosvd.run import Run, TrackingMode
 from iosvd.states import Standing, State, standing
@@ -43,6 +44,7 @@ def job(composed: DictConfig) -> None:
     run = to_run(composed, label(hydra_config.runtime.choices.get("method"), options))
     if run.runtime.gpu_per_worker:
         take_gpu()
+    quiet_libraries()
     execute(run)
 
 

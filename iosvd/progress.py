@@ -19,6 +19,14 @@ def track(items: Iterable[Item], total: int, what: str, unit: str) -> Iterator[I
     yield from tqdm(items, total=total, desc=what, unit=unit, disable=None, leave=False)
 
 
+def quiet_libraries() -> None:
+    """Turn transformers' bars off where nobody watches; ours know that by themselves."""
+    if not sys.stderr.isatty():
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+
+
 @contextmanager
 def bars_for_people() -> Iterator[None]:
     """Keep the bars of libraries, which do not look where they write, out of logs and files."""
