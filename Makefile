@@ -26,8 +26,8 @@ DATA_OPTIONS = dataset=wikitext2 eval=paper 'dataset.path=$(DATA)/text/$${datase
 OPTIONS = $(strip $(if $(MODEL),$(MODEL_OPTIONS)) $(if $(DATA),$(DATA_OPTIONS)) $(ARGS))
 SWEEP = $(BIN)/python experiments
 
-.PHONY: help install demo predict tables table1 table3 table4 table6 figure3 figures compare dashboard \
-	test check tiny-model bench rounding clean
+.PHONY: help install demo predict status plan cache tables table1 table3 table4 table6 figure3 \
+	figures compare dashboard test fault-test check tiny-model bench rounding clean
 help: ## List the targets
 	@grep -hE '^[a-z0-9%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
@@ -72,11 +72,23 @@ compare: install ## Name the cells that are far from the published ones; TABLE=m
 		case $$? in 0) compared=1;; 1) compared=1; far=1;; esac; done; \
 	test $$compared = 1 -a $$far = 0
 
+status: install ## Where the runs of a sweep stand: done, running, failed, missing; TABLE=main
+	@for table in $(TABLE); do echo "$$table"; $(SWEEP)/status.py experiment=$$table $(OPTIONS) || exit; done
+
+plan: install ## What a run will take, before anything is loaded: bytes, passes, time
+	@$(SWEEP)/plan.py $(OPTIONS)
+
+cache: install ## What statistics and spectra are kept; ARGS=keep_gib=50 removes the oldest beyond
+	@$(SWEEP)/cache.py $(ARGS)
+
 dashboard: install ## One page that compares all runs: results/dashboard.html
 	@$(SWEEP)/dashboard.py
 
 test: install ## Run the tests that need no GPU and no network
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not network'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not network and not faults'
+
+fault-test: install ## Kill a sweep at twenty random moments: it ends as if it had not been
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_faults.py -m faults
 
 check: install ## Lint, format and types
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from hydra._internal.utils import get_args_parser
 
 from iosvd.config import CONF, compose_run
 from iosvd.errors import IosvdError
-from iosvd.launching import carry_out, job
+from iosvd.launching import carry_out, carry_out_one
 from iosvd.logs import log_to_console
 from iosvd.records import is_complete, run_folder
 from iosvd.states import State
@@ -58,7 +58,7 @@ def main() -> int:
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def _hydra(composed: object) -> None:
-    job(composed)  # type: ignore[arg-type]
+    carry_out_one(composed)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def memory_use(run: Run, model: PreTrainedModel, tokens: Tensor) -> MemoryUse:
     runtime, needs = run.runtime, run.whitening.needs | run.allocation.needs
     where = torch.device("cpu") if runtime.metrics_on_cpu else model.device
     activations = 0
-    if where == model.device:
+    if where.type == model.device.type:
         shapes = activations_of(model, run.model.sites, batch_size(run, tokens) * tokens.shape[1])
         activations = shapes.bytes(needs, runtime.checkpoint_blocks)
     limit = sums_limit(runtime.memory_gib, where, activations)

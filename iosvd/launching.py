@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _LOOK_SECONDS = 2.0
 
 
-def job(composed: DictConfig) -> None:
+def carry_out_one(composed: DictConfig) -> None:
     """Carry out one run of Hydra's; in a worker's process, if the launcher has workers."""
     hydra_config = HydraConfig.get()
     options = method_options(hydra_config.overrides.task)
@@ -51,8 +51,8 @@ def job(composed: DictConfig) -> None:
 def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[Standing]:
     """Carry out the runs of a sweep that are not complete, and return where all of them stand.
 
-    A run that another sweep carries out is waited for. One whose process is killed is recorded as
-    failed, and the others go on.
+    A run that another sweep carries out is waited for. Where workers die, what they were at is
+    tried once more by itself; a run that dies again is recorded as failed, and the others go on.
 
     Args:
         jobs: of the sweep.
@@ -60,14 +60,13 @@ def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[Standing]:
     """
     pending = [job for job in jobs if _has_work(job.run)]
     log.info("%d runs, %d of them complete", len(jobs), len(jobs) - len(pending))
-    with watched([job.run for job in jobs]) if pending else _nothing():
+    with watched([job.run for job in jobs]) if pending else nullcontext():
         while pending:
-            try:
-                _launch(pending, overrides)
-            # Launchers raise types of their own when a worker dies.
-            except Exception as error:  # noqa: BLE001
-                log.error("a worker ended: %s", one_line(error)[:300])
+            _launch(pending, overrides)
             left = _left(pending)
+            for died in (job for job in left if standing(job.run).state is State.interrupted):
+                _try_alone(died, overrides)
+            left = [job for job in left if standing(job.run).state is State.missing]
             if len(left) == len(pending):  # Nothing was even begun: so it would be again.
                 break
             pending = left
@@ -76,20 +75,22 @@ def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[Standing]:
 
 def _left(launched: Sequence[Job]) -> list[Job]:
     """Return the runs that have neither ended nor failed, once nobody carries them out."""
-    left = []
-    for each in launched:
-        found = standing(each.run)
-        if found.state is State.running:
-            log.info("waiting for another process, which carries out %s", found.folder)
-            with locked(each.run, patience=-1):
+    for job in launched:
+        if standing(job.run).state is State.running:
+            log.info("waiting for another process, which carries out %s", run_folder(job.run))
+            with locked(job.run, patience=-1):
                 pass
-            found = standing(each.run)
-        if found.state is State.interrupted:
-            killed = "the process that carried it out was killed; out of memory, perhaps"
-            record_failure(each.run, WorkerError(f"{killed}: launch again to go on"))
-        elif found.state is State.missing:
-            left.append(each)
-    return left
+    ended = (State.done, State.failed)
+    return [job for job in launched if standing(job.run).state not in ended]
+
+
+def _try_alone(died: Job, overrides: Sequence[str]) -> None:
+    """Go on with a run whose process was killed; nobody else's worker is to die of it again."""
+    log.warning("%s was killed with its process; tried once more", run_folder(died.run).name)
+    _launch([died], overrides)
+    if standing(died.run).state is State.interrupted:
+        reason = "its process was killed twice, perhaps for want of memory; launch again to go on"
+        record_failure(died.run, WorkerError(reason))
 
 
 def _has_work(run: Run) -> bool:
@@ -100,7 +101,7 @@ def _has_work(run: Run) -> bool:
 
 
 def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
-    """Give these runs to the launcher that the overrides choose, and wait for it."""
+    """Give these runs to the launcher that the overrides choose, and wait until they have ended."""
     if any(each.run.runtime.gpu_per_worker for each in jobs):
         os.environ[COUNT_ONLY] = "1"  # For the workers.
     GlobalHydra.instance().clear()
@@ -109,11 +110,14 @@ def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
         config = hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN)
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
         launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=context, task_function=job, config=config
+            hydra_context=context, task_function=carry_out_one, config=config
         )
         results = launcher.launch([list(each.overrides) for each in jobs], initial_job_idx=0)
         for result in results:
             _ = result.return_value  # Raises what a job raised: nothing that belongs to a run.
+    # Launchers raise types of their own where a worker dies.
+    except Exception as error:  # noqa: BLE001
+        log.error("a worker ended: %s", one_line(error)[:300])
     finally:
         GlobalHydra.instance().clear()
 
@@ -129,11 +133,6 @@ def watched(runs: Sequence[Run]) -> Iterator[None]:
     finally:
         stop.set()
         watcher.join()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _watch(runs: Sequence[Run], stop: threading.Event) -> None:

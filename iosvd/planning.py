@@ -11,8 +11,9 @@ import torch
 from iosvd.budget import Shape
 from iosvd.kl_metric import Estimator
 from iosvd.linalg import GRAM_SHARE
-from iosvd.memory import Activations
+from iosvd.memory import Activations, sums_limit, taken_bytes
 from iosvd.models import Model, load_config
+from iosvd.run import Run
 from iosvd.sites import SiteSelection, decoder_blocks, find_linears, in_groups
 from iosvd.statistics import shared_inputs, statistics_bytes
 from iosvd.types import Needs
@@ -90,6 +91,40 @@ class Outline:
         return sum(4 * s.full_rank * (s.m + s.n) for s in self.sites.values())
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What the statistics of a run will take of the memory, in bytes."""
+
+    outline: Outline
+    needs: Needs
+    where: torch.device  # The sums are.
+    activations: int
+    limit: float  # Of the sums of one pass.
+    passes: tuple[int, ...]  # The sums of each.
+    peak: int  # On the model's device, with what the process has there already.
+
+    @property
+    def largest(self) -> int:
+        """The sums of the largest pass."""
+        return max(self.passes, default=0)
+
+
+def plan_statistics(run: Run, device: torch.device) -> Planned:
+    """Plan the statistics of a run on a device, before anything of it is loaded."""
+    runtime, length = run.runtime, run.calibration.seq_len
+    shapes = outline(run.model, max(1, runtime.batch_tokens // length) * length)
+    needs = run.whitening.needs | run.allocation.needs
+    where = torch.device("cpu") if runtime.metrics_on_cpu else device
+    activations = shapes.activations.bytes(needs, runtime.checkpoint_blocks)
+    beside = (activations, shapes.weight_bytes) if where == device else (0, 0)
+    limit = sums_limit(runtime.memory_gib, where, *beside)
+    passes = shapes.passes(needs, limit)
+    peak = taken_bytes(device) + shapes.weight_bytes
+    if passes:
+        peak += activations + (max(passes) if where == device else 0)
+    return Planned(shapes, needs, where, activations, limit, tuple(passes), peak)
+
+
 def outline(model: Model, tokens: int) -> Outline:
     """Return the shapes of a model from its configuration; no weight is loaded.
 
@@ -101,7 +136,10 @@ def outline(model: Model, tokens: int) -> Outline:
 
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(
-            load_config(model), dtype=model.dtype.torch, trust_remote_code=model.trust_remote_code
+            load_config(model),
+            dtype=model.dtype.torch,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation="eager",  # The others look at values, and these have none.
         )
     return outline_of(empty.eval(), model.sites, tokens)
 

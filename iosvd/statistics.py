@@ -194,7 +194,9 @@ def shared_inputs(
     with ExitStack() as stack, torch.no_grad():
         for name, site in sites.items():
             stack.callback(site.register_forward_pre_hook(partial(see, name)).remove)
-        model(input_ids=tokens[:1, :8].to(model.device), use_cache=False)
+        few = tokens[:1, :8].to(model.device)
+        # With a mask, transformers looks at no values; meta tensors have none.
+        model(input_ids=few, attention_mask=torch.ones_like(few), use_cache=False)
     for name in sites:
         if name not in shared:
             raise ModelError(

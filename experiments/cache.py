@@ -1,0 +1,68 @@
+"""List what the cache keeps, and prune it: make cache
+
+    python experiments/cache.py                    # what it keeps, by kind and model
+    python experiments/cache.py keep_gib=50        # and remove the least recently used beyond that
+    python experiments/cache.py keep_gib=0         # all of it
+
+Nothing is lost but time: what is removed is computed again when a run needs it. Other options are
+those of a run, for instance runtime.results=FOLDER.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+
+import pandas
+
+from iosvd.cache import Cache
+from iosvd.compression import cache_of
+from iosvd.config import compose_run
+from iosvd.errors import ConfigError, exit_in_one_line
+from iosvd.memory import GIB
+
+
+def main(overrides: list[str]) -> str:
+    """Prune where asked, and return the list."""
+    asked = [o.partition("=")[2] for o in overrides if o.startswith("keep_gib=")]
+    cache = cache_of(compose_run([o for o in overrides if not o.startswith("keep_gib=")]))
+    removed = replace(cache, limit_bytes=_gib(asked[-1])).evict() if asked else []
+    freed = sum(kept.size_bytes for kept in removed) / GIB
+    lines = [listing(cache)]
+    if asked:
+        lines.append(f"removed: {len(removed)} entries, {freed:.3f} GiB")
+    return "\n".join(lines)
+
+
+def listing(cache: Cache) -> str:
+    """Return the entries by kind: how many, how large, when last used."""
+    entries = cache.entries()
+    if not entries:
+        return f"{cache.folder} keeps nothing"
+    frame = pandas.DataFrame(
+        [{"kind": e.kind, "GiB": e.size_bytes / GIB, "used": e.last_used} for e in entries]
+    )
+    by_kind = frame.groupby("kind").agg(
+        entries=("GiB", "size"), GiB=("GiB", "sum"), used=("used", "max")
+    )
+    by_kind["last used"] = by_kind.pop("used").map(
+        lambda seconds: time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    )
+    total, limit = frame["GiB"].sum(), cache.limit_bytes / GIB
+    return (
+        f"{by_kind.to_markdown(floatfmt='.3f')}\n\n"
+        f"{cache.folder}: {total:.3f} of {limit:g} GiB (runtime.cache_gib)"
+    )
+
+
+def _gib(text: str) -> float:
+    try:
+        return float(text) * GIB
+    except ValueError:
+        raise ConfigError(f"keep_gib={text} is no number; for instance keep_gib=50") from None
+
+
+if __name__ == "__main__":
+    with exit_in_one_line():
+        print(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+"""Say what a run will take before anything is loaded: make plan MODEL=…
+
+    python experiments/plan.py model=llama2_7b runtime.memory_gib=24 runtime.checkpoint_blocks=true
+
+Bytes and passes are counted from the shapes in the model's configuration. Seconds are estimated
+from a short measurement on the device that the run would have: products in the model's dtype and in
+float32, and the factorisation of one small matrix. Attention, reading and writing are left out.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from iosvd.compression import device_for
+from iosvd.config import compose_run
+from iosvd.errors import exit_in_one_line
+from iosvd.factorization import Factorization
+from iosvd.linalg import CholeskyRoot
+from iosvd.memory import GIB, free_bytes
+from iosvd.planning import Outline, plan_statistics
+from iosvd.run import Run
+from iosvd.types import Whitener
+
+_SIZE = 512  # Of the measured matrices.
+_SECONDS = 0.3  # Of each measurement.
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Multiplications per second of a device."""
+
+    model: float  # Of a product in the model's dtype.
+    sums: float  # In float32.
+    factorization: float  # Counted as `factorization_work` counts.
+
+
+def plan(overrides: list[str]) -> str:
+    """Return the plan of one run."""
+    run = compose_run(overrides)
+    device, length = torch.device(device_for(run.runtime.device)), run.calibration.seq_len
+    planned = plan_statistics(run, device)
+    shapes, passes, limit = planned.outline, planned.passes, planned.limit
+    speed = measure_speed(run, device)
+    tokens, batch = run.calibration.windows * length, shapes.activations.tokens
+    work = shapes.statistics(planned.needs, length)
+    model, sums = work.model * tokens / speed.model, work.sums * tokens / speed.sums
+    # Every pass repeats what goes through the model, and a checkpointed backward half as much more.
+    repeated = max(1, len(passes)) * (1.5 if run.runtime.checkpoint_blocks else 1.0)
+    factorization = factorization_work(shapes) / speed.factorization
+    evaluation = 100 * run.eval.seq_len * shapes.forward / speed.model
+    rows = [
+        ("model", f"{run.model.name}, {len(shapes.sites)} sites, {run.label}, on {device}"),
+        ("weights", _gib(shapes.weight_bytes)),
+        ("activations of a batch", f"{_gib(planned.activations)} for {batch:,} tokens"),
+        ("sums of the statistics", f"{_gib(sum(passes))} in all, on {planned.where}"),
+        ("sums of the largest pass", _gib(planned.largest)),
+        ("passes over the calibration set", f"{len(passes)}, sums within {_gib(limit)}"),
+        (
+            f"peak memory of the statistics on {device}",
+            f"{_gib(planned.peak)} ({free_line(device)})",
+        ),
+        ("cache", f"{_gib(sum(passes))} of statistics, {_gib(shapes.spectra_bytes)} of spectra"),
+        ("statistics", f"about {_time(repeated * model + sums)} for {tokens:,} tokens"),
+        ("factorization", f"about {_time(factorization)}"),
+        ("evaluation", f"about {_time(evaluation)} for 100 windows of {run.eval.seq_len}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    if planned.largest > limit:
+        lines.append(
+            "the sums of one site exceed what is left; raise runtime.memory_gib, lower"
+            " runtime.batch_tokens, or set runtime.checkpoint_blocks or metrics_on_cpu to true"
+        )
+    return "\n".join(lines)
+
+
+def factorization_work(shapes: Outline) -> float:
+    """Return what the factorisations take: roots, products, and eigenvalues of the smaller side."""
+    return sum(_work(shape.m, shape.n) for shape in shapes.sites.values())
+
+
+def _work(m: int, n: int) -> float:
+    # Both roots and their solves, three products, and about nine of the smaller side's cube.
+    return m**3 + n**3 + 3 * m * n * min(m, n) + 9 * min(m, n) ** 3
+
+
+def measure_speed(run: Run, device: torch.device) -> Speed:
+    """Measure a device for about a second."""
+    few = min(run.runtime.batch_tokens, 4 * _SIZE)
+    a = torch.rand(few, 2 * _SIZE, device=device, dtype=run.model.dtype.torch)
+    b = torch.rand(2 * _SIZE, 2 * _SIZE, device=device, dtype=run.model.dtype.torch)
+    rows = torch.rand(few, 2 * _SIZE, device=device)
+    double = torch.rand(_SIZE, _SIZE, device=device, dtype=torch.float64)
+    lower = torch.linalg.cholesky(double @ double.T + torch.eye(_SIZE, device=device))
+    root = CholeskyRoot(lower, 0.0)
+    once = Factorization(run.factorization.algorithm, run.factorization.precision)
+    root = CholeskyRoot(lower.to(run.factorization.precision.dtype), 0.0)
+    return Speed(
+        model=few * 4 * _SIZE**2 / _seconds(lambda: a @ b, device),
+        sums=few * 4 * _SIZE**2 / _seconds(lambda: rows.T @ rows, device),
+        factorization=_work(_SIZE, _SIZE)
+        / _seconds(lambda: once(double, Whitener(root, root), "a measurement"), device),
+    )
+
+
+def _seconds(compute: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call, the mean over several after a first one."""
+    compute()
+    count, started = 0, time.monotonic()
+    while count == 0 or time.monotonic() - started < _SECONDS:
+        compute()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        count += 1
+    return (time.monotonic() - started) / count
+
+
+def free_line(device: torch.device) -> str:
+    """Say what is free there now."""
+    return f"{_gib(free_bytes(device))} are free"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+if __name__ == "__main__":
+    with exit_in_one_line():
+        print(plan(sys.argv[1:]))

@@ -1,0 +1,37 @@
+"""Say where the runs of a sweep stand, with the first line of each failure: make status
+
+    python experiments/status.py experiment=main model=tiny dataset=pydoc eval=pydoc
+
+Takes the overrides of the sweep itself; computes nothing, and may be called while it goes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+from iosvd.errors import exit_in_one_line
+from iosvd.states import State, standing
+from iosvd.sweeps import sweep_jobs
+
+
+def status(overrides: list[str]) -> str:
+    """Return a line for each run that is not done, and the counts."""
+    found = [standing(job.run) for job in sweep_jobs(overrides)]
+    lines = [
+        f"{one.state.value:<12}{one.run.label} {_goal(one.run.ratio)} {one.reason}".rstrip()
+        for one in found
+        if one.state is not State.done
+    ]
+    counts = Counter(one.state for one in found)
+    summary = ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state])
+    return "\n".join([*lines, f"{len(found)} runs: {summary}"])
+
+
+def _goal(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:g}"
+
+
+if __name__ == "__main__":
+    with exit_in_one_line():
+        print(status(sys.argv[1:]))

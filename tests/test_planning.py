@@ -1,0 +1,149 @@
+"""What is planned from shapes alone is what is then done."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, build
+from test_execution import overrides, run, source  # noqa: F401 (a fixture)
+
+from experiments import plan
+from iosvd.budget import Shape
+from iosvd.compression import loaded, memory_use
+from iosvd.config import compose_run
+from iosvd.fisher import FisherMetric, Labels
+from iosvd.kl_metric import Estimator, KLMetric
+from iosvd.memory import GIB, Activations, resident_bytes, sums_limit
+from iosvd.models import Dtype, Model
+from iosvd.planning import outline, outline_of, plan_statistics
+from iosvd.sites import SiteSelection, decoder_blocks, find_sites
+from iosvd.statistics import shared_inputs
+from iosvd.types import Needs
+
+IO_SVD = Needs(input_metric=True, kl_metric=KLMetric(5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_outline_without_weights_is_that_of_the_model(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    model.save_pretrained(tmp_path)
+    found = outline(Model("x", path=str(tmp_path), dtype=Dtype.float32), 16)
+    assert found == outline_of(model, SiteSelection(), 16)
+    sites = find_sites(model, SiteSelection())
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    assert found.shared == shared_inputs(model, tokens, sites)
+    bytes_ = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert found.weight_bytes == bytes_
+    assert len(decoder_blocks(model)) == 2
+
+
+def test_passes_are_as_few_as_the_limit_allows() -> None:
+    found = outline_of(build("llama"), SiteSelection(), 16)
+    (whole,) = found.passes(IO_SVD, float("inf"))
+    halves = found.passes(IO_SVD, whole // 2 + 100)
+    assert sum(halves) >= whole and max(halves) <= whole // 2 + 100
+    assert len(found.passes(IO_SVD, 0)) == len(found.sites)
+    assert found.passes(Needs(), 0) == []
+
+
+def test_multiplications_are_counted_by_hand() -> None:
+    """Llama of the tests: hidden 16, grouped keys and values of 8, 24 inside, vocabulary 31."""
+    found = outline_of(build("llama"), SiteSelection(), 16)
+    weights = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24)
+    assert found.forward == weights + 16 * 31
+    inputs = 2 * (16**2 + 16**2 + 16**2 + 24**2)  # qkv; o; gate and up; down.
+    outputs = 2 * (16**2 + 2 * 8**2 + 16**2 + 2 * 24**2 + 16**2)
+    work = found.statistics(IO_SVD, 8)
+    assert work.model == 2 * found.forward
+    assert work.sums == 5 / 8 * (inputs + outputs)
+    exact = Needs(kl_metric=KLMetric(5, estimator=Estimator.exact))
+    assert found.statistics(exact, 8).model == 6 * found.forward
+    assert found.statistics(exact, 8).sums == 5 / 8 * 5 * outputs
+    scored = found.statistics(Needs(gradient_windows=1), 8)
+    assert (scored.model, scored.sums) == (2 * found.forward, weights)
+    sampled = Needs(fisher_metric=FisherMetric(Labels.sampled))
+    assert found.statistics(sampled, 8).total == 2 * found.forward + 5 / 8 * outputs
+    assert found.statistics(Needs(), 8).total == 0
+
+
+def test_activations_shrink_with_blocks_and_grow_with_tokens() -> None:
+    shapes = ((Shape(64, 64), Shape(256, 64), Shape(64, 256)),) * 8
+    found = Activations(shapes, hidden=64, vocabulary=100, tokens=512, entry_bytes=2)
+    whole, blocks = (found.bytes(IO_SVD, checkpointed) for checkpointed in (False, True))
+    assert blocks < whole / 3
+    assert found.bytes(Needs(input_metric=True), False) < blocks
+    twice = Activations(shapes, 64, 100, 1024, 2)
+    assert twice.bytes(IO_SVD, False) == 2 * whole
+    assert found.bytes(IO_SVD | Needs(gradient_windows=1), False) > whole
+
+
+def test_the_limit_is_what_is_left_of_the_stated_memory() -> None:
+    cpu = torch.device("cpu")
+    taken = resident_bytes()
+    left = sums_limit(4.0, cpu, activations=GIB, weights=GIB)
+    assert left == pytest.approx(2 * GIB - taken, abs=2**26)
+    assert 0 < sums_limit(None, cpu, 0) < 2**45
+
+
+def test_a_run_passes_as_often_as_was_planned(source: Path) -> None:  # noqa: F811
+    """Little memory is stated as what this process has, and 20 kB of sums."""
+    asked = run(source)
+    planned = plan_statistics(asked, torch.device("cpu"))
+    assert len(planned.passes) == 1
+    stated = (resident_bytes() + planned.activations + 20_000) / GIB
+    little = run(source, f"runtime.memory_gib={stated}")
+    model = loaded(little)
+    memory = memory_use(little, model, torch.zeros(8, 16, dtype=torch.long))
+    assert memory.limit_bytes == pytest.approx(20_000, abs=2**25)
+
+
+def test_the_plan_is_printed_before_anything_is_loaded(
+    source: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (source / "small" / "model.safetensors").unlink()
+    text = plan.plan(overrides(source, "runtime.checkpoint_blocks=true"))
+    for line in (
+        "weights +0.00 GiB",
+        "passes over the calibration set +1,",
+        "factorization +about",
+    ):
+        assert re.search(line, text), text
+    few = plan.plan(overrides(source, "runtime.memory_gib=0.001"))
+    assert "the sums of one site exceed what is left" in few
+
+
+@pytest.mark.parametrize(
+    ("memory", "shape", "passes"),
+    [(24, (4096, 11008, 32), 16), (80, (5120, 13824, 40), 6)],
+    ids=["7B in 24 GB", "13B in 80 GB"],
+)
+def test_large_models_fit_the_gpus_that_people_have(
+    memory: int, shape: tuple[int, int, int], passes: int, tmp_path: Path
+) -> None:
+    """By the plan: weights, one window of 2048 block by block, and the sums of several passes."""
+    from transformers import LlamaConfig
+
+    hidden, inner, layers = shape
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 128,
+        vocab_size=32_000,
+        max_position_embeddings=2048,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    asked = compose_run(["model=llama_7b", f"model.path={tmp_path}", "dataset=wikitext2"])
+    found = outline(asked.model, 2048)
+    needs = asked.whitening.needs | asked.allocation.needs
+    activations = found.activations.bytes(needs, checkpoint_blocks=True)
+    limit = 0.9 * memory * 1e9 - found.weight_bytes - activations
+    needed = found.passes(needs, limit)
+    assert max(needed) <= limit
+    assert len(needed) <= passes
