@@ -95,9 +95,11 @@ check: install ## Lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ## Seconds and memory of the stages against a training step; latency of the layers
+bench: install ## Stages against a training step; latency of layers; memory against the plan; a sweep
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/benchmark.py
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/latency.py
+	$(BIN)/python experiments/memory.py
+	$(BIN)/python experiments/sweep_cost.py $(OPTIONS)
 
 rounding: install ## The evidence behind int8's defaults: row scores, axes, rank budgets
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/rounding.py $(OPTIONS)

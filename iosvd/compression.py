@@ -86,12 +86,13 @@ def compress_as(
 def memory_use(run: Run, model: PreTrainedModel, tokens: Tensor) -> MemoryUse:
     """Return what the sums of one pass may take beside the loaded model and its activations."""
     runtime, needs = run.runtime, run.whitening.needs | run.allocation.needs
-    where = torch.device("cpu") if runtime.metrics_on_cpu else model.device
-    activations = 0
-    if where.type == model.device.type:
+    devices = {parameter.device for parameter in model.parameters()}
+    where = {torch.device("cpu")} if runtime.metrics_on_cpu else devices
+    beside = 0
+    if where == devices:
         shapes = activations_of(model, run.model.sites, batch_size(run, tokens) * tokens.shape[1])
-        activations = shapes.bytes(needs, runtime.checkpoint_blocks)
-    limit = sums_limit(runtime.memory_gib, where, activations)
+        beside = shapes.bytes(needs, runtime.checkpoint_blocks)
+    limit = sums_limit(runtime.memory_gib, where, beside, runtime.workers)
     return MemoryUse(limit, runtime.metrics_on_cpu, runtime.checkpoint_blocks)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,16 +88,20 @@ def resident_bytes() -> int:
 
 
 def sums_limit(
-    memory_gib: float | None, device: torch.device, activations: int, weights: int = 0
+    memory_gib: float | None,
+    devices: Collection[torch.device],
+    beside: int,
+    workers: int = 1,
 ) -> float:
     """Return how many bytes the sums of a pass may take.
 
     Args:
-        memory_gib: that this process may take of the device's memory; None: what is free.
-        device: where the sums are kept.
-        activations: bytes that a pass takes there beside them.
-        weights: bytes of a model that is still to be loaded there.
+        memory_gib: that this process may take of the devices' memory; None: what is free.
+        devices: where the sums are kept.
+        beside: bytes that are still to be taken there: by activations, or weights.
+        workers: processes that share main memory alike.
     """
-    if memory_gib is None:
-        return (1 - SPARE) * free_bytes(device) - weights - activations
-    return memory_gib * GIB - taken_bytes(device) - weights - activations
+    if memory_gib is not None:
+        return memory_gib * GIB - sum(map(taken_bytes, devices)) - beside
+    free = sum(free_bytes(d) / (1 if d.type == "cuda" else workers) for d in devices)
+    return (1 - SPARE) * free - beside

@@ -116,8 +116,8 @@ def plan_statistics(run: Run, device: torch.device) -> Planned:
     needs = run.whitening.needs | run.allocation.needs
     where = torch.device("cpu") if runtime.metrics_on_cpu else device
     activations = shapes.activations.bytes(needs, runtime.checkpoint_blocks)
-    beside = (activations, shapes.weight_bytes) if where == device else (0, 0)
-    limit = sums_limit(runtime.memory_gib, where, *beside)
+    beside = activations + shapes.weight_bytes if where == device else 0
+    limit = sums_limit(runtime.memory_gib, [where], beside, runtime.workers)
     passes = shapes.passes(needs, limit)
     peak = taken_bytes(device) + shapes.weight_bytes
     if passes:

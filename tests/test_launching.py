@@ -55,10 +55,10 @@ def test_every_launcher_composes(name: str) -> None:
 
 
 def test_slurm_gets_one_array_of_tasks_with_a_gpu_each() -> None:
-    more = ["runtime.workers=3", "runtime.threads=5", "hydra.launcher.partition=long"]
+    more = ["runtime.threads=5", "hydra.launcher.partition=long"]
     launcher = compose(["launcher=slurm", *more]).hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher")
-    assert (launcher.array_parallelism, launcher.gpus_per_node) == (3, 1)
+    assert (launcher.array_parallelism, launcher.gpus_per_node) == (8, 1)
     assert (launcher.cpus_per_task, launcher.partition) == (5, "long")
 
 
