@@ -93,6 +93,7 @@ def compress(
 
     if (ratio is None) == (target_kl is None):
         raise ConfigError("give either a ratio or a target_kl")
+    _check_store(store, identity)
     if target_kl is not None:
         check_target(target_kl, whitening, quantization)
     clock = StageClock()
@@ -177,6 +178,7 @@ def factorize(
     statistics and, without a store, plans no higher ranks than this one. Arguments are those of
     `compress`.
     """
+    _check_store(store, identity)
     sites = _sites(model, selection)
     needs = whitening.needs | allocation.needs
     if needs != Needs():
@@ -187,6 +189,13 @@ def factorize(
         *(model, tokens, gradient_tokens, sites, shared, batch_size, memory, store, keys)
     )
     return SpectraOf(whitening, allocation, quantization, factorization)(gather)
+
+
+def _check_store(store: Store, identity: str) -> None:
+    if store.keeps and not identity:
+        raise ConfigError(
+            "a store needs identity=…, which tells this model's weights from those of others in it"
+        )
 
 
 def _sites(model: PreTrainedModel, selection: SiteSelection) -> dict[str, nn.Linear]:

@@ -36,9 +36,7 @@ class Factorized:
 
     spectra: Mapping[str, Spectrum]
     stages: Mapping[str, Stage]  # Whoever carried them out.
-    computed: frozenset[str] = (
-        frozenset()
-    )  # The stages that were, in part at least, carried out now.
+    computed: frozenset[str] = frozenset()  # The stages that were carried out now, or in part.
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class SpectraOf:
                 computed = self._compute(gather, wanted, found)
         clock, spectra = StageClock(), {}
         for name in gather.sites:
-            spectra[name] = self._cut(_scored(name, found), gather.sites[name], gather.store.keeps)
+            spectra[name] = _scored(name, found)
         for entry in found.values():
             seconds, peak = entry.numbers["statistics_seconds"], entry.numbers["statistics_peak"]
             clock.add("statistics", Stage(seconds or 0.0, int(peak or 0)))
@@ -100,13 +98,16 @@ class SpectraOf:
                 if name in lacking.get("score", ()):
                     entry = self._score(gather.sites[name], gathered, found["spectrum", name], name)
                     found["score", name] = gather.store.put(wanted["score", name], entry)
+                if not gather.store.keeps:
+                    found["spectrum", name] = self._cut(found["spectrum", name], gather.sites[name])
                 del gathered.statistics[name]
         return stages
 
     def _spectrum(self, site: nn.Linear, gathered: Gathered, name: str) -> Entry:
         """Whiten and factorise one site."""
         with measured() as took:
-            statistics = gathered.statistics[name].to(self.factorization.precision.dtype)
+            place = (site.weight.device, self.factorization.precision.dtype)
+            statistics = gathered.statistics[name].to(*place)
             spectrum = self.factorization(site.weight, self.whitening(statistics), name)
             keep = torch.promote_types(site.weight.dtype, torch.float32)
             spectrum = spectrum.head(len(spectrum.sigma), keep)
@@ -119,10 +120,10 @@ class SpectraOf:
 
     def _score(self, site: nn.Linear, gathered: Gathered, kept: Entry, name: str) -> Entry:
         """Score one site's spectrum, as it is kept: rounding is the same whoever does it when."""
-        precision = self.factorization.precision.dtype
-        statistics = gathered.statistics[name].to(precision)
+        place = (site.weight.device, self.factorization.precision.dtype)
         with measured() as took:
-            tensors, numbers = self._scores(site, statistics, _spectrum_of(kept), precision)
+            statistics = gathered.statistics[name].to(*place)
+            tensors, numbers = self._scores(site, statistics, _spectrum_of(kept))
         already = self.whitening.needs.parts()
         apart = {p: n for p, n in self.allocation.needs.parts().items() if p not in already}
         costs = [gathered.cost(name, needs) for needs in apart.values()]
@@ -131,34 +132,29 @@ class SpectraOf:
         return Entry(tensors, took(), {**numbers, **_cost_of_statistics(cost)})
 
     def _scores(
-        self,
-        site: nn.Linear,
-        statistics: SiteStatistics,
-        spectrum: Spectrum,
-        precision: torch.dtype,
+        self, site: nn.Linear, statistics: SiteStatistics, spectrum: Spectrum
     ) -> tuple[dict[str, Tensor], dict[str, float | None]]:
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, float | None] = {}
         if self.allocation.needs.gradient_windows:
-            place = (site.weight.device, precision)
-            vectors = replace(
-                spectrum, left=spectrum.left.to(*place), right=spectrum.right.to(*place)
-            )
-            gradient = statistics.need("gradient").to(*place)
-            change = with_loss_change(vectors, gradient).loss_change
+            gradient = statistics.need("gradient")
+            left, right = spectrum.left.to(gradient), spectrum.right.to(gradient)
+            change = with_loss_change(
+                replace(spectrum, left=left, right=right), gradient
+            ).loss_change
             assert change is not None
             tensors["loss_change"] = change.cpu()
         if self.allocation.needs.fisher_rows:
-            rows = statistics.need("fisher_rows").to(site.weight.device)
+            rows = statistics.need("fisher_rows")
             numbers["fisher_norm"] = with_fisher_norm(spectrum, site.weight, rows).fisher_norm
         return tensors, numbers
 
-    def _cut(self, spectrum: Spectrum, site: nn.Linear, keeps: bool) -> Spectrum:
-        """Keep in memory what ranks can be planned for; what a store maps is in no memory."""
-        if keeps:
-            return spectrum
-        cost = self.quantization.cost(Shape(*site.weight.shape))
-        return spectrum.head(cost.break_even_rank, spectrum.left.dtype)
+    def _cut(self, entry: Entry, site: nn.Linear) -> Entry:
+        """Keep in memory what ranks can be planned for; what a store maps takes none."""
+        rank = self.quantization.cost(Shape(*site.weight.shape)).break_even_rank
+        # Copies: a view would keep the whole matrix.
+        cut = {name: entry.tensors[name][:rank].clone() for name in ("left_transposed", "right")}
+        return replace(entry, tensors={**entry.tensors, **cut})
 
 
 def groups_within(gather: Gatherer, names: Iterable[str], needs: Needs) -> list[list[str]]:

@@ -92,10 +92,10 @@ class SiteStatistics:
             )
         return value
 
-    def to(self, dtype: torch.dtype) -> SiteStatistics:
-        """Return the same statistics in another precision."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> SiteStatistics:
+        """Return the same statistics elsewhere, in another precision."""
         found = {name: getattr(self, name) for name in STATISTICS}
-        cast = {name: value.to(dtype) for name, value in found.items() if value is not None}
+        cast = {name: value.to(device, dtype) for name, value in found.items() if value is not None}
         return replace(self, **cast)
 
 

@@ -61,7 +61,7 @@ def measured(baby: Model, stories: Dataset) -> dict[tuple[str, float], float]:
 
     result = {}
     for name, site in sites.items():
-        whitener = whitening(found[name].to(torch.float64))
+        whitener = whitening(found[name].to(torch.device("cpu"), torch.float64))
         result.update(ratios(name, Factorization()(site.weight, whitener, name)))
     return result
 

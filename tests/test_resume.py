@@ -22,6 +22,7 @@ import iosvd.trials
 from iosvd.allocation import Allocation, LossAware, SensitivitySearch, Spectral
 from iosvd.cache import Cache
 from iosvd.compression import cache_of
+from iosvd.errors import ConfigError
 from iosvd.execution import Outcome, execute
 from iosvd.factorization import Factorization
 from iosvd.keys import Keys, code_digest
@@ -368,6 +369,9 @@ print((resident_bytes() - before) / 4e6)
 def test_factorize_keeps_what_a_store_is_for(tmp_path: Path) -> None:
     options = {"whitening": InputOutput(), "allocation": Spectral()}
     cut = factorize(build("llama"), TOKENS, **options)  # type: ignore[arg-type]
-    whole = factorize(build("llama"), TOKENS, store=Cache(tmp_path), **options)  # type: ignore[arg-type]
+    kept = {"store": Cache(tmp_path), "identity": "llama"}
+    whole = factorize(build("llama"), TOKENS, **kept, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="a store needs identity=…"):
+        factorize(build("llama"), TOKENS, store=Cache(tmp_path), **options)  # type: ignore[arg-type]
     for name, spectrum in whole.spectra.items():
         assert spectrum.left.shape[1] == len(spectrum.sigma) > cut.spectra[name].left.shape[1]
