@@ -21,7 +21,7 @@ from iosvd.data import check_vocabulary
 from iosvd.errors import ModelError
 from iosvd.evaluation.divergence import Context, divergences
 from iosvd.evaluation.perplexity import perplexity
-from iosvd.evaluation.zero_shot import load_tasks, zero_shot
+from iosvd.evaluation.zero_shot import TaskScore, ZeroShotResult, load_tasks, zero_shot
 from iosvd.fingerprints import digest
 from iosvd.models import load_config, load_tokenizer
 from iosvd.parts import Parts
@@ -39,7 +39,8 @@ from iosvd.trials import truncated_weights
 from iosvd.versions import commit, library_versions
 from iosvd.whitening import predicts_kl
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Both take seconds to import.
+    from lm_eval.api.task import Task
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WHOLE = "the compressed model"  # Beside the names of sites.
@@ -76,22 +77,11 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     _write_plan(compressed, folder)
     if run.runtime.save_checkpoint:
         _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, tokenizer)
-
-    def text_perplexity(name: str) -> float:
-        return perplexity(model, texts[name], batch_size(run, texts[name]))
-
-    def task_scores(name: str) -> dict[str, Any]:
-        limit, requests = run.eval.zero_shot.limit, run.runtime.batch_requests
-        found = zero_shot(model, tokenizer, [tasks[name]], limit, requests)
-        return {"score": asdict(found.scores[name]), "correct": list(found.correct[name])}
-
-    perplexities = parts.of("evaluation", texts, text_perplexity)
-    answered = parts.of("zero_shot", tasks, task_scores)
-    write_json(folder / ANSWERS, {name: found["correct"] for name, found in answered.items()})
+    evaluated = _evaluation(run, model, tokenizer, tasks, texts, parts)
+    write_json(folder / ANSWERS, evaluated.pop("answers"))
     divergence = {}
     if run.eval.kl is not KL.none:
         divergence = _divergence(run, compressed, factorized, texts, parts)
-    accuracies = [found["score"]["acc"] for found in answered.values()]
     stages = {**clock.stages, **compressed.stages}
     return {
         "digest": digest(run),
@@ -102,9 +92,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "target_kl": run.target_kl,
         **_plan_summary(compressed.plan),
         "target_bytes": stored_bytes(model, compressed.plan.sites),
-        "perplexity": perplexities,
-        "zero_shot": {name: found["score"] for name, found in answered.items()},
-        "average_acc": sum(accuracies) / len(accuracies) if accuracies else None,
+        **evaluated,
         **divergence,
         "windows": {name: list(windows.shape) for name, windows in texts.items()},
         "compression_seconds": sum(stage.seconds for stage in compressed.stages.values()),
@@ -116,6 +104,37 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "commit": commit(),
         "versions": library_versions(),
         "config": run.config,
+    }
+
+
+def _evaluation(
+    run: Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, Task],
+    texts: Mapping[str, Tensor],
+    parts: Parts,
+) -> dict[str, Any]:
+    """Measure perplexity on every text and accuracy on every task; each is kept at once."""
+
+    def text_perplexity(name: str) -> float:
+        return perplexity(model, texts[name], batch_size(run, texts[name]))
+
+    def task_scores(name: str) -> dict[str, Any]:
+        limit, requests = run.eval.zero_shot.limit, run.runtime.batch_requests
+        found = zero_shot(model, tokenizer, [tasks[name]], limit, requests)
+        return {"score": asdict(found.scores[name]), "correct": list(found.correct[name])}
+
+    perplexities = parts.of("evaluation", texts, text_perplexity)
+    answered = parts.of("zero_shot", tasks, task_scores)
+    scores = {name: found["score"] for name, found in answered.items()}
+    answers = {name: found["correct"] for name, found in answered.items()}
+    typed = {name: TaskScore(**score) for name, score in scores.items()}
+    return {
+        "perplexity": perplexities,
+        "zero_shot": scores,
+        "average_acc": ZeroShotResult(typed, answers).average,
+        "answers": answers,
     }
 
 

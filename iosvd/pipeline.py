@@ -124,6 +124,8 @@ def compress(
             rank_budgets = quantization.rank_budgets(budget)
         candidates = [allocation(spectra, rank_budget, trial) for rank_budget in rank_budgets]
         ranks = best_ranks(candidates, sites, spectra, budget, quantization)
+    for cost in kept.elsewhere:
+        clock.add("allocation", cost)
     truncated: Mapping[str, Site] = TruncatedSites(ranks, sites, spectra, budget)
     with clock.stage("replacement"):
         replace_(model, truncated)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from iosvd.budget import Budget
 from iosvd.evaluation.perplexity import mean_loss
 from iosvd.keys import Keys
-from iosvd.stages import measured
+from iosvd.stages import Stage, measured
 from iosvd.store import Entry, Store
 from iosvd.types import Needs, Spectrum
 
@@ -28,6 +28,7 @@ class KeptLosses:
     store: Store
     keys: Keys
     needs: Needs  # The whitening's.
+    elsewhere: list[Stage] = field(default_factory=list)  # What those took that were there already.
 
     def of(self, ranks: Mapping[str, int], windows: int, measure: Callable[[], float]) -> float:
         """Return the loss with these ranks on the first so many windows; if need be, measure it."""
@@ -38,7 +39,8 @@ class KeptLosses:
                     with measured() as took:
                         loss = measure()
                     tensors = {"loss": torch.tensor(loss, dtype=torch.float64)}
-                    entry = self.store.put(key, Entry(tensors, took()))
+                    return float(self.store.put(key, Entry(tensors, took())).tensors["loss"])
+        self.elsewhere.append(entry.cost)
         return float(entry.tensors["loss"])
 
 

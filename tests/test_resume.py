@@ -169,8 +169,12 @@ def test_measured_trials_serve_every_ratio(tmp_path: Path, counter: Counter) -> 
     first = compressed(cache, Input(), search, 0.8)
     trials = len(counter.calls["mean_loss"])
     assert 14 < trials <= 9 * 14  # Some ratios are the same rank here.
-    compressed(cache, Input(), search, 0.5)
+    again = compressed(cache, Input(), search, 0.5)
     assert len(counter.calls["mean_loss"]) == trials
+    # The seconds of the table are those of the whole method, whoever paid for them.
+    headers = [json.loads(path.read_text()) for path in tmp_path.glob("trials/*/header.json")]
+    paid = sum(header["cost"]["seconds"] for header in headers)
+    assert len(headers) == trials and 0 < paid <= again.stages["allocation"].seconds
     assert equal(compressed(cache, Input(), search, 0.8), first)
 
 
