@@ -15,9 +15,11 @@ from iosvd.evaluation import pydoc_task
 from iosvd.evaluation.zero_shot import ZeroShot, task_folder
 from iosvd.models import folder_of
 from iosvd.run import Run
+from iosvd.storage import DamagedError, read_sealed, write_sealed
 from iosvd.texts import Dataset, Split, local_file
 
 _BLOCK_BYTES = 2**22
+_LARGE_BYTES = 2**28  # A second to read.
 
 
 def digest(run: Run) -> str:
@@ -95,7 +97,7 @@ def _model_content(run: Run) -> str | None:
         return None
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a model folder; set model.path")
-    return _hash_files(*_files(folder))
+    return _hash_files(*_files(folder), kept=Path(run.runtime.cache) / "hashes")
 
 
 def _dataset(options: dict[str, Any], dataset: Dataset, split: Split) -> dict[str, Any]:
@@ -121,13 +123,35 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
 
 
-def _hash_files(*paths: Path) -> str:
-    # Size and time only save hashing a large file again in the same process.
-    return _hash(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+def _hash_files(*paths: Path, kept: Path | None = None) -> str:
+    """Return a hash of the files' names and bytes.
+
+    Where size and time are those of before, so is the content: large files are not read again by
+    the same process, nor by another that finds the hash in the folder `kept`.
+    """
+    stats = [path.stat() for path in paths]
+    return _hash(
+        tuple((p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)),
+        kept if sum(s.st_size for s in stats) > _LARGE_BYTES else None,
+    )
 
 
 @functools.cache
-def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
+def _hash(files: tuple[tuple[Path, int, int], ...], kept: Path | None) -> str:
+    if kept is None:
+        return _hash_bytes(files)
+    known = [[str(path.resolve()), size, time] for path, size, time in files]
+    place = kept / f"{_hash_of({'files': known})[:32]}.json"
+    try:
+        return str(read_sealed(place)["hash"])
+    except (OSError, DamagedError):
+        found = _hash_bytes(files)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(place, {"files": known, "hash": found})
+    return found
+
+
+def _hash_bytes(files: tuple[tuple[Path, int, int], ...]) -> str:
     total = hashlib.sha256()
     for path, size, _ in files:
         total.update(f"{path.name} {size} ".encode())

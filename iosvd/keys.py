@@ -28,7 +28,7 @@ _CODE = {
     ),
     "spectra": ("factorization.py", "linalg.py", "types.py", "whitening/*.py"),
     "scores": ("scoring.py",),
-    "trials": ("trials.py", "factorization.py", "evaluation/perplexity.py"),
+    "trials": ("trials.py", "prefixes.py", "factorization.py", "evaluation/perplexity.py"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from iosvd.budget import Budget
 from iosvd.evaluation.perplexity import mean_loss
 from iosvd.keys import Keys
+from iosvd.prefixes import Prefixes, remember
 from iosvd.stages import Stage, measured
 from iosvd.store import Entry, Store
 from iosvd.types import Needs, Spectrum
@@ -55,6 +57,7 @@ class CalibrationTrial:
     windows: Tensor  # (windows, length)
     batch_size: int
     kept: KeptLosses | None = None
+    _remembered: dict[int, Prefixes] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -72,10 +75,21 @@ class CalibrationTrial:
         factorised = {s: rank for s, rank in ranks.items() if rank <= costs[s].break_even_rank}
 
         def measure() -> float:
+            prefixes = self._prefixes(windows)
+            first = prefixes.first_changed(self.sites[site] for site in factorised)
             with truncated_weights(self.sites, self.spectra, factorised):
-                return mean_loss(self.model, chosen, self.batch_size)
+                return mean_loss(
+                    self.model, chosen, self.batch_size, context=partial(prefixes.from_block, first)
+                )
 
         return measure() if self.kept is None else self.kept.of(factorised, len(chosen), measure)
+
+    def _prefixes(self, windows: int) -> Prefixes:
+        """Return what the dense model's blocks put out, computed at the first trial."""
+        if windows not in self._remembered:
+            chosen = self.windows[:windows] if windows else self.windows
+            self._remembered[windows] = remember(self.model, chosen, self.batch_size)
+        return self._remembered[windows]
 
 
 @contextmanager

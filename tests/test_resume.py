@@ -379,3 +379,29 @@ def test_factorize_keeps_what_a_store_is_for(tmp_path: Path) -> None:
         factorize(build("llama"), TOKENS, store=Cache(tmp_path), **options)  # type: ignore[arg-type]
     for name, spectrum in whole.spectra.items():
         assert spectrum.left.shape[1] == len(spectrum.sigma) > cut.spectra[name].left.shape[1]
+
+
+def test_a_large_model_is_hashed_once_on_a_machine(
+    source: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    counter: Counter,
+) -> None:
+    import iosvd.fingerprints as fingerprints
+
+    monkeypatch.setattr(fingerprints, "_LARGE_BYTES", 10)
+    counter.watch(fingerprints, "_hash_bytes")
+    found = set()
+    for _ in range(2):
+        fingerprints._hash.cache_clear()  # As another process has it.
+        found.add(fingerprints.digest(run(source)))
+    models = [args for args in counter.calls["_hash_bytes"] if len(args[0]) > 1]
+    assert len(models) == len(found) == 1
+    path = source / "small" / "config.json"
+    path.write_text(path.read_text() + " ")
+    fingerprints._hash.cache_clear()
+    assert fingerprints.digest(run(source)) not in found
+    changed = fingerprints.digest(run(source))
+    for damaged in (source / "results" / "cache" / "hashes").iterdir():
+        damaged.write_text("{}")
+    fingerprints._hash.cache_clear()
+    assert fingerprints.digest(run(source)) == changed

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +45,7 @@ def mean_loss(
     windows: Tensor,
     batch_size: int,
     starts: Iterable[int] | None = None,
+    context: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> float:
     """Return the mean negative log-likelihood, nats per predicted token.
 
@@ -52,6 +54,7 @@ def mean_loss(
         windows: (windows, length).
         batch_size: windows per forward pass.
         starts: the first window of each batch, for who wants to watch them pass.
+        context: of the forward pass that begins at a window.
 
     Raises:
         NumericalError: a loss is not finite; the windows are named.
@@ -60,7 +63,8 @@ def mean_loss(
     with torch.inference_mode():
         for start in range(0, len(windows), batch_size) if starts is None else starts:
             batch = windows[start : start + batch_size].to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
+            with context(start):
+                logits = model(input_ids=batch, use_cache=False).logits
             loss = float(summed_loss(logits, batch[:, 1:]))
             if not math.isfinite(loss):
                 raise NumericalError(

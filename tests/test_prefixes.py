@@ -1,0 +1,63 @@
+"""A forward pass that begins at a changed block gives what the whole one does."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import FAMILIES, build
+
+import iosvd.prefixes
+from iosvd.evaluation.perplexity import mean_loss
+from iosvd.prefixes import remember
+from iosvd.sites import SiteSelection, decoder_blocks, find_sites
+
+WINDOWS = torch.randint(0, 31, (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_that_of_the_whole_pass_to_the_bit(family: str) -> None:
+    model = build(family)
+    prefixes = remember(model, WINDOWS, batch_size=2)
+    assert set(prefixes.outputs) == {0, 2, 4}
+    for name, site in find_sites(model, SiteSelection()).items():
+        first = prefixes.first_changed([site])
+        assert first == int(name.split("layers.")[1].split(".")[0])
+        dense = site.weight.data
+        site.weight.data = 0.9 * dense
+        whole = mean_loss(model, WINDOWS, 2)
+        called: list[int] = []
+        hooks = [
+            layer.register_forward_hook(partial(_note, called, place))
+            for place, block in enumerate(decoder_blocks(model))
+            for layer in list(block.children())[:1]
+        ]
+        part = mean_loss(model, WINDOWS, 2, context=partial(prefixes.from_block, first))
+        for hook in hooks:
+            hook.remove()
+        site.weight.data = dense
+        assert part == whole
+        assert sorted(set(called)) == list(range(first, 2))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def _note(called: list[int], place: int, *_: object) -> None:
+    called.append(place)
+
+
+def test_layers_outside_the_blocks_begin_at_the_beginning() -> None:
+    model = build("llama")
+    prefixes = remember(model, WINDOWS, 2)
+    assert prefixes.first_changed([model.lm_head]) == 0
+    assert prefixes.first_changed([]) == 2
+
+
+def test_where_memory_is_short_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    monkeypatch.setattr(iosvd.prefixes, "free_bytes", lambda _: 1000)
+    prefixes = remember(model, WINDOWS, 2)
+    assert prefixes.outputs == {}
+    context = prefixes.from_block(1, 0)
+    with context:
+        assert mean_loss(model, WINDOWS, 5) > 0
