@@ -9,27 +9,20 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from dataclasses import dataclass, replace
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 
+from iosvd.cache import Cache
 from iosvd.config import compose_run
 from iosvd.data import calibration_windows, evaluation_windows
 from iosvd.evaluation.perplexity import perplexity
-from iosvd.kl_metric import KLMetric
 from iosvd.models import Model, load_model, load_tokenizer
-from iosvd.pipeline import compress, factorize
-from iosvd.run import Run
-from iosvd.sites import find_sites
-from iosvd.spectra import Factorized
-from iosvd.statistics import collect
+from iosvd.pipeline import compress
 from iosvd.texts import Dataset
-from iosvd.types import Needs, SiteStatistics
-
-EVERYTHING = Needs(
-    input_metric=True, input_magnitude=True, kl_metric=KLMetric(), gradient_windows=10**9
-)
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,8 @@ class Bench:
     windows: int
     seeds: tuple[int, ...]  # Calibration seeds of the comparison at 0.4.
     length: int = 256
+    # Of what is computed once and serves every method; it goes when the bench does.
+    folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     def __hash__(self) -> int:
         return hash(self.model.name)
@@ -59,12 +54,6 @@ class Bench:
         return calibration_windows(tokenizer, self.dataset, self.windows, self.length, seed)
 
     @functools.cache  # noqa: B019
-    def collected(self, seed: int) -> dict[str, SiteStatistics]:
-        model = load_model(self.model)
-        sites = find_sites(model, self.model.sites)
-        return collect(model, self.calibration(seed), sites, EVERYTHING, batch_size=16)
-
-    @functools.cache  # noqa: B019
     def relative(self, method: str, ratio: float, seed: int = 0, *options: str) -> float:
         """Perplexity of a method, in units of the dense model's."""
         # Fewer windows for the rows' gradient, which no run here shares with another.
@@ -78,26 +67,10 @@ class Bench:
             allocation=run.allocation,
             quantization=run.quantization,
             batch_size=16,
-            factorized=self.factorized(run, seed),
+            store=Cache(Path(self.folder.name)),
+            identity=self.model.name,
         )
         return perplexity(result.model, self.evaluation()) / self.dense()
-
-    def factorized(self, run: Run, seed: int) -> Factorized:
-        return factorize(
-            load_model(self.model),
-            self.calibration(seed),
-            whitening=run.whitening,
-            allocation=run.allocation,
-            quantization=run.quantization,
-            statistics=self.collected(seed),
-        )
-
-
-def test_the_statistics_used_here_are_those_the_presets_ask_for() -> None:
-    for method in ("io_svd", "io_svd_spectral", "svd_llm", "asvd_uniform", "svd", "io_svd_plus"):
-        run = compose_run([f"method={method}"])
-        needs = run.whitening.needs | run.allocation.needs
-        assert needs | EVERYTHING == replace(EVERYTHING, gradient_windows=10**9)
 
 
 @pytest.mark.parametrize("ratio", [0.8, 0.6])

@@ -206,7 +206,7 @@ def test_online_without_a_key_ends_at_once_in_one_line(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(source / "none"))
     monkeypatch.setattr(sys, "argv", ["compress.py", *overrides(source, "wandb=online")])
-    monkeypatch.setattr(command, "job", lambda: pytest.fail("a run was started"))
+    monkeypatch.setattr(command, "carry_out_one", lambda *_: pytest.fail("a run was started"))
     assert command.main() == 2
     (line,) = [x for x in "".join(capfd.readouterr()).splitlines() if x.startswith("error")]
     assert "there is no key: set WANDB_API_KEY" in line and "wandb=offline" in line
