@@ -142,7 +142,9 @@ def _watch(runs: Sequence[Run], stop: threading.Event) -> None:
         while not stop.wait(_LOOK_SECONDS):
             done = _done(runs)
             bar.update(done - bar.n)
-            running = sum(standing(run).state is State.running for run in runs)
+            # A record is checked when it is read: not again and again those that are there.
+            others = [run for run in runs if not (run_folder(run) / METRICS).exists()]
+            running = sum(standing(run).state is State.running for run in others)
             bar.set_postfix(running=running)
             if done > last and not sys.stderr.isatty():
                 left = (time.monotonic() - started) / (done - before) * (total - done)
