@@ -29,7 +29,7 @@ from iosvd.memory import GIB
 from iosvd.planning import plan_statistics
 from iosvd.run import Run
 from iosvd.sites import find_sites
-from iosvd.spectra import groups_within
+from iosvd.spectra import passes_over
 from iosvd.stages import measured
 from iosvd.statistics import shared_inputs
 from iosvd.storage import write_text
@@ -91,7 +91,7 @@ def measure(run: Run) -> dict[str, float | str]:
         *(memory, NoStore(), keys),
     )
     peak, passes, seconds = 0, 0, 0.0
-    for group in groups_within(gather, sites, planned.needs):
+    for group in passes_over(gather, sites, planned.needs):
         with measured() as took:
             gather(group, planned.needs)
         peak, passes, seconds = max(peak, took().peak_bytes), passes + 1, seconds + took().seconds

@@ -97,7 +97,6 @@ def measure_speed(run: Run, device: torch.device) -> Speed:
     rows = torch.rand(few, 2 * _SIZE, device=device)
     double = torch.rand(_SIZE, _SIZE, device=device, dtype=torch.float64)
     lower = torch.linalg.cholesky(double @ double.T + torch.eye(_SIZE, device=device))
-    root = CholeskyRoot(lower, 0.0)
     once = Factorization(run.factorization.algorithm, run.factorization.precision)
     root = CholeskyRoot(lower.to(run.factorization.precision.dtype), 0.0)
     return Speed(

@@ -16,10 +16,11 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -72,7 +73,7 @@ class Cache(Store):
         try:
             header = read_sealed(path / HEADER)
             self._check(path, header, key)
-            entry = Entry(load_file(path / TENSORS), Stage(**header["cost"]), header["numbers"])
+            entry = _mapped(path, header)
         except FileNotFoundError:  # Or evicted just now.
             return None
         except (DamagedError, SafetensorError, KeyError, TypeError) as error:
@@ -87,7 +88,7 @@ class Cache(Store):
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f".{path.name}.*{PARTIAL}"):  # Its writer was killed.
             remove(stale)
-        header = {
+        header: dict[str, Any] = {
             "kind": key.kind,
             "identity": dict(key.identity),
             "cost": asdict(entry.cost),
@@ -104,7 +105,9 @@ class Cache(Store):
             )
             remove(path)  # Of a header that was lost.
         # As every later reader has it, also in the place of its bytes: rounding may hang on that.
-        return self.get(key) or entry
+        with suppress(FileNotFoundError):  # Evicted just now.
+            return _mapped(path, header)
+        return entry
 
     @contextmanager
     def locked(self, keys: Iterable[Key]) -> Iterator[None]:
@@ -191,3 +194,7 @@ class Cache(Store):
         with suppress(FileNotFoundError):
             path.rename(target)
         log.warning("%s; set aside as %s and computed again", one_line(error), target)
+
+
+def _mapped(path: Path, header: Mapping[str, Any]) -> Entry:
+    return Entry(load_file(path / TENSORS), Stage(**header["cost"]), header["numbers"])

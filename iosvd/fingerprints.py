@@ -15,10 +15,9 @@ from iosvd.evaluation import pydoc_task
 from iosvd.evaluation.zero_shot import ZeroShot, task_folder
 from iosvd.models import folder_of
 from iosvd.run import Run
-from iosvd.storage import DamagedError, read_sealed, write_sealed
+from iosvd.storage import DamagedError, blocks_of, read_sealed, write_sealed
 from iosvd.texts import Dataset, Split, local_file
 
-_BLOCK_BYTES = 2**22
 _LARGE_BYTES = 2**28  # A second to read.
 
 
@@ -155,7 +154,6 @@ def _hash_bytes(files: tuple[tuple[Path, int, int], ...]) -> str:
     total = hashlib.sha256()
     for path, size, _ in files:
         total.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                total.update(block)
+        for block in blocks_of(path):
+            total.update(block)
     return total.hexdigest()[:16]

@@ -31,9 +31,9 @@ class Gathered:
     costs: Mapping[tuple[str, str], Stage]  # By the field of `Needs`, and the site.
     collected: bool  # Whether any was collected now.
 
-    def cost(self, name: str, needs: Needs) -> Stage:
-        """Return what the statistics that a site needs took."""
-        costs = [self.costs[part, name] for part in needs.parts()]
+    def cost(self, name: str, parts: Iterable[str]) -> Stage:
+        """Return what these parts of a site's statistics took."""
+        costs = [self.costs[part, name] for part in parts]
         peak = max((cost.peak_bytes for cost in costs), default=0)
         return Stage(sum(cost.seconds for cost in costs), peak)
 
@@ -112,17 +112,17 @@ class Gatherer:
             tokens = self.tokens if chosen != apart else self.gradient_tokens
             assert tokens is not None
             sites = {s: self.sites[s] for s in self.sites if any(s in missing[p] for p in chosen)}
-            with of_stage("statistics"), measured() as took:
-                collected = collect(
-                    self.model,
-                    tokens,
-                    sites,
-                    needs,
-                    self.batch_size,
-                    on_cpu=self.memory.metrics_on_cpu,
-                    checkpoint_blocks=self.memory.checkpoint_blocks,
-                )
             with of_stage("statistics"):
+                with measured() as took:
+                    collected = collect(
+                        self.model,
+                        tokens,
+                        sites,
+                        needs,
+                        self.batch_size,
+                        on_cpu=self.memory.metrics_on_cpu,
+                        checkpoint_blocks=self.memory.checkpoint_blocks,
+                    )
                 log.info("%d sites: %.1f s", len(sites), took().seconds)
             self._keep(collected, {part: missing[part] for part in chosen}, parts, took(), found)
 

@@ -14,8 +14,8 @@ from iosvd.linalg import GRAM_SHARE
 from iosvd.memory import Activations, sums_limit, taken_bytes
 from iosvd.models import Model, load_config
 from iosvd.run import Run
-from iosvd.sites import SiteSelection, decoder_blocks, find_linears, in_groups
-from iosvd.statistics import shared_inputs, statistics_bytes
+from iosvd.sites import SiteSelection, decoder_blocks, find_linears
+from iosvd.statistics import groups_within, shared_inputs, statistics_bytes
 from iosvd.types import Needs
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
@@ -47,11 +47,9 @@ class Outline:
         """Return the bytes of the sums in each pass over the calibration set."""
         if needs == Needs():
             return []
-
-        def size(group: list[str]) -> int:
-            return statistics_bytes({name: self.sites[name] for name in group}, needs, self.shared)
-
-        return [size(group) for group in in_groups(self.sites, size, limit_bytes)]
+        groups = groups_within(self.sites, needs, self.shared, limit_bytes)
+        shapes = ({name: self.sites[name] for name in group} for group in groups)
+        return [statistics_bytes(group, needs, self.shared) for group in shapes]
 
     @property
     def forward(self) -> int:
@@ -158,10 +156,9 @@ def outline_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) ->
 
 def activations_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) -> Activations:
     """Return what decides how much memory a batch of so many tokens takes."""
-    linears = find_linears(model, selection)
-    names = {module: name for name, module in linears.items()}
+    linears = set(find_linears(model, selection).values())
     blocks = [
-        tuple(Shape(*m.weight.shape) for m in block.modules() if m in names)
+        tuple(Shape(*m.weight.shape) for m in block.modules() if m in linears)
         for block in decoder_blocks(model)
     ]
     config = model.config.get_text_config()

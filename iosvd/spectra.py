@@ -17,9 +17,8 @@ from iosvd.logs import of_stage
 from iosvd.progress import track
 from iosvd.quantization import Quantization
 from iosvd.scoring import with_fisher_norm, with_loss_change
-from iosvd.sites import in_groups
 from iosvd.stages import Stage, StageClock, measured
-from iosvd.statistics import statistics_bytes
+from iosvd.statistics import groups_within, statistics_bytes
 from iosvd.store import Entry, Key, Store
 from iosvd.types import Needs, SiteStatistics, Spectrum
 from iosvd.whitening import Whitening
@@ -86,7 +85,7 @@ class SpectraOf:
         }
         todo = [name for name in gather.sites if any(name in names for names in lacking.values())]
         needs = self.allocation.needs | (self.whitening.needs if lacking["spectrum"] else Needs())
-        for group in groups_within(gather, todo, needs):
+        for group in passes_over(gather, todo, needs):
             gathered = gather(group, needs)
             stages |= {"factorization", *(["statistics"] if gathered.collected else [])}
             with of_stage("factorization"):
@@ -115,7 +114,7 @@ class SpectraOf:
         # Transposed, so that the first components lie together in the file.
         tensors["left_transposed"] = spectrum.left.T.contiguous()
         numbers = {field: getattr(spectrum, field) for field in _NUMBERS}
-        cost = gathered.cost(name, self.whitening.needs)
+        cost = gathered.cost(name, self.whitening.needs.parts())
         return Entry(tensors, took(), {**numbers, **_cost_of_statistics(cost)})
 
     def _score(self, site: nn.Linear, gathered: Gathered, kept: Entry, name: str) -> Entry:
@@ -125,10 +124,8 @@ class SpectraOf:
             statistics = gathered.statistics[name].to(*place)
             tensors, numbers = self._scores(site, statistics, _spectrum_of(kept))
         already = self.whitening.needs.parts()
-        apart = {p: n for p, n in self.allocation.needs.parts().items() if p not in already}
-        costs = [gathered.cost(name, needs) for needs in apart.values()]
-        peak = max((cost.peak_bytes for cost in costs), default=0)
-        cost = Stage(sum(cost.seconds for cost in costs), peak)
+        apart = [part for part in self.allocation.needs.parts() if part not in already]
+        cost = gathered.cost(name, apart)
         return Entry(tensors, took(), {**numbers, **_cost_of_statistics(cost)})
 
     def _scores(
@@ -157,21 +154,18 @@ class SpectraOf:
         return replace(entry, tensors={**entry.tensors, **cut})
 
 
-def groups_within(gather: Gatherer, names: Iterable[str], needs: Needs) -> list[list[str]]:
-    """Divide sites so that the sums of a pass are within the limit."""
-    names, limit = list(names), gather.memory.limit_bytes
+def passes_over(gather: Gatherer, names: Iterable[str], needs: Needs) -> list[list[str]]:
+    """Divide sites into those of each pass over the calibration set; log how many that takes."""
     shapes = {name: Shape(*gather.sites[name].weight.shape) for name in names}
-
-    def size(group: list[str]) -> int:
-        return statistics_bytes({name: shapes[name] for name in group}, needs, gather.shared)
-
-    groups = in_groups(names, size, limit)
+    limit = gather.memory.limit_bytes
+    groups = groups_within(shapes, needs, gather.shared, limit)
     if needs == Needs() or not groups:
         return groups
-    largest = max(map(size, groups))
+    sums = ({name: shapes[name] for name in group} for group in groups)
+    largest = max(statistics_bytes(group, needs, gather.shared) for group in sums)
     log.info(
         "statistics of %d sites: %d pass(es), sums of at most %.1f MiB",
-        *(len(names), len(groups), largest / 2**20),
+        *(len(shapes), len(groups), largest / 2**20),
     )
     if largest > limit:
         log.warning(

@@ -23,7 +23,7 @@ from iosvd.errors import ModelError, NumericalError
 from iosvd.evaluation.perplexity import summed_loss
 from iosvd.kl_metric import cotangents
 from iosvd.progress import track
-from iosvd.sites import decoder_blocks
+from iosvd.sites import decoder_blocks, in_groups
 from iosvd.sums import Phase, Sums
 from iosvd.types import Needs, SiteStatistics
 
@@ -89,6 +89,17 @@ def statistics_bytes(shapes: Mapping[str, Shape], needs: Needs, shared: Mapping[
         # Both factors, and the sum of the one that is being updated.
         entries += (m * m + n * n + max(m, n) ** 2) * (needs.kronecker_passes > 0)
     return 4 * entries
+
+
+def groups_within(
+    shapes: Mapping[str, Shape], needs: Needs, shared: Mapping[str, str], limit_bytes: float
+) -> list[list[str]]:
+    """Divide sites, in their order, so that the sums of a group are within a limit."""
+
+    def size(group: list[str]) -> int:
+        return statistics_bytes({name: shapes[name] for name in group}, needs, shared)
+
+    return in_groups(shapes, size, limit_bytes)
 
 
 def _pass_over(model: PreTrainedModel, tokens: Tensor, batch_size: int, sums: Sums) -> None:

@@ -110,10 +110,16 @@ def read_sealed(path: Path) -> dict[str, Any]:
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     total = hashlib.sha256()
+    for block in blocks_of(path):
+        total.update(block)
+    return total.hexdigest()
+
+
+def blocks_of(path: Path) -> Iterator[bytes]:
+    """Yield a file's bytes, never all of them at once."""
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK_BYTES):
-            total.update(block)
-    return total.hexdigest()
+            yield block
 
 
 def remove(path: Path) -> None:

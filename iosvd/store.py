@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from iosvd.stages import Stage
+from iosvd.stages import Stage, measured
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,27 @@ class Store(Protocol):
     def locked(self, keys: Iterable[Key]) -> AbstractContextManager[None]:
         """Let no other process compute what these keys name, or what is named after them."""
         ...
+
+
+def get_or_compute(
+    store: Store, key: Key, lock: Key, compute: Callable[[], Mapping[str, Tensor]]
+) -> tuple[Entry, bool]:
+    """Return an entry, and whether it was computed now.
+
+    Args:
+        store: where it is kept.
+        key: of the entry.
+        lock: the key that is locked while it is computed.
+        compute: what returns its tensors.
+    """
+    if (entry := store.get(key)) is not None:
+        return entry, False
+    with store.locked([lock]):
+        if (entry := store.get(key)) is not None:  # Somebody else has computed it meanwhile.
+            return entry, False
+        with measured() as took:
+            tensors = compute()
+        return store.put(key, Entry(tensors, took())), True
 
 
 class NoStore(Store):

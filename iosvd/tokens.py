@@ -11,8 +11,7 @@ from iosvd.data import calibration_windows, evaluation_windows
 from iosvd.fingerprints import tokens_identity
 from iosvd.keys import tokens_key
 from iosvd.run import Run
-from iosvd.stages import measured
-from iosvd.store import Entry, Key, Store
+from iosvd.store import Key, Store, get_or_compute
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedTokenizerBase
@@ -54,10 +53,5 @@ def evaluation_tokens(
 
 
 def _kept(store: Store, key: Key, compute: Callable[[], Tensor]) -> Tensor:
-    if (entry := store.get(key)) is None:
-        with store.locked([key]):
-            if (entry := store.get(key)) is None:
-                with measured() as took:
-                    windows = compute()
-                entry = store.put(key, Entry({"windows": windows}, took()))
+    entry, _ = get_or_compute(store, key, key, lambda: {"windows": compute()})
     return entry.tensors["windows"]

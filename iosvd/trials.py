@@ -15,8 +15,8 @@ from iosvd.budget import Budget
 from iosvd.evaluation.perplexity import mean_loss
 from iosvd.keys import Keys
 from iosvd.prefixes import Prefixes, remember
-from iosvd.stages import Stage, measured
-from iosvd.store import Entry, Store
+from iosvd.stages import Stage
+from iosvd.store import Store, get_or_compute
 from iosvd.types import Needs, Spectrum
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
@@ -35,14 +35,14 @@ class KeptLosses:
     def of(self, ranks: Mapping[str, int], windows: int, measure: Callable[[], float]) -> float:
         """Return the loss with these ranks on the first so many windows; if need be, measure it."""
         key = self.keys.trial(self.needs, ranks, windows)
-        if (entry := self.store.get(key)) is None:
-            with self.store.locked([self.keys.trials(self.needs)]):
-                if (entry := self.store.get(key)) is None:
-                    with measured() as took:
-                        loss = measure()
-                    tensors = {"loss": torch.tensor(loss, dtype=torch.float64)}
-                    return float(self.store.put(key, Entry(tensors, took())).tensors["loss"])
-        self.elsewhere.append(entry.cost)
+        entry, now = get_or_compute(
+            self.store,
+            key,
+            self.keys.trials(self.needs),
+            lambda: {"loss": torch.tensor(measure(), dtype=torch.float64)},
+        )
+        if not now:
+            self.elsewhere.append(entry.cost)
         return float(entry.tensors["loss"])
 
 

@@ -15,8 +15,7 @@ from iosvd.memory import MemoryUse
 from iosvd.plan import dropped_energy
 from iosvd.quantization.base import Quantization, Site
 from iosvd.rows import half_dtype
-from iosvd.sites import in_groups
-from iosvd.statistics import collect, statistics_bytes
+from iosvd.statistics import collect, groups_within
 from iosvd.types import Needs, Spectrum
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
@@ -109,13 +108,9 @@ def with_gradient(
         memory: what the sums of a pass may take.
     """
     shapes = {name: Shape(*site.weight.shape) for name, site in truncated.items()}
-
-    def size(group: list[str]) -> int:
-        chosen = {name: shapes[name] for name in group}
-        return statistics_bytes(chosen, needs, {name: name for name in group})
-
     gradients: dict[str, Tensor] = {}
-    for group in in_groups(shapes, size, memory.limit_bytes):
+    # Gradients are of the sites alone: none is shared.
+    for group in groups_within(shapes, needs, {name: name for name in shapes}, memory.limit_bytes):
         found = collect(
             model,
             tokens[: needs.gradient_windows],
