@@ -17,6 +17,7 @@ class Shape:
 
     m: int
     n: int
+    adds_bias: bool = False  # Whether it gets a bias where it is factorised.
 
     @property
     def full_rank(self) -> int:
@@ -27,8 +28,8 @@ class Shape:
         return self.m * self.n
 
     def entries_at(self, rank: int) -> int:
-        """Entries of the two factors."""
-        return rank * (self.m + self.n)
+        """Entries of the two factors, and of the bias that comes with them."""
+        return rank * (self.m + self.n) + self.m * self.adds_bias
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,14 @@ class SiteCost:
         """The largest rank whose factors are smaller than the dense weight; 0: always dense."""
         return max(0, (self.dense - self.fixed - 1) // self.component)
 
+    def with_bias(self, outputs: int) -> SiteCost:
+        """Return the cost with a bias of so many outputs wherever the site is factorised."""
+        return SiteCost(self.dense, self.fixed + ENTRY_BITS * outputs, self.component)
+
 
 def sixteen_bits(shape: Shape) -> SiteCost:
     """Cost without quantisation: 16 bits an entry."""
-    return SiteCost(ENTRY_BITS * shape.entries, fixed=0, component=ENTRY_BITS * shape.entries_at(1))
+    return SiteCost(ENTRY_BITS * shape.entries, fixed=0, component=ENTRY_BITS * (shape.m + shape.n))
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,10 @@ class Budget:
     @property
     def costs(self) -> dict[str, SiteCost]:
         """The cost of every site."""
-        return {site: self.cost_of(shape) for site, shape in self.shapes.items()}
+        return {
+            site: self.cost_of(shape).with_bias(shape.m if shape.adds_bias else 0)
+            for site, shape in self.shapes.items()
+        }
 
     @property
     def floors(self) -> dict[str, int]:

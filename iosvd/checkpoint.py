@@ -40,7 +40,8 @@ class LowRankConfig(QuantizationConfigMixin):
     """How each compressed layer is stored, by qualified name, as config.json has it.
 
     `ranks` has the factorised layers; `rows` those with matrices in rows of two widths, a
-    `RowLayout` for each matrix; `four_bit` the size of the groups of those in four bits.
+    `RowLayout` for each matrix; `four_bit` the size of the groups of those in four bits; `biases`
+    the layers that have a bias where the architecture has none.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class LowRankConfig(QuantizationConfigMixin):
         ranks: Mapping[str, int],
         rows: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
         four_bit: Mapping[str, int] | None = None,
+        biases: Sequence[str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.ranks, self.rows, self.four_bit = dict(ranks), dict(rows or {}), dict(four_bit or {})
+        self.biases = list(biases or [])
 
     @classmethod
     def of(cls, model: nn.Module) -> LowRankConfig:
@@ -65,7 +68,8 @@ class LowRankConfig(QuantizationConfigMixin):
                     ranks[name] = layer.rank
                 if layer.layouts:
                     rows[name] = {k: layout.to_dict() for k, layout in layer.layouts.items()}
-        return cls(ranks, rows, four_bit)
+        biases = [name for name, layer in compressed_layers(model).items() if layer.added_bias]
+        return cls(ranks, rows, four_bit, biases)
 
     @property
     def layers(self) -> list[str]:
@@ -78,7 +82,8 @@ class LowRankConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: what config.json says is impossible.
         """
-        m, n, biased = layer.out_features, layer.in_features, layer.bias is not None
+        m, n, added = layer.out_features, layer.in_features, name in self.biases
+        biased = layer.bias is not None or added
         device, dtype = layer.weight.device, layer.weight.dtype
         rank = self.ranks.get(name)
         if rank is not None and not 0 < rank <= min(m, n):
@@ -91,7 +96,9 @@ class LowRankConfig(QuantizationConfigMixin):
                 return FourBitLinear(n, m, self.four_bit[name], biased, device, dtype)
             of_site = self.rows.get(name, {})
             layouts = {k: RowLayout.from_dict(layout) for k, layout in of_site.items()}
-            return empty_layer(n, m, rank, layouts, biased=biased, device=device, dtype=dtype)
+            new = empty_layer(n, m, rank, layouts, biased=biased, device=device, dtype=dtype)
+            new.added_bias = added
+            return new
         except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"config.json describes rows of {name} that cannot be ({one_line(error)});"
@@ -99,7 +106,7 @@ class LowRankConfig(QuantizationConfigMixin):
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        described = {"rows": self.rows, "four_bit": self.four_bit}
+        described = {"rows": self.rows, "four_bit": self.four_bit, "biases": self.biases}
         present = {key: value for key, value in described.items() if value}
         return {"quant_method": self.quant_method, "ranks": self.ranks, **present}
 
@@ -180,7 +187,15 @@ def export_dense(
     """Write an ordinary dense checkpoint for servers without low-rank layers; changes the model.
 
     It has the compressed model's quality and the dense model's size.
+
+    Raises:
+        CheckpointError: as `save`, or the model has biases that its architecture has not.
     """
+    if added := LowRankConfig.of(model).biases:
+        raise CheckpointError(
+            f"{added[0]} has a bias that a dense {type(model).__name__} has no place for;"
+            " compress with correction.bias=false"
+        )
     densify_(model, model.dtype)
     for holder in (model.config, model):
         for name in ("quantization_config", "hf_quantizer", "quantization_method", "is_quantized"):

@@ -70,6 +70,7 @@ def compress_as(
         target_kl=run.target_kl,
         whitening=run.whitening,
         allocation=run.allocation,
+        correction=run.correction,
         quantization=run.quantization,
         factorization=run.factorization,
         selection=run.model.sites,

@@ -29,7 +29,7 @@ from iosvd.texts import Dataset
 from iosvd.workers import cores
 
 CONF = Path(__file__).parents[1] / "conf"
-METHOD_GROUPS = ("whitening", "allocation", "quantization", "factorization")
+METHOD_GROUPS = ("whitening", "allocation", "correction", "quantization", "factorization")
 PROTOCOL_LENGTH = 2048  # Tokens of a window (METHODS 9).
 Value = TypeVar("Value")
 
@@ -139,6 +139,7 @@ def to_run(composed: DictConfig, label: str) -> Run:
         calibration=_typed(Calibration, composed, "calibration"),
         whitening=_variant(composed, "whitening"),
         allocation=_variant(composed, "allocation"),
+        correction=_variant(composed, "correction"),
         quantization=_variant(composed, "quantization"),
         factorization=_typed(Factorization, composed, "factorization"),
         ratio=_optional(composed.ratio, "ratio"),

@@ -69,7 +69,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
             check_vocabulary(windows, model.config.get_text_config().vocab_size)
     # Before the work: an impossible budget should not cost a pass over the calibration set.
     sites = find_sites(model, run.model.sites)
-    feasible_budget(sites, run.ratio, run.quantization, run.min_rank_fraction)
+    feasible_budget(sites, run.ratio, run.quantization, run.min_rank_fraction, run.correction)
     del sites  # They would keep the dense weights.
     factorized = factorize_as(run, model, tokens, cache)
     compressed = compress_as(run, model, tokens, factorized, cache)

@@ -31,6 +31,7 @@ class CompressedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         empty_bias = torch.empty(out_features, device=device, dtype=dtype)
         self.bias = nn.Parameter(empty_bias) if bias else None
+        self.added_bias = False  # Whether the layer that it replaces has none.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the layer, all but the scales' type: bfloat16 would round them."""
@@ -48,6 +49,7 @@ class CompressedLinear(nn.Module):
         if self.bias is not None and layer.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(layer.bias)
+        self.added_bias = isinstance(layer, CompressedLinear) and layer.added_bias
         return self.requires_grad_(next(layer.parameters()).requires_grad)
 
     def product(self) -> Tensor:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from iosvd.allocation import Allocation
-from iosvd.budget import Budget, Shape
+from iosvd.budget import ENTRY_BITS, Budget, Shape
+from iosvd.correction import Correction, Given, NoCorrection
 from iosvd.data import warn_if_few
 from iosvd.errors import ConfigError, ModelError
 from iosvd.factorization import Factorization
@@ -19,7 +20,7 @@ from iosvd.memory import MemoryUse
 from iosvd.plan import Plan, make_plan
 from iosvd.quantization import NoQuantization, Quantization
 from iosvd.quantization.base import Site
-from iosvd.replacement import compressed_layers, replace_, store_
+from iosvd.replacement import compressed_layers, store_
 from iosvd.rows import half_dtype
 from iosvd.sites import SiteSelection, find_sites
 from iosvd.spectra import Factorized, SpectraOf
@@ -54,6 +55,7 @@ def compress(
     target_kl: float | None = None,
     whitening: Whitening,
     allocation: Allocation,
+    correction: Correction = NoCorrection(),  # noqa: B008 (frozen)
     quantization: Quantization = NoQuantization(),  # noqa: B008 (frozen)
     factorization: Factorization = Factorization(),  # noqa: B008 (frozen)
     selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
@@ -74,7 +76,7 @@ def compress(
             quantisation that is the share of the parameters.
         target_kl: instead of a ratio: the smallest one whose predicted KL divergence, nats per
             token, is within it.
-        whitening, allocation, quantization: the method.
+        whitening, allocation, correction, quantization: the method.
         factorization: precision and algorithm of the decompositions.
         selection: which layers are targets.
         min_rank_fraction: of its break-even rank that every site keeps at least.
@@ -98,7 +100,7 @@ def compress(
         check_target(target_kl, whitening, quantization)
     clock = StageClock()
     sites = _sites(model, selection)
-    budget = feasible_budget(sites, ratio, quantization, min_rank_fraction)
+    budget = feasible_budget(sites, ratio, quantization, min_rank_fraction, correction)
     rank_budgets = quantization.rank_budgets(budget)
     factorized = factorized or factorize(
         model,
@@ -127,15 +129,34 @@ def compress(
     for cost in kept.elsewhere:
         clock.add("allocation", cost)
     truncated: Mapping[str, Site] = TruncatedSites(ranks, sites, spectra, budget)
-    with clock.stage("replacement"):
-        replace_(model, truncated)
+    with clock.stage("correction"):
+        asked = whitening.needs if correction.needs_metrics else Needs()
+        gather = _gatherer(model, tokens, gradient_tokens, sites, batch_size, memory, store, keys)
+        statistics = gather(sites, asked).statistics  # Before the model is changed.
+        truncated = correction(
+            Given(
+                model=model,
+                sites=truncated,
+                statistics=statistics,
+                tokens=tokens,
+                whitening=whitening,
+                allocation=allocation,
+                factorization=factorization,
+                budget=budget,
+                batch_size=batch_size,
+                memory=memory,
+            )
+        )
+        del statistics
     with clock.stage("quantization"):
         if quantization.gradient_windows:
             asked = Needs(gradient_windows=quantization.gradient_windows)
             truncated = with_gradient(truncated, model, tokens, asked, batch_size, memory)
-        stored = quantization(truncated, budget.limit, half_dtype(model.dtype))
+        stored = quantization(
+            truncated, budget.limit - _bias_bits(ranks, budget), half_dtype(model.dtype)
+        )
         store_(model, stored)
-    plan = make_plan(ranks, spectra, budget, kl=predicts_kl(whitening), stored=stored)
+    plan = make_plan(ranks, spectra, budget, predicts_kl(whitening), stored)
     mark_compressed_(model)
     sigma = {site: spectrum.sigma.clone() for site, spectrum in spectra.items()}
     return Compressed(model, plan, sigma, {**stages, **clock.stages})
@@ -146,13 +167,21 @@ def feasible_budget(
     ratio: float | None,
     quantization: Quantization,
     min_rank_fraction: float,
+    correction: Correction = NoCorrection(),  # noqa: B008 (frozen)
 ) -> Budget:
     """Return the budget of a ratio (None: of 1), checked before any work is done for it.
 
     Raises:
         BudgetError: it cannot be met.
     """
-    shapes = {name: Shape(*site.weight.shape) for name, site in sites.items()}
+    shapes = {
+        name: Shape(
+            site.out_features,
+            site.in_features,
+            adds_bias=correction.adds_bias and site.bias is None,
+        )
+        for name, site in sites.items()
+    }
     whole = 1.0 if ratio is None else ratio
     budget = Budget(shapes, whole, quantization.cost, min_rank_fraction)
     quantization.rank_budgets(budget)
@@ -186,11 +215,30 @@ def factorize(
     if needs != Needs():
         warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
     keys = Keys.of(identity, tokens, gradient_tokens, whitening, factorization)
+    gather = _gatherer(model, tokens, gradient_tokens, sites, batch_size, memory, store, keys)
+    return SpectraOf(whitening, allocation, quantization, factorization)(gather)
+
+
+def _gatherer(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    gradient_tokens: Tensor | None,
+    sites: Mapping[str, nn.Linear],
+    batch_size: int,
+    memory: MemoryUse,
+    store: Store,
+    keys: Keys,
+) -> Gatherer:
     shared = shared_inputs(model, tokens, sites)
-    gather = Gatherer(
+    return Gatherer(
         *(model, tokens, gradient_tokens, sites, shared, batch_size, memory, store, keys)
     )
-    return SpectraOf(whitening, allocation, quantization, factorization)(gather)
+
+
+def _bias_bits(ranks: Mapping[str, int], budget: Budget) -> int:
+    """Return what the biases take that a correction adds."""
+    shapes = (budget.shapes[site] for site in budget.factorised(ranks))
+    return ENTRY_BITS * sum(shape.m for shape in shapes if shape.adds_bias)
 
 
 def _check_store(store: Store, identity: str) -> None:

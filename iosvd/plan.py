@@ -35,11 +35,12 @@ class SitePlan:
     loss_change: float | None  # Its first-order counterpart, nats per token, if a gradient was had.
     damping_output: float  # Relative damping that the roots needed.
     damping_input: float
+    added_bias: bool  # Whether a correction gave it one.
 
     @property
     def entries(self) -> int:
         """Parameters kept."""
-        shape = Shape(self.out_features, self.in_features)
+        shape = Shape(self.out_features, self.in_features, self.added_bias)
         return shape.entries if self.dense else shape.entries_at(self.rank)
 
 
@@ -115,9 +116,10 @@ def make_plan(
 def _site_plan(
     name: str, rank: int, spectrum: Spectrum, budget: Budget, stored: Stored | None
 ) -> SitePlan:
-    shape, cost = budget.shapes[name], budget.cost_of(budget.shapes[name])
+    shape, cost = budget.shapes[name], budget.costs[name]
     dense = rank > cost.break_even_rank
     kept = shape.full_rank if dense else rank
+    added = shape.adds_bias and not dense
     change = spectrum.loss_change
     rounded, rows = (0, 0) if stored is None else stored.rounded
     return SitePlan(
@@ -125,7 +127,7 @@ def _site_plan(
         in_features=shape.n,
         rank=kept,
         dense=dense,
-        bits=cost.at(kept) if stored is None else stored.bits,
+        bits=cost.at(kept) if stored is None else stored.bits + ENTRY_BITS * shape.m * added,
         rounded_rows=rounded,
         rows=rows,
         rounding_loss=0.0 if stored is None else stored.rounding_loss,
@@ -133,6 +135,7 @@ def _site_plan(
         loss_change=None if change is None else float(change[kept:].sum()),
         damping_output=spectrum.damping_output,
         damping_input=spectrum.damping_input,
+        added_bias=added,
     )
 
 

@@ -34,9 +34,14 @@ def densify_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def stored_bytes(model: nn.Module, names: Iterable[str]) -> int:
-    """Return the bytes that the weights of the named layers take, biases not counted."""
+    """Return the bytes that the weights of the named layers take, and biases that were added."""
     layers = [model.get_submodule(name) for name in names]
-    tensors = [t for x in layers for n, t in x.state_dict().items() if n != "bias"]
+    tensors = [
+        tensor
+        for layer in layers
+        for name, tensor in layer.state_dict().items()
+        if name != "bias" or getattr(layer, "added_bias", False)
+    ]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from iosvd.allocation import Allocation
+from iosvd.correction import Correction
 from iosvd.evaluation.zero_shot import ZeroShot
 from iosvd.factorization import Factorization
 from iosvd.models import Model
@@ -117,6 +118,7 @@ class Run:
     calibration: Calibration
     whitening: Whitening
     allocation: Allocation
+    correction: Correction
     quantization: Quantization
     factorization: Factorization
     ratio: float | None  # None: what target_kl needs.

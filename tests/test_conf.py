@@ -29,7 +29,7 @@ SETTINGS = {
     "dataset/local": ["dataset.path=/some/folder"],
 }
 GROUPS = (
-    *("model", "dataset", "whitening", "allocation", "quantization"),
+    *("model", "dataset", "whitening", "allocation", "correction", "quantization"),
     *("method", "eval", "wandb"),
 )
 LLAMAS = ["llama_7b", "llama_13b", "llama_30b", "llama2_7b", "llama3_8b"]

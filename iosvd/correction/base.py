@@ -1,0 +1,58 @@
+"""What a correction is given, and what every correction is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from iosvd.budget import Budget
+from iosvd.factorization import Factorization
+from iosvd.memory import MemoryUse
+from iosvd.quantization.base import Site
+from iosvd.types import SiteStatistics
+from iosvd.whitening import Whitening
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel
+
+    from iosvd.allocation import Allocation
+
+
+@dataclass(frozen=True)
+class Given:
+    """A dense model, what is planned for its sites, and what the calibration set tells of them."""
+
+    model: PreTrainedModel  # Dense; the correction puts the compressed layers in place.
+    sites: Mapping[str, Site]  # Truncated, all of them; looked at once each.
+    statistics: Mapping[str, SiteStatistics]  # Of the dense model, as `needs_metrics` asks.
+    tokens: Tensor  # Calibration windows (windows, length).
+    whitening: Whitening
+    allocation: Allocation
+    factorization: Factorization
+    budget: Budget  # That the ranks were planned under.
+    batch_size: int
+    memory: MemoryUse
+
+
+class Correction(Protocol):
+    """What every correction is: a frozen dataclass, one file each.
+
+    What it does not say otherwise, it inherits: it needs no metrics, and adds nothing to a site.
+    """
+
+    @property
+    def needs_metrics(self) -> bool:
+        """Whether it reads the statistics of the whitening."""
+        return False
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether factorised sites get a bias where they have none, which the budget counts."""
+        return False
+
+    def __call__(self, given: Given) -> Mapping[str, Site]:
+        """Put the compressed layers in place, corrected; return the sites as they are now."""
+        ...

@@ -1,0 +1,143 @@
+"""How far the inputs of a site have moved, and the best weight for them in closed form.
+
+Symbols are those of METHODS 7: x_d and x_c are a site's inputs in the dense model and behind the
+compressed prefix, R_c = E[x_c x_cᵀ], K = E[x_d x_cᵀ] = R_c + D with D = E[(x_d − x_c) x_cᵀ].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iosvd.errors import NumericalError
+from iosvd.linalg import Root, add_lower_gram_, damped, mirror_
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Second moments of the inputs behind the compressed prefix, and of what they lack."""
+
+    inputs: Tensor  # R_c, (n, n)
+    shift: Tensor  # D, (n, n)
+    stream: Tensor | None  # P = E[(s_d − s_c) x_cᵀ], s the residual stream written to, (m, n)
+    mean_input: Tensor  # E[x_c], (n,)
+    mean_shift: Tensor  # E[x_d − x_c], (n,)
+    mean_stream: Tensor | None  # E[s_d − s_c], (m,)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """Return E[(t − W x_c) x_cᵀ], (m, n): what the output lacks, against the inputs.
+
+        The target t is what the dense model's site puts out, W x_d, and beyond it what its
+        residual stream has more than ours.
+        """
+        lacking = weight @ self.shift
+        return lacking if self.stream is None else lacking + self.stream
+
+    def mean_target(self, weight: Tensor) -> Tensor:
+        """Return E[t − W x_c], (m,)."""
+        lacking = weight @ self.mean_shift
+        return lacking if self.mean_stream is None else lacking + self.mean_stream
+
+    def centred(self) -> Drift:
+        """Return the same about the means: what a bias leaves to the weight."""
+        mean, stream = self.mean_input, self.stream
+        if stream is not None and self.mean_stream is not None:
+            stream = stream - torch.outer(self.mean_stream, mean)
+        return Drift(
+            self.inputs - torch.outer(mean, mean),
+            self.shift - torch.outer(self.mean_shift, mean),
+            stream,
+            *(mean, self.mean_shift, self.mean_stream),
+        )
+
+    def mixed(self, other: Drift, share: float) -> Drift:
+        """Return the moments of two sets of tokens together, `share` being that of this one."""
+
+        def mix(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            if mine is None or theirs is None:
+                return None
+            return share * mine + (1 - share) * theirs
+
+        names = ("inputs", "shift", "stream", "mean_input", "mean_shift", "mean_stream")
+        return Drift(*(mix(getattr(self, n), getattr(other, n)) for n in names))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Drift:
+        """Return the same elsewhere, in another precision."""
+        names = ("inputs", "shift", "stream", "mean_input", "mean_shift", "mean_stream")
+        values = (getattr(self, name) for name in names)
+        return Drift(*(None if v is None else v.to(device, dtype) for v in values))  # type: ignore[arg-type]
+
+
+def best_weight(weight: Tensor, drift: Drift, trust: float, ridge: float, site: str) -> Tensor:
+    """Return the weight (m, n) that does best behind the compressed prefix, at full rank.
+
+    W* = W + trust (W D + P) (R_c + ridge · mean diag(R_c) · I)⁻¹ minimises
+    E‖t' − A x_c‖² + ridge · mean diag(R_c) · ‖A − W‖² with the target
+    t' = W x_c + trust (t − W x_c) between what the site would put out and what it should.
+    The output metric cancels at full rank.
+
+    Raises:
+        NumericalError: R_c is singular; the site is named.
+    """
+    metric = damped(drift.inputs, ridge)
+    try:
+        change = torch.linalg.solve(metric, drift.target(weight).T).T
+    except RuntimeError as error:
+        raise NumericalError(
+            f"the inputs of {site} behind the compressed layers have a singular second moment;"
+            " raise correction.ridge"
+        ) from error
+    return weight + trust * change
+
+
+def squared_error(change: Tensor, weight: Tensor, drift: Drift, left: Root) -> float:
+    """Return E‖L_Cᵀ (t − A x_c)‖², but for a constant, of A = W + change."""
+    ours, lacking = left.apply(change), left.apply(drift.target(weight))
+    return float((ours @ drift.inputs * ours).sum() - 2 * (lacking * ours).sum())
+
+
+class DriftSums:
+    """Running sums over the calibration set, in float32 or better."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, dense: Tensor, compressed: Tensor, lacking: Tensor | None) -> None:
+        """Add a batch of inputs x_d and x_c (…, n), and of s_d − s_c (…, m)."""
+        x, shift = _rows(compressed), _rows(dense) - _rows(compressed)
+        if not self._sums:
+            self._begin(x, lacking)
+        sums = self._sums
+        add_lower_gram_(sums["inputs"], x)
+        sums["shift"].addmm_(shift.T, x)
+        sums["mean_input"] += x.sum(0)
+        sums["mean_shift"] += shift.sum(0)
+        if lacking is not None:
+            rows = _rows(lacking)
+            sums["stream"].addmm_(rows.T, x)
+            sums["mean_stream"] += rows.sum(0)
+        self.tokens += len(x)
+
+    def _begin(self, x: Tensor, lacking: Tensor | None) -> None:
+        n, m = x.shape[1], 0 if lacking is None else lacking.shape[-1]
+        shapes = {"inputs": (n, n), "shift": (n, n), "mean_input": (n,), "mean_shift": (n,)}
+        more = {} if lacking is None else {"stream": (m, n), "mean_stream": (m,)}
+        self._sums = {name: x.new_zeros(shape) for name, shape in {**shapes, **more}.items()}
+
+    def means(self) -> Drift:
+        """Return the means; the sums are used up."""
+        for total in self._sums.values():
+            total.div_(self.tokens)
+        mirror_(self._sums["inputs"])
+        sums = self._sums
+        return Drift(
+            *(sums["inputs"], sums["shift"], sums.get("stream")),
+            *(sums["mean_input"], sums["mean_shift"], sums.get("mean_stream")),
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,48 @@
+"""Layer by layer on the compressed prefix: SAES-SVD (2602.03051) and AA-SVD's closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from iosvd.correction.base import Correction, Given
+from iosvd.correction.refit import refit
+from iosvd.correction.rule import Rule
+from iosvd.errors import check_at_least
+from iosvd.quantization.base import Site
+
+
+@dataclass(frozen=True)
+class Sequential(Correction):
+    """min_A ‖A X − W X‖² + α ‖A X − W X_f‖², X behind the compressed prefix, X_f dense (METHODS 7).
+
+    Both terms have one target between them, (W X + α W X_f) / (1 + α), so the closed form is that
+    of the anchored refit with trust α / (1 + α), in the plain output metric, for truncated sites
+    alone. With `anchored` the second term stands alone: AA-SVD (2604.02119) before its block-wise
+    refinement, which is not documented well enough to be here. SAES-SVD adapts α to each layer; how
+    is not documented, so it is one number.
+    """
+
+    alpha: float = 1.0
+    anchored: bool = False  # True: the second term alone, α → ∞.
+    ridge: float = 1e-6
+    damping: float = 1e-6  # Of the second moment of X, relative (METHODS 2.6).
+
+    def __post_init__(self) -> None:
+        check_at_least(0, alpha=self.alpha)
+        self._rule()
+
+    def __call__(self, given: Given) -> Mapping[str, Site]:
+        return refit(given, self._rule())
+
+    def _rule(self) -> Rule:
+        return Rule(
+            trust=1.0 if self.anchored else self.alpha / (1 + self.alpha),
+            ridge=self.ridge,
+            held_out=0.0,
+            stream=False,
+            output_metric=False,
+            bias=False,
+            dense_sites=False,
+            damping=self.damping,
+        )

@@ -1,0 +1,198 @@
+"""Corrections: the closed form against generic solvers, and what every correction must keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, all_variants, build, random_statistics
+from torch import Tensor
+from torch.testing import assert_close
+
+import iosvd.correction
+from iosvd.allocation import Spectral
+from iosvd.correction import Anchored, Correction, NoCorrection, Sequential
+from iosvd.correction.drift import Drift, DriftSums, best_weight, squared_error
+from iosvd.factorization import Factorization, truncate
+from iosvd.linalg import RootKind, root_of
+from iosvd.pipeline import Compressed, compress
+from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization, Score
+from iosvd.replacement import low_rank_layers, stored_bytes
+from iosvd.sites import SiteSelection, find_sites
+from iosvd.types import Whitener
+from iosvd.whitening import InputOutput
+
+TOKENS = torch.randint(0, 31, (9, 12), generator=torch.Generator().manual_seed(1))
+M, N, COUNT = 6, 9, 200
+
+
+def run(
+    correction: Correction, ratio: float = 0.6, family: str = "llama", **options: object
+) -> Compressed:
+    settings = {"whitening": InputOutput(), "allocation": Spectral(), **options}
+    return compress(
+        build(family), TOKENS, ratio=ratio, correction=correction, batch_size=4, **settings
+    )  # type: ignore[arg-type]
+
+
+def tokens_of_a_site() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return W, inputs x_d and x_c of all tokens, and what the stream lacks."""
+    weight, _ = random_statistics(M, N)
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x_d = normal(COUNT, N) @ normal(N, N) + normal(N)
+    x_c = x_d + 0.4 * normal(COUNT, N) @ normal(N, N) + 0.5
+    return weight, x_d, x_c, 0.3 * x_c @ normal(N, M) + normal(M) + 0.2 * normal(COUNT, M)
+
+
+def drift_of(x_d: Tensor, x_c: Tensor, lacking: Tensor | None) -> Drift:
+    sums = DriftSums()
+    for start in (0, 70, 140):
+        part = slice(start, start + 70)
+        sums.add(x_d[part], x_c[part], None if lacking is None else lacking[part])
+    return sums.means()
+
+
+def damped_metric() -> tuple[Tensor, Tensor]:
+    """Return an output metric C and its root's product, with next to no damping."""
+    _, statistics = random_statistics(M, N)
+    metric = statistics.need("kl_metric") * 1e4
+    return metric, torch.linalg.cholesky(metric)
+
+
+@pytest.mark.parametrize("trust", [1.0, 0.4])
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize("stream", [True, False])
+def test_full_rank_is_what_a_generic_least_squares_solver_finds(
+    trust: float, ridge: float, stream: bool
+) -> None:
+    """The ridge is N more tokens, whose inputs are multiples of the unit vectors."""
+    weight, x_d, x_c, lacking = tokens_of_a_site()
+    found = best_weight(
+        weight, drift_of(x_d, x_c, lacking if stream else None), trust, ridge, "site"
+    )
+    dense = x_d @ weight.T + (lacking if stream else 0)
+    targets = trust * dense + (1 - trust) * x_c @ weight.T
+    scale = (ridge * COUNT * x_c.square().mean()) ** 0.5 * torch.eye(N, dtype=torch.float64)
+    inputs = torch.cat([x_c, scale])
+    expected = torch.linalg.lstsq(inputs, torch.cat([targets, scale @ weight.T])).solution.T
+    assert_close(found, expected)
+
+
+def test_a_bias_is_what_a_column_of_ones_would_be() -> None:
+    weight, x_d, x_c, lacking = tokens_of_a_site()
+    found = best_weight(weight, drift_of(x_d, x_c, lacking).centred(), 1.0, 0.0, "site")
+    ones = torch.ones(COUNT, 1, dtype=torch.float64)
+    solution = torch.linalg.lstsq(torch.cat([x_c, ones], 1), x_d @ weight.T + lacking).solution
+    assert_close(found, solution[:N].T)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_rank_k_is_what_alternating_minimisation_converges_to(rank: int) -> None:
+    """Weighted least squares in one factor at a time, to convergence, never heard of an SVD."""
+    weight, x_d, x_c, lacking = tokens_of_a_site()
+    drift, (metric, _) = drift_of(x_d, x_c, lacking), damped_metric()
+    whitener = Whitener(
+        root_of(metric, 0.0, RootKind.cholesky, "C"),
+        root_of(drift.inputs, 0.0, RootKind.cholesky, "R"),
+    )
+    best = best_weight(weight, drift, 1.0, 0.0, "site")
+    closed = truncate(Factorization()(best, whitener, "site"), rank).dense()
+    targets = x_d @ weight.T + lacking
+
+    def error(product: Tensor) -> float:
+        residual = targets - x_c @ product.T
+        return float(torch.einsum("ti,ij,tj->", residual, metric, residual) / COUNT)
+
+    generator = torch.Generator().manual_seed(5)
+    left = torch.randn(M, rank, generator=generator, dtype=torch.float64)
+    right = torch.zeros(rank, N, dtype=torch.float64)
+    for _ in range(3000):
+        solve = torch.linalg.solve(left.T @ metric @ left, left.T @ metric)
+        right = torch.linalg.lstsq(x_c, targets @ solve.T).solution.T
+        left = torch.linalg.lstsq(x_c @ right.T, targets).solution.T
+    assert error(closed) == pytest.approx(error(left @ right), rel=1e-7)
+    assert_close(closed, left @ right, rtol=1e-4, atol=1e-4)
+
+
+def test_the_held_out_error_is_that_of_the_tokens_but_for_a_constant() -> None:
+    weight, x_d, x_c, lacking = tokens_of_a_site()
+    drift, (metric, lower) = drift_of(x_d, x_c, lacking), damped_metric()
+    left = root_of(metric, 0.0, RootKind.cholesky, "C")
+    targets = x_d @ weight.T + lacking
+
+    def by_tokens(change: Tensor) -> float:
+        residual = targets - x_c @ (weight + change).T
+        return float((residual @ lower).square().sum(1).mean())
+
+    first, second = 0.1 * torch.ones(M, N, dtype=torch.float64), 0.2 * weight
+    by_moments = squared_error(first, weight, drift, left) - squared_error(
+        second, weight, drift, left
+    )
+    assert by_moments == pytest.approx(by_tokens(first) - by_tokens(second))
+
+
+REFITS = [
+    Anchored(),
+    Anchored(trust=0.5, held_out=0.3),
+    Anchored(bias=True, stream=False),
+    Anchored(output_metric=False, dense_sites=False),
+    Sequential(),
+    Sequential(anchored=True),
+]
+
+
+@pytest.mark.parametrize("correction", REFITS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_and_no_drift_give_the_weights_back(family: str, correction: Correction) -> None:
+    dense = {n: s.weight.detach() for n, s in find_sites(build(family), SiteSelection()).items()}
+    result = run(correction, 1.0, family)
+    for name, weight in dense.items():
+        assert_close(result.model.get_submodule(name).weight.detach(), weight)
+
+
+@pytest.mark.parametrize("correction", REFITS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_and_the_budget_stay_as_they_were_planned(
+    family: str, correction: Correction
+) -> None:
+    result = run(correction, 0.6, family)
+    assert {n: x.rank for n, x in low_rank_layers(result.model).items()} == result.plan.ranks
+    kept = stored_bytes(result.model, result.plan.sites) / 4  # Of float32.
+    assert kept == result.plan.parameters_kept
+    assert kept <= 0.6 * result.plan.parameters_total
+    with torch.no_grad():
+        assert torch.isfinite(result.model(input_ids=TOKENS).logits).all()
+
+
+def error_of_blocks(result: Compressed, family: str) -> float:
+    """Return how far the hidden states after the last block are from the dense model's."""
+    dense = build(family)
+    with torch.no_grad():
+        ours, theirs = (
+            model(input_ids=TOKENS, output_hidden_states=True).hidden_states[-1]
+            for model in (result.model, dense)
+        )
+    return float((ours - theirs).square().mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_refit_brings_the_hidden_states_nearer(family: str) -> None:
+    plain = error_of_blocks(run(NoCorrection(), 0.6, family), family)
+    refitted = error_of_blocks(run(Anchored(ridge=1e-3), 0.6, family), family)
+    assert refitted < 0.9 * plain
+
+
+@pytest.mark.parametrize("quantization", [NoQuantization(), LossAwareRemap(Score.second_order)])
+def test_rows_are_rounded_after_the_refit(quantization: Quantization) -> None:
+    refitted = run(Anchored(bias=True), 0.4, quantization=quantization)
+    plain = run(NoCorrection(), 0.4, quantization=quantization)
+    assert error_of_blocks(refitted, "llama") < error_of_blocks(plain, "llama")
+    # Stored in 32 bits what counts 16: the plan's bits are those of a half-precision model.
+    assert refitted.plan.bits_kept <= 0.4 * refitted.plan.bits_total
+
+
+def test_every_correction_is_tested_here() -> None:
+    assert {type(c) for c in REFITS} | {NoCorrection} == set(all_variants(iosvd.correction))
