@@ -14,7 +14,7 @@ ARGS ?=
 WORKERS ?= 2
 
 TABLES := main families ablation_whitening remapping ablation_topk zs_svd_main zs_svd_selection \
-	methods ablation_io_svd calibration validity circularity
+	methods ablation_io_svd calibration validity circularity beyond
 TABLE ?= $(TABLES)
 # The embedded model has seen nothing but the documentation of Python, which needs no download.
 MODEL_OPTIONS = $(if $(wildcard $(MODEL)/config.json),model=local model.path=$(MODEL),model=$(MODEL)) \

@@ -9,7 +9,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ class Carried:
 
     states: Tensor  # On the model's device, in main memory, or mapped from a file.
     batch_size: int
+    device: torch.device  # The model's.
+    limit_bytes: float | None = None
 
     def batches(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
         """Yield the states batch by batch, on a device."""
@@ -55,11 +58,42 @@ class Carried:
             where = slice(start, start + self.batch_size)
             yield where, self.states[where].to(device)
 
-    def pass_(self, block: nn.Module, calls: Mapping[int, Call]) -> None:
-        """Replace the states by what a block makes of them."""
-        device = device_of(block)
-        for where, hidden in self.batches(device):
-            self.states[where] = calls[len(hidden)](block, hidden)
+    def pass_(
+        self, block: nn.Module, calls: Mapping[int, Call], names: Sequence[str] = ()
+    ) -> dict[str, Carried]:
+        """Replace the states by what a block makes of them.
+
+        Returns:
+            What reached the named layers of the block; the block itself is called "".
+        """
+        reached: dict[str, Carried] = {}
+        for where, hidden in self.batches(device_of(block)):
+            with ExitStack() as stack:
+                for name in names:
+                    see = partial(self._see, reached, name, where)
+                    hook = block.get_submodule(name).register_forward_pre_hook(see)
+                    stack.callback(hook.remove)
+                self.states[where] = calls[len(hidden)](block, hidden)
+        return reached
+
+    def _see(
+        self,
+        reached: dict[str, Carried],
+        name: str,
+        where: slice,
+        _: nn.Module,
+        given: tuple[Tensor, ...],
+    ) -> None:
+        if name not in reached:
+            reached[name] = self._beside(given[0].shape[-1])
+        states = reached[name].states
+        states[where] = given[0].reshape_as(states[where])
+
+    def _beside(self, width: int) -> Carried:
+        """Return room for what reaches a layer, beside the states."""
+        shape = (*self.states.shape[:2], width)
+        states = _room(shape, self.states.dtype, self.device, self.limit_bytes)
+        return replace(self, states=states)
 
 
 def carried_of(
@@ -86,7 +120,7 @@ def carried_of(
                 model(input_ids=tokens[where].to(model.device), use_cache=False)
             except _ArrivedError:
                 states[where] = seen[0]
-    return Carried(states, batch_size)
+    return Carried(states, batch_size, model.device, limit_bytes)
 
 
 def calls_of(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> list[dict[int, Call]]:

@@ -19,7 +19,6 @@ from iosvd.keys import Keys
 from iosvd.memory import MemoryUse
 from iosvd.plan import Plan, make_plan
 from iosvd.quantization import NoQuantization, Quantization
-from iosvd.quantization.base import Site
 from iosvd.replacement import compressed_layers, store_
 from iosvd.rows import half_dtype
 from iosvd.sites import SiteSelection, find_sites
@@ -128,25 +127,24 @@ def compress(
         ranks = best_ranks(candidates, sites, spectra, budget, quantization)
     for cost in kept.elsewhere:
         clock.add("allocation", cost)
-    truncated: Mapping[str, Site] = TruncatedSites(ranks, sites, spectra, budget)
     with clock.stage("correction"):
         asked = whitening.needs if correction.needs_metrics else Needs()
         gather = _gatherer(model, tokens, gradient_tokens, sites, batch_size, memory, store, keys)
         statistics = gather(sites, asked).statistics  # Before the model is changed.
-        truncated = correction(
+        corrected = correction(
             Given(
                 model=model,
-                sites=truncated,
+                sites=TruncatedSites(ranks, sites, spectra, budget),
                 statistics=statistics,
                 tokens=tokens,
                 whitening=whitening,
                 allocation=allocation,
                 factorization=factorization,
-                budget=budget,
                 batch_size=batch_size,
                 memory=memory,
             )
         )
+        truncated, ranks = corrected.sites, corrected.ranks
         del statistics
     with clock.stage("quantization"):
         if quantization.gradient_windows:

@@ -9,9 +9,19 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import iosvd.correction
-from iosvd.allocation import Spectral
-from iosvd.correction import Anchored, Correction, NoCorrection, Sequential
+from iosvd.allocation import SensitivitySearch, Spectral, Uniform
+from iosvd.correction import (
+    Anchored,
+    Correction,
+    Lora,
+    NoCorrection,
+    ProjectedGradient,
+    Sequential,
+)
 from iosvd.correction.drift import Drift, DriftSums, best_weight, squared_error
+from iosvd.correction.projected_gradient import moved
+from iosvd.errors import ConfigError
+from iosvd.evaluation.perplexity import mean_loss
 from iosvd.factorization import Factorization, truncate
 from iosvd.linalg import RootKind, root_of
 from iosvd.pipeline import Compressed, compress
@@ -19,7 +29,7 @@ from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization, Sco
 from iosvd.replacement import low_rank_layers, stored_bytes
 from iosvd.sites import SiteSelection, find_sites
 from iosvd.types import Whitener
-from iosvd.whitening import InputOutput
+from iosvd.whitening import Identity, InputOutput
 
 TOKENS = torch.randint(0, 31, (9, 12), generator=torch.Generator().manual_seed(1))
 M, N, COUNT = 6, 9, 200
@@ -194,5 +204,76 @@ def test_rows_are_rounded_after_the_refit(quantization: Quantization) -> None:
     assert refitted.plan.bits_kept <= 0.4 * refitted.plan.bits_total
 
 
+def loss_of(result: Compressed) -> float:
+    return mean_loss(result.model, TOKENS, 4)
+
+
+ADAPTERS = Lora(rank=2, learning_rate=3e-3, epochs=3, batch_windows=3)
+TRAINED = [ProjectedGradient(), ProjectedGradient(rounds=2, replan=False), ADAPTERS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_lower_the_loss(family: str) -> None:
+    assert loss_of(run(ADAPTERS, 0.5, family)) < loss_of(run(NoCorrection(), 0.5, family))
+
+
+@pytest.mark.parametrize("correction", TRAINED, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_follows_the_loss_keeps_the_budget(family: str, correction: Correction) -> None:
+    corrected = run(correction, 0.5, family)
+    assert {n: x.rank for n, x in low_rank_layers(corrected.model).items()} == corrected.plan.ranks
+    kept = stored_bytes(corrected.model, corrected.plan.sites) / 4
+    assert kept == corrected.plan.parameters_kept <= 0.5 * corrected.plan.parameters_total
+    for name, parameter in corrected.model.named_parameters():
+        assert parameter.requires_grad, name
+        assert "lora" not in name
+
+
+def test_the_projection_is_the_nearest_point_along_the_gradient() -> None:
+    weight, statistics = random_statistics(M, N)
+    truncated, gradient = 0.8 * weight.roll(1), statistics.need("gradient")
+    found = moved(weight, truncated, gradient)
+    distances = [
+        float((truncated + step * gradient - weight).norm()) for step in torch.linspace(-3, 3, 6001)
+    ]
+    assert float((found - weight).norm()) <= min(distances) + 1e-12
+    assert_close(moved(truncated, truncated, gradient), truncated)
+    assert_close(moved(weight, truncated, torch.zeros_like(gradient)), truncated)
+
+
+def test_a_round_of_the_projection_is_what_its_formula_says() -> None:
+    """By hand, with a gradient that autograd takes of the whole model's loss."""
+    model = build("llama")
+    sites = find_sites(model, SiteSelection())
+    name = "model.layers.1.mlp.up_proj"
+    plain = run(NoCorrection(), 0.5, whitening=Identity(), allocation=Uniform())
+    dense = {n: s.weight.detach().clone() for n, s in sites.items()}
+    for site, layer in low_rank_layers(plain.model).items():
+        sites[site].weight.data = layer.product().detach()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    gradient, truncated = sites[name].weight.grad, sites[name].weight.detach()
+    assert gradient is not None
+    step = (gradient * (dense[name] - truncated)).sum() / gradient.square().sum()
+    u, s, vh = torch.linalg.svd((truncated + step * gradient).double(), full_matrices=False)
+    rank = plain.plan.ranks[name]
+    expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    correction = ProjectedGradient(replan=False)
+    found = run(correction, 0.5, whitening=Identity(), allocation=Uniform())
+    assert found.plan.ranks == plain.plan.ranks
+    product = low_rank_layers(found.model)[name].product()
+    assert_close(product.detach(), expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_replanning_with_an_allocation_that_measures_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"correction\.replan=false"):
+        run(ProjectedGradient(), allocation=SensitivitySearch())
+
+
+def test_adapters_are_drawn_by_the_seed() -> None:
+    losses = [loss_of(run(Lora(seed=seed, learning_rate=1e-2), 0.5)) for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_every_correction_is_tested_here() -> None:
-    assert {type(c) for c in REFITS} | {NoCorrection} == set(all_variants(iosvd.correction))
+    tested = {type(c) for c in (*REFITS, *TRAINED)}
+    assert tested | {NoCorrection} == set(all_variants(iosvd.correction))

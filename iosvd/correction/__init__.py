@@ -6,8 +6,19 @@ call that puts the compressed layers in place. To add one, write its file and gi
 """
 
 from iosvd.correction.anchored import Anchored
-from iosvd.correction.base import Correction, Given
+from iosvd.correction.base import Corrected, Correction, Given
+from iosvd.correction.lora import Lora
 from iosvd.correction.none import NoCorrection
+from iosvd.correction.projected_gradient import ProjectedGradient
 from iosvd.correction.sequential import Sequential
 
-__all__ = ["Anchored", "Correction", "Given", "NoCorrection", "Sequential"]
+__all__ = [
+    "Anchored",
+    "Corrected",
+    "Correction",
+    "Given",
+    "Lora",
+    "NoCorrection",
+    "ProjectedGradient",
+    "Sequential",
+]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from iosvd.correction.base import Correction, Given
+from iosvd.correction.base import Corrected, Correction, Given
 from iosvd.correction.refit import refit
 from iosvd.correction.rule import Rule
-from iosvd.quantization.base import Site
 
 
 @dataclass(frozen=True)
@@ -21,11 +19,12 @@ class Anchored(Correction):
     the residual stream has as target what the dense model's stream is after it, not its own output
     alone: so it makes good what earlier sites have lost, as far as it can be told from x_c.
 
-    What it costs: about two forward passes over the calibration set, the sums R_c and E[t x_cᵀ],
-    and a factorisation for each site; no gradient (results/LOG.md has what was tried).
+    What it costs: one forward pass of the dense model over the calibration set and about three, in
+    part, of the compressed one, the sums R_c and E[t x_cᵀ], and a factorisation for each site; no
+    gradient. What was tried, with figures, is in results/LOG.md.
     """
 
-    trust: float = 1.0  # 1: the target is t; 0: W x_c, what the site would put out.
+    trust: float = 0.75  # 1: the target is t; 0: W x_c, what the site would put out by itself.
     ridge: float = 1e-3  # Towards W, relative to the mean diagonal of R_c.
     held_out: float = 0.0  # Share of the windows that choose the ridge for each site; 0: as given.
     stream: bool = True
@@ -45,8 +44,8 @@ class Anchored(Correction):
     def adds_bias(self) -> bool:
         return self.bias
 
-    def __call__(self, given: Given) -> Mapping[str, Site]:
-        return refit(given, self._rule())
+    def __call__(self, given: Given) -> Corrected:
+        return Corrected(refit(given, self._rule()), given.sites.ranks)
 
     def _rule(self) -> Rule:
         return Rule(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from iosvd.budget import Budget
 from iosvd.factorization import Factorization
 from iosvd.memory import MemoryUse
 from iosvd.quantization.base import Site
+from iosvd.truncation import TruncatedSites
 from iosvd.types import SiteStatistics
 from iosvd.whitening import Whitening
 
@@ -26,15 +26,22 @@ class Given:
     """A dense model, what is planned for its sites, and what the calibration set tells of them."""
 
     model: PreTrainedModel  # Dense; the correction puts the compressed layers in place.
-    sites: Mapping[str, Site]  # Truncated, all of them; looked at once each.
+    sites: TruncatedSites  # All of them, with ranks, spectra and budget.
     statistics: Mapping[str, SiteStatistics]  # Of the dense model, as `needs_metrics` asks.
     tokens: Tensor  # Calibration windows (windows, length).
     whitening: Whitening
     allocation: Allocation
     factorization: Factorization
-    budget: Budget  # That the ranks were planned under.
     batch_size: int
     memory: MemoryUse
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """What a correction leaves: the sites as they are in the model now."""
+
+    sites: Mapping[str, Site]
+    ranks: Mapping[str, int]
 
 
 class Correction(Protocol):
@@ -53,6 +60,6 @@ class Correction(Protocol):
         """Whether factorised sites get a bias where they have none, which the budget counts."""
         return False
 
-    def __call__(self, given: Given) -> Mapping[str, Site]:
-        """Put the compressed layers in place, corrected; return the sites as they are now."""
+    def __call__(self, given: Given) -> Corrected:
+        """Put the compressed layers in place, corrected."""
         ...

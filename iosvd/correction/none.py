@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from iosvd.correction.base import Correction, Given
-from iosvd.quantization.base import Site
+from iosvd.correction.base import Corrected, Correction, Given
 from iosvd.replacement import replace_
 
 
@@ -14,6 +12,6 @@ from iosvd.replacement import replace_
 class NoCorrection(Correction):
     """One-shot truncation."""
 
-    def __call__(self, given: Given) -> Mapping[str, Site]:
+    def __call__(self, given: Given) -> Corrected:
         replace_(given.model, given.sites)
-        return given.sites
+        return Corrected(given.sites, given.sites.ranks)

@@ -1,8 +1,9 @@
 """Refit all sites in forward order, each to what reaches it behind the sites refitted before.
 
-Per block: a copy of the dense block is kept, truncated layers are put in place, and then, group by
-group of sites that share an input, both blocks are run up to the group on the hidden states carried
-so far. A group costs the forward pass of a part of a block, twice; none costs a pass of the model.
+Per block: a copy of the dense block is run once on the dense hidden states carried so far, and what
+reaches each of its sites is kept; truncated layers are put in place; then, group by group of sites
+that share an input, the compressed block is run up to the group. So the dense model is passed once
+and the compressed one about three times, most of them in part; no site costs a pass of the model.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iosvd.blocks import Call, Carried, arrive, calls_of, carried_of, device_of, layout_of
+from iosvd.blocks import Call, Carried, Layout, arrive, calls_of, carried_of, device_of, layout_of
 from iosvd.correction.base import Given
 from iosvd.correction.drift import Drift, DriftSums
 from iosvd.correction.rule import Rule, refitted
-from iosvd.modules import LowRankLinear
 from iosvd.progress import track
 from iosvd.quantization.base import Site
 from iosvd.replacement import replace_
@@ -38,17 +38,21 @@ def refit(given: Given, rule: Rule) -> dict[str, Site]:
     states = carried_of(model, given.tokens, given.batch_size)
     work = zip(blocks, mine, calls, strict=True)
     for block, names, of_block in track(work, len(blocks), "refit", "block"):
-        pair = _Pair(copy.deepcopy(block), block, dense, states, of_block)
+        layout = _layout(block, dense, of_block, list(names))
+        kept = copy.deepcopy(block)
+        reached = dense.pass_(kept, of_block, ["", *(group[0] for group in layout.groups)])
         sites = {name: given.sites[full] for name, full in names.items()}
         replace_(model, {site.name: site for site in sites.values()})
-        for group in pair.groups(list(sites), rule):
-            drifts = pair.drifts(group, rule.held_out)
-            for name in group.names:
-                dense_layer = pair.dense.get_submodule(name)
+        pair = _Pair(kept, block, layout, reached, states, of_block)
+        for group in layout.groups:
+            if not rule.dense_sites and all(sites[name].factors is None for name in group):
+                continue
+            drifts = pair.drifts(group, rule)
+            for name in group:
+                dense_layer = kept.get_submodule(name)
                 assert isinstance(dense_layer, nn.Linear)
                 sites[name] = refitted(given, rule, sites[name], dense_layer, *drifts)
         found |= {site.name: site for site in sites.values()}
-        dense.pass_(pair.dense, of_block)
         states.pass_(block, of_block)
     return {name: found[name] for name in given.sites}
 
@@ -59,53 +63,52 @@ def _sites_in(model: nn.Module, block: nn.Module, given: Given) -> dict[str, str
     return {name.removeprefix(start): name for name in given.sites if name.startswith(start)}
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Sites that read one tensor."""
-
-    names: tuple[str, ...]
-    writers: tuple[str, ...]  # Sites that write to the residual stream before them.
-    to_stream: bool  # Whether it is one site, whose output joins the stream.
+def _layout(
+    block: nn.Module, states: Carried, calls: Mapping[int, Call], names: Sequence[str]
+) -> Layout:
+    _, hidden = next(states.batches(device_of(block)))
+    return layout_of(block, hidden, calls[len(hidden)], names)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A block, dense and compressed, and the hidden states in front of both."""
+    """A block, dense and compressed, and what is to be known of both."""
 
     dense: nn.Module
     block: nn.Module
-    dense_states: Carried
-    states: Carried
+    layout: Layout
+    reached: Mapping[str, Carried]  # In the dense block: its input (""), and each group's.
+    states: Carried  # In front of the compressed block.
     calls: Mapping[int, Call]
 
-    def groups(self, names: Sequence[str], rule: Rule) -> list[_Group]:
-        """Return the groups that are to be refitted, in the order of their use."""
-        _, hidden = next(self.dense_states.batches(device_of(self.dense)))
-        layout = layout_of(self.dense, hidden, self.calls[len(hidden)], names)
-        found, before = [], list[str]()
-        for group in layout.groups:
-            low_rank = [isinstance(self.block.get_submodule(n), LowRankLinear) for n in group]
-            to_stream = rule.stream and len(group) == 1 and group[0] in layout.writers
-            if rule.dense_sites or any(low_rank):
-                found.append(_Group(group, tuple(before), to_stream))
-            before += [name for name in group if name in layout.writers]
-        return found
-
-    def drifts(self, group: _Group, held_out: float) -> tuple[Drift, Drift | None]:
+    def drifts(self, group: Sequence[str], rule: Rule) -> tuple[Drift, Drift | None]:
         """Return the drift of a group's input on most windows, and on those that are held out."""
-        first_held = round((1 - held_out) * len(self.states.states))
+        first_held = round((1 - rule.held_out) * len(self.states.states))
         fitted, held = DriftSums(), DriftSums()
-        for where, x_d, x_c, lacking in self._inputs(group):
+        for where, x_d, x_c, lacking in self._inputs(group, rule.stream):
             sums = fitted if where.start < first_held or where.start == 0 else held
             sums.add(x_d, x_c, lacking)
         return fitted.means(), held.means() if held.tokens else None
 
-    def _inputs(self, group: _Group) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    def _inputs(
+        self, group: Sequence[str], stream: bool
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
         """Yield a group's inputs x_d and x_c batch by batch, and what the stream lacks."""
+        name, writers = group[0], self.layout.writers
+        writes = stream and len(group) == 1 and name in writers
+        before = writers[: writers.index(name)] if writes else ()
         device = device_of(self.block)
-        pairs = zip(self.dense_states.batches(device), self.states.batches(device), strict=True)
-        for (where, h_d), (_, h_c) in pairs:
-            call = self.calls[len(h_d)]
-            x_d, s_d = arrive(self.dense, h_d, call, group.names[0], group.writers)
-            x_c, s_c = arrive(self.block, h_c, call, group.names[0], group.writers)
-            yield where, x_d, x_c, s_d - s_c if group.to_stream else None
+        for where, h_c in self.states.batches(device):
+            x_c, s_c = arrive(self.block, h_c, self.calls[len(h_c)], name, before)
+            x_d = self.reached[name].states[where].to(device)
+            s_d = self._dense_stream(where, before, device) if writes else None
+            yield where, x_d, x_c, None if s_d is None else s_d - s_c
+
+    def _dense_stream(self, where: slice, writers: Sequence[str], device: torch.device) -> Tensor:
+        """Return what the dense block's stream is once these sites have written to it."""
+        stream = self.reached[""].states[where].to(device)
+        for name in writers:
+            group = next(group for group in self.layout.groups if name in group)
+            x_d = self.reached[group[0]].states[where].to(device)
+            stream = stream + self.dense.get_submodule(name)(x_d)
+        return stream

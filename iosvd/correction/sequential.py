@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from iosvd.correction.base import Correction, Given
+from iosvd.correction.base import Corrected, Correction, Given
 from iosvd.correction.refit import refit
 from iosvd.correction.rule import Rule
 from iosvd.errors import check_at_least
-from iosvd.quantization.base import Site
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class Sequential(Correction):
         check_at_least(0, alpha=self.alpha)
         self._rule()
 
-    def __call__(self, given: Given) -> Mapping[str, Site]:
-        return refit(given, self._rule())
+    def __call__(self, given: Given) -> Corrected:
+        return Corrected(refit(given, self._rule()), given.sites.ranks)
 
     def _rule(self) -> Rule:
         return Rule(
