@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from iosvd.budget import Budget
-from iosvd.evaluation.perplexity import mean_loss
+from iosvd.evaluation.perplexity import mean_loss, summed_loss
 from iosvd.keys import Keys
 from iosvd.prefixes import Prefixes, remember
 from iosvd.stages import Stage
@@ -54,7 +55,7 @@ class CalibrationTrial:
     sites: Mapping[str, nn.Linear]
     spectra: Mapping[str, Spectrum]
     budget: Budget
-    windows: Tensor  # (windows, length)
+    calibration: Tensor  # (windows, length)
     batch_size: int
     kept: KeptLosses | None = None
     _remembered: dict[int, Prefixes] = field(default_factory=dict)
@@ -62,7 +63,20 @@ class CalibrationTrial:
     @property
     def tokens(self) -> int:
         """Tokens of the calibration set."""
-        return self.windows.numel()
+        return self.calibration.numel()
+
+    @property
+    def windows(self) -> int:
+        """Windows of the calibration set."""
+        return len(self.calibration)
+
+    def gated_loss(self, gates: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
+        """Return the calibration loss with each component multiplied by its gate."""
+        batch = self.calibration[chosen].to(self.model.device)
+        with torch.enable_grad(), gated(self.sites, self.spectra, gates):
+            logits = self.model(input_ids=batch, use_cache=False).logits
+            labels = batch[:, 1:].to(logits.device)
+            return summed_loss(logits, labels).cpu() / labels.numel()
 
     def loss(self, ranks: Mapping[str, int], windows: int) -> float:
         """Return the calibration loss, nats per token, with these ranks; other sites stay dense.
@@ -70,7 +84,7 @@ class CalibrationTrial:
         Raises:
             NumericalError: it is not finite.
         """
-        chosen = self.windows[:windows] if windows else self.windows
+        chosen = self.calibration[:windows] if windows else self.calibration
         costs = self.budget.costs
         factorised = {s: rank for s, rank in ranks.items() if rank <= costs[s].break_even_rank}
 
@@ -87,7 +101,7 @@ class CalibrationTrial:
     def _prefixes(self, windows: int) -> Prefixes:
         """Return what the dense model's blocks put out, computed at the first trial."""
         if windows not in self._remembered:
-            chosen = self.windows[:windows] if windows else self.windows
+            chosen = self.calibration[:windows] if windows else self.calibration
             self._remembered[windows] = remember(self.model, chosen, self.batch_size)
         return self._remembered[windows]
 
@@ -110,3 +124,23 @@ def truncated_weights(
     finally:
         for site, weight in dense.items():
             sites[site].weight.data = weight
+
+
+@contextmanager
+def gated(
+    sites: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], gates: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Let these sites compute left (gate ⊙ (right x)), with the components of their spectra."""
+
+    def forward(site: nn.Linear, name: str, x: Tensor) -> Tensor:
+        place = (x.device, x.dtype)
+        left, right = spectra[name].left.to(*place), spectra[name].right.to(*place)
+        return linear(linear(x, right) * gates[name].to(*place), left, site.bias)
+
+    try:
+        for name in gates:
+            sites[name].forward = partial(forward, sites[name], name)  # type: ignore[method-assign]
+        yield
+    finally:
+        for name in gates:
+            vars(sites[name]).pop("forward", None)

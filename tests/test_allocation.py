@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import all_variants, random_statistics
+from torch import Tensor
 
 import iosvd.allocation
 from iosvd.allocation import Allocation, LossAware, Spectral, Uniform, ZeroSum
@@ -45,6 +46,14 @@ class PredictedTrial:
     spectra: Mapping[str, Spectrum]
     budget: Budget
     tokens: int = 10**6
+    windows: int = 4
+
+    def gated_loss(self, gates: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
+        lost = []
+        for name, gate in gates.items():
+            sigma = self.spectra[name].sigma.float()
+            lost += [(sigma[: len(gate)] * (1 - gate)).square().sum(), *sigma[len(gate) :].square()]
+        return torch.stack(lost).sum() / 2
 
     def loss(self, ranks: Mapping[str, int], windows: int) -> float:
         full = {name: shape.full_rank for name, shape in self.budget.shapes.items()}

@@ -9,7 +9,7 @@ import torch
 from conftest import build
 from torch.nn.functional import cross_entropy
 
-from iosvd.allocation import Spectral
+from iosvd.allocation import Learned, Spectral, Uniform
 from iosvd.budget import Budget, Shape
 from iosvd.errors import NumericalError
 from iosvd.pipeline import factorize
@@ -71,3 +71,33 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
     tried.model.lm_head.weight.data[0] = torch.nan
     with pytest.raises(NumericalError, match="loss of windows 0 to 3 is NaN"):
         tried.loss({}, windows=0)
+
+
+def test_gates_of_one_are_the_dense_model_and_their_derivative_is_that_of_the_loss() -> None:
+    tried = trial()
+    site, chosen = "model.layers.1.mlp.down_proj", torch.tensor([0, 3, 4])
+    count = len(tried.spectra[site].right)
+    whole = torch.ones(count, requires_grad=True)
+    # A spectrum is cut at its break-even rank; what is left of it stands for the weight.
+    with torch.no_grad(), truncated_weights(tried.sites, tried.spectra, {site: count}):
+        logits = tried.model(input_ids=TOKENS[chosen]).logits
+    expected = cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[chosen, 1:].flatten())
+    loss = tried.gated_loss({site: whole}, chosen)
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+    loss.backward()
+    assert whole.grad is not None
+    step = torch.zeros(count)
+    step[0] = 1e-2
+    above, below = (
+        float(tried.gated_loss({site: whole.detach() + sign * step}, chosen)) for sign in (1, -1)
+    )
+    assert float(whole.grad[0]) == pytest.approx((above - below) / 2e-2, rel=2e-2)
+    assert not vars(tried.sites[site]).get("forward")
+
+
+def test_learned_ranks_do_better_than_those_they_start_from() -> None:
+    tried = trial()
+    uniform = Uniform()(tried.spectra, tried.budget, tried)
+    learned = Learned()(tried.spectra, tried.budget, tried)
+    assert tried.budget.cost(learned) <= tried.budget.limit
+    assert tried.loss(learned, windows=0) < tried.loss(uniform, windows=0)

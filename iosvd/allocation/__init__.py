@@ -10,6 +10,7 @@ from typing import Protocol
 
 from iosvd.allocation.hull import Hull
 from iosvd.allocation.layer_importance import LayerImportance
+from iosvd.allocation.learned import Learned
 from iosvd.allocation.loss_aware import LossAware
 from iosvd.allocation.sensitivity_search import SensitivitySearch
 from iosvd.allocation.spectral import Spectral
@@ -40,6 +41,7 @@ __all__ = [
     "Allocation",
     "Hull",
     "LayerImportance",
+    "Learned",
     "LossAware",
     "SensitivitySearch",
     "Spectral",

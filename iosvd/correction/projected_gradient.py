@@ -93,6 +93,13 @@ class _NoTrial(Trial):
     def tokens(self) -> int:
         return 0
 
+    @property
+    def windows(self) -> int:
+        return 0
+
+    def gated_loss(self, gates: Mapping[str, Tensor], chosen: Tensor) -> NoReturn:
+        self.loss({}, 0)
+
     def loss(self, ranks: Mapping[str, int], windows: int) -> NoReturn:
         raise ConfigError(
             "correction.replan=true cannot plan with an allocation that measures;"
