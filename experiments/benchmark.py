@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from iosvd.cache import Cache
 from iosvd.compression import batch_size, compress_as, loaded
 from iosvd.config import compose_run
 from iosvd.data import calibration_windows
@@ -36,6 +38,7 @@ RELATIVE_TO = "svd_llm"
 METHODS = (
     *("svd", "fwsvd", "asvd", RELATIVE_TO, "svd_llm_v2", "dip_svd", "zs_svd", "obd_llm", "gfwsvd"),
     *("io_svd", "io_svd_plus", "io_svd_spectral", "io_svd_hull"),
+    *("saes_svd", "svd_llm_lora", "zs_svd_corrected", "io_svd_anchored"),
 )
 REPETITIONS = 1  # Ten minutes for the embedded model; repetitions=3 for less noise.
 
@@ -61,7 +64,10 @@ def measure_training(run: Run, tokens: Tensor) -> Stage:
 
 def measure_method(run: Run, tokens: Tensor) -> dict[str, Stage]:
     """Measure the stages of a compression."""
-    return dict(compress_as(run, loaded(run), tokens).stages)
+    # With a store, or a correction would have to collect the statistics once more.
+    with tempfile.TemporaryDirectory() as folder:
+        store = Cache(Path(folder))
+        return dict(compress_as(run, loaded(run), tokens, store=store).stages)
 
 
 def arithmetic_limit(run: Run, shapes: Outline, length: int) -> float:
@@ -132,8 +138,13 @@ def row(
         "whole / step": f"{total / reference.seconds:.2f}",
         "statistics / step": f"{best['statistics'].seconds / reference.seconds:.2f}",
         "its limit": f"{arithmetic_limit(run, shapes, tokens.shape[1]):.2f}",
+        "correction / statistics": _ratio(best["correction"], best["statistics"]),
         "sums, MiB": f"{kept / 2**20:.1f}",
     }
+
+
+def _ratio(stage: Stage, reference: Stage) -> str:
+    return f"{stage.seconds / reference.seconds:.2f}" if reference.seconds > 0 else "–"
 
 
 def _seconds(stages: Mapping[str, Stage]) -> float:

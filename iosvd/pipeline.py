@@ -29,7 +29,7 @@ from iosvd.store import NoStore, Store
 from iosvd.target import budget_for_kl, check_target
 from iosvd.trials import CalibrationTrial, KeptLosses
 from iosvd.truncation import TruncatedSites, best_ranks, with_gradient
-from iosvd.types import Needs
+from iosvd.types import Needs, SiteStatistics
 from iosvd.whitening import Whitening, predicts_kl
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
@@ -128,9 +128,12 @@ def compress(
     for cost in kept.elsewhere:
         clock.add("allocation", cost)
     with clock.stage("correction"):
-        asked = whitening.needs if correction.needs_metrics else Needs()
-        gather = _gatherer(model, tokens, gradient_tokens, sites, batch_size, memory, store, keys)
-        statistics = gather(sites, asked).statistics  # Before the model is changed.
+        statistics: Mapping[str, SiteStatistics] = {}
+        if correction.needs_metrics:
+            gather = _gatherer(
+                *(model, tokens, gradient_tokens, sites, batch_size, memory, store, keys)
+            )
+            statistics = gather(sites, whitening.needs).statistics  # Before the model is changed.
         corrected = correction(
             Given(
                 model=model,

@@ -65,6 +65,7 @@ class Bench:
             ratio=ratio,
             whitening=run.whitening,
             allocation=run.allocation,
+            correction=run.correction,
             quantization=run.quantization,
             batch_size=16,
             store=Cache(Path(self.folder.name)),
@@ -96,6 +97,14 @@ def test_int8_is_better_at_the_same_bytes_and_loss_aware_best(bench: Bench, rati
     without_gradient = bench.relative("io_svd_spectral_plus", ratio)
     assert without_gradient <= remapped
     assert without_gradient == pytest.approx(plus, rel=0.05)
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.4])
+def test_the_anchored_refit_removes_much_of_what_io_svd_loses(bench: Bench, ratio: float) -> None:
+    """Of the gap in log-perplexity to the dense model; spectral ranks alone are never better."""
+    refitted = math.log(bench.relative("io_svd_anchored", ratio))
+    assert refitted < math.log(bench.relative("io_svd_spectral", ratio))
+    assert refitted < 0.6 * math.log(bench.relative("io_svd", ratio))
 
 
 @pytest.mark.parametrize("method", ["svd", "asvd", "svd_llm", "io_svd", "io_svd_spectral"])

@@ -231,12 +231,12 @@ def test_the_methods_experiment_is_every_published_method_at_three_ratios() -> N
 
 
 def test_a_preset_may_hang_on_the_ratio() -> None:
-    """ZS-SVD's floor is 0.3 at 0.4 and 0 above; in a sweep as for each run alone."""
-    runs = expand(["method=zs_svd,svd_llm", "ratio=0.8,0.6,0.4"], sweep=True)
+    """ZS-SVD's floor is 0 above 0.4, 0.3 there, 0.2 below; in a sweep as for each run alone."""
+    runs = expand(["method=zs_svd,svd_llm", "ratio=0.8,0.6,0.4,0.3"], sweep=True)
     floors = {(run.label, run.ratio): run.min_rank_fraction for run in runs}
     assert floors == {
-        **{("zs_svd", 0.8): 0.0, ("zs_svd", 0.6): 0.0, ("zs_svd", 0.4): 0.3},
-        **{("svd_llm", ratio): 0.0 for ratio in (0.8, 0.6, 0.4)},
+        **{("zs_svd", 0.8): 0.0, ("zs_svd", 0.6): 0.0, ("zs_svd", 0.4): 0.3, ("zs_svd", 0.3): 0.2},
+        **{("svd_llm", ratio): 0.0 for ratio in (0.8, 0.6, 0.4, 0.3)},
     }
 
 

@@ -28,3 +28,9 @@ def test_chosen_rows_are_better_than_as_many_random_ones(bench: Bench, ratio: fl
         for seed in range(5)
     ]
     assert bench.relative("io_svd_plus", ratio) < min(random)
+
+
+def test_the_refit_must_be_anchored_to_the_dense_model(bench: Bench) -> None:
+    """Refitted to their own outputs behind the prefix alone, sites drift further (METHODS 7)."""
+    own = bench.relative("io_svd_anchored", 0.4, 0, "correction.trust=0", "correction.ridge=0.001")
+    assert bench.relative("io_svd_anchored", 0.4) < 0.9 * own

@@ -13,3 +13,8 @@ from iosvd.config import compose_run
 def bench() -> Bench:
     run = compose_run([])
     return Bench(run.model, run.dataset, run.calibration.windows, seeds=(0,))
+
+
+def test_int8_is_better_at_the_same_bytes_after_a_refit_too(bench: Bench) -> None:
+    plus = bench.relative("io_svd_anchored_plus", 0.4, 0, "quantization.windows=40")
+    assert plus < bench.relative("io_svd_anchored", 0.4)

@@ -50,7 +50,7 @@ def seeds(tmp_path: Path, method: str, perplexities: list[float | None]) -> list
 def write_plan(found: Found, ranks: list[int]) -> None:
     site: dict[str, Any] = {"out_features": 8, "in_features": 8, "dense": False, "rows": 0}
     numbers = ("rounded_rows", "rounding_loss", "dropped_energy", "loss_change")
-    rest = dict.fromkeys([*numbers, "damping_output", "damping_input"], 0)
+    rest = dict.fromkeys([*numbers, "damping_output", "damping_input", "added_bias"], 0)
     sites = {
         f"layers.{i}.a": site | rest | {"rank": rank, "bits": 256 * rank}
         for i, rank in enumerate(ranks)
