@@ -38,7 +38,7 @@ RELATIVE_TO = "svd_llm"
 METHODS = (
     *("svd", "fwsvd", "asvd", RELATIVE_TO, "svd_llm_v2", "dip_svd", "zs_svd", "obd_llm", "gfwsvd"),
     *("io_svd", "io_svd_plus", "io_svd_spectral", "io_svd_hull"),
-    *("saes_svd", "svd_llm_lora", "zs_svd_corrected", "io_svd_anchored"),
+    *("saes_svd", "svd_llm_lora", "zs_svd_corrected", "io_svd_anchored", "io_svd_distilled"),
 )
 REPETITIONS = 1  # Ten minutes for the embedded model; repetitions=3 for less noise.
 

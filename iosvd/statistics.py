@@ -59,7 +59,7 @@ def collect(
     if needs == Needs():
         return {name: SiteStatistics(name) for name in sites}
     sums = Sums(needs, shared_inputs(model, tokens, sites), on_cpu)
-    with _observed(model, sites, sums), _checkpointed(model, checkpoint_blocks and needs.backward):
+    with _observed(model, sites, sums), checkpointed(model, checkpoint_blocks and needs.backward):
         for number in range(max(1, needs.kronecker_passes)):
             sums.only_kronecker = number > 0
             _pass_over(model, tokens, batch_size, sums)
@@ -170,7 +170,7 @@ def _observed(model: PreTrainedModel, sites: Mapping[str, nn.Module], sums: Sums
 
 
 @contextmanager
-def _checkpointed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+def checkpointed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """Keep of each decoder block its input alone, and compute the rest again when it is needed."""
     # Not transformers' own: it works in training mode only, where dropout would be on.
     blocks = decoder_blocks(model) if wanted else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILIES, all_variants, build, random_statistics
@@ -13,14 +15,17 @@ from iosvd.allocation import SensitivitySearch, Spectral, Uniform
 from iosvd.correction import (
     Anchored,
     Correction,
+    Distilled,
     Lora,
     NoCorrection,
     ProjectedGradient,
     Sequential,
 )
+from iosvd.correction.distilled import kl_from
 from iosvd.correction.drift import Drift, DriftSums, best_weight, squared_error
 from iosvd.correction.projected_gradient import moved
 from iosvd.errors import ConfigError
+from iosvd.evaluation.divergence import divergence
 from iosvd.evaluation.perplexity import mean_loss
 from iosvd.factorization import Factorization, truncate
 from iosvd.linalg import RootKind, root_of
@@ -209,12 +214,41 @@ def loss_of(result: Compressed) -> float:
 
 
 ADAPTERS = Lora(rank=2, learning_rate=3e-3, epochs=3, batch_windows=3)
-TRAINED = [ProjectedGradient(), ProjectedGradient(rounds=2, replan=False), ADAPTERS]
+DISTILLED = Distilled(rank=2, epochs=8, batch_windows=3, held_out=0.25)
+TRAINED = [ProjectedGradient(), ProjectedGradient(rounds=2, replan=False), ADAPTERS, DISTILLED]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_lower_the_loss(family: str) -> None:
     assert loss_of(run(ADAPTERS, 0.5, family)) < loss_of(run(NoCorrection(), 0.5, family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distillation_goes_on_from_the_refit(family: str) -> None:
+    """And the windows on which it is measured here are not those of the calibration."""
+    many = torch.randint(0, 31, (96, 12), generator=torch.Generator().manual_seed(2))
+    method = {"whitening": InputOutput(), "allocation": Spectral(), "ratio": 0.5, "batch_size": 16}
+
+    def kl(correction: Correction) -> float:
+        found = compress(build(family), many, correction=correction, **method)  # type: ignore[arg-type]
+        return divergence(build(family), found.model, TOKENS, 4).kl
+
+    assert kl(Distilled(rank=4, epochs=4, batch_windows=16)) < 0.96 * kl(Anchored())
+
+
+def test_what_does_not_help_on_held_out_windows_is_dropped() -> None:
+    kept = run(Anchored(), 0.5).model.state_dict()
+    found = run(replace(DISTILLED, learning_rate=30.0), 0.5).model.state_dict()
+    assert found.keys() == kept.keys()
+    for name, tensor in kept.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_the_loss_of_distillation_is_the_divergence_that_is_evaluated() -> None:
+    dense, compressed = build("llama"), run(Anchored(), 0.5).model
+    expected = divergence(dense, compressed, TOKENS, 4).kl
+    assert float(kl_from(dense, compressed, TOKENS)) == pytest.approx(expected, rel=1e-4)
+    assert float(kl_from(dense, dense, TOKENS)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("correction", TRAINED, ids=str)

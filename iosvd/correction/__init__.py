@@ -7,6 +7,7 @@ call that puts the compressed layers in place. To add one, write its file and gi
 
 from iosvd.correction.anchored import Anchored
 from iosvd.correction.base import Corrected, Correction, Given
+from iosvd.correction.distilled import Distilled
 from iosvd.correction.lora import Lora
 from iosvd.correction.none import NoCorrection
 from iosvd.correction.projected_gradient import ProjectedGradient
@@ -16,6 +17,7 @@ __all__ = [
     "Anchored",
     "Corrected",
     "Correction",
+    "Distilled",
     "Given",
     "Lora",
     "NoCorrection",

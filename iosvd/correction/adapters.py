@@ -1,0 +1,178 @@
+"""Low-rank adapters of the compressed layers: trained, and merged into them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from iosvd.errors import NumericalError, check_at_least
+from iosvd.memory import MemoryUse
+from iosvd.modules import LowRankLinear
+from iosvd.progress import track
+from iosvd.quantization.base import Site
+from iosvd.replacement import low_rank_layers
+from iosvd.statistics import checkpointed
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel
+
+FACTORS = ("left", "right")
+_WARM_UP = 0.1  # Of the steps; the learning rate then falls along a cosine.
+
+# Of a model and a batch of windows (windows, length): what is to be made small, per window.
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How adapters are trained: by AdamW, at the calibration windows in random order."""
+
+    rank: int
+    alpha: float  # Adapters are scaled by alpha / rank.
+    learning_rate: float
+    epochs: int
+    batch_windows: int  # Per step.
+
+    def __post_init__(self) -> None:
+        names = ("rank", "epochs", "batch_windows")
+        check_at_least(1, **{name: getattr(self, name) for name in names})
+        check_at_least(0, alpha=self.alpha, learning_rate=self.learning_rate)
+
+    def train_and_merge(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[str],
+        tokens: Tensor,
+        loss: Loss,
+        batch_size: int,
+        memory: MemoryUse,
+        accept: Callable[[nn.Module], bool] = lambda _: True,
+    ) -> None:
+        """Train adapters of the named linear layers, and merge them.
+
+        Adapters begin as zero, in float32 whatever the model's dtype, by torch's own generator.
+
+        Args:
+            model: whose parameters stay as they are but for the layers'.
+            layers: qualified names.
+            tokens: windows (windows, length).
+            loss: what is lowered.
+            batch_size: windows per forward pass; a step has one or more of them.
+            memory: whether activations are kept or computed again.
+            accept: given the model with its adapters, whether to merge them.
+
+        Raises:
+            NumericalError: the loss is not finite.
+        """
+        from peft import LoraConfig, get_peft_model  # Imports much.
+
+        if not layers:
+            return
+        asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        options = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(layers))  # type: ignore[arg-type]
+        adapted = get_peft_model(model, options)
+        merged = False
+        try:
+            with checkpointed(model, memory.checkpoint_blocks):
+                self._steps(adapted, tokens, loss, batch_size)
+            merged = accept(adapted)
+        finally:
+            _ = adapted.merge_and_unload() if merged else adapted.unload()
+            for parameter, wanted in asked.items():
+                parameter.requires_grad_(wanted)
+
+    def _steps(self, model: nn.Module, tokens: Tensor, loss: Loss, batch_size: int) -> None:
+        from transformers import get_cosine_schedule_with_warmup
+
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
+        batches = [
+            batch
+            for _ in range(self.epochs)
+            for batch in torch.randperm(len(tokens)).split(self.batch_windows)
+        ]
+        warm_up = math.ceil(_WARM_UP * len(batches))
+        schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, len(batches))
+        device = next(model.parameters()).device
+        with torch.enable_grad():
+            for batch in track(batches, len(batches), "adapters", "step"):
+                for part in batch.split(batch_size):
+                    found = loss(model, tokens[part].to(device)) * (len(part) / len(batch))
+                    if not math.isfinite(found.item()):
+                        raise NumericalError(
+                            "the loss of the adapters is not finite; lower correction.learning_rate"
+                        )
+                    found.backward()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+
+
+@contextmanager
+def as_two_layers(model: PreTrainedModel) -> Iterator[Mapping[str, LowRankLinear]]:
+    """Put two linear layers, `FACTORS`, in place of each low-rank one: adapters know no others.
+
+    They are the factors themselves, so what is merged into one is merged into the other.
+    """
+    layers = low_rank_layers(model)
+    for name, layer in layers.items():
+        model.set_submodule(name, _TwoLayers(layer))
+    try:
+        yield layers
+    finally:
+        for name, layer in layers.items():
+            pair = model.get_submodule(name)
+            assert isinstance(pair, _TwoLayers)
+            with torch.no_grad():
+                layer.weight.copy_(pair.right.weight)
+                layer.left.copy_(pair.left.weight)
+            model.set_submodule(name, layer)
+
+
+class _TwoLayers(nn.Module):
+    """y = left (right x), with the low-rank layer's own tensors."""
+
+    def __init__(self, layer: LowRankLinear) -> None:
+        super().__init__()
+        self.right = _linear(layer.weight, None)
+        self.left = _linear(layer.left, layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.left(self.right(x))
+        return found
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = weight
+    layer.bias = bias  # type: ignore[assignment]
+    return layer
+
+
+@dataclass(frozen=True)
+class Updated(Mapping[str, Site]):
+    """Sites with the weights that are in a model now, and the metrics of those before."""
+
+    sites: Mapping[str, Site]
+    model: nn.Module
+
+    def __getitem__(self, name: str) -> Site:
+        site, layer = self.sites[name], self.model.get_submodule(name)
+        if site.factors is None:
+            assert isinstance(layer, nn.Linear)
+            return replace(site, weight=layer.weight)
+        assert isinstance(layer, LowRankLinear)
+        kept = replace(site.factors, left=layer.left.data, right=layer.weight.data)
+        return replace(site, factors=kept)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
