@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import iosvd
 from iosvd.allocation import Spectral
+from iosvd.correction import Correction, NoCorrection
 from iosvd.int8 import Code
 from iosvd.pipeline import Compressed, compress
 from iosvd.quantization import (
@@ -35,6 +36,7 @@ def compressed(
     dtype: torch.dtype = torch.float32,
     quantization: Quantization = NoQuantization(),  # noqa: B008 (frozen)
     ratio: float = 0.6,
+    correction: Correction = NoCorrection(),  # noqa: B008 (frozen)
 ) -> Compressed:
     return compress(
         build(family, dtype),
@@ -42,6 +44,7 @@ def compressed(
         ratio=ratio,
         whitening=InputOutput(),
         allocation=Spectral(),
+        correction=correction,
         quantization=quantization,
     )
 

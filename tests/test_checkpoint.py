@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import (
+    QUANTIZATIONS,
     TOKENS,
     change_config,
     compressed,
@@ -26,10 +27,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import iosvd
 from iosvd.allocation import Spectral
+from iosvd.correction import Anchored
 from iosvd.errors import CheckpointError, ModelError
 from iosvd.modules import LowRankLinear
 from iosvd.pipeline import compress
-from iosvd.replacement import low_rank_layers
+from iosvd.quantization import NoQuantization, Quantization
+from iosvd.replacement import compressed_layers, low_rank_layers, stored_bytes
 from iosvd.whitening import InputOutput
 
 
@@ -48,6 +51,28 @@ def test_logits_are_equal_bit_for_bit_after_save_and_load(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "two", dtype=dtype).eval()
     assert torch.equal(logits(again), logits(result.model))
     assert {name: layer.rank for name, layer in low_rank_layers(again).items()} == ranks
+
+
+@pytest.mark.parametrize("quantization", [NoQuantization(), *QUANTIZATIONS], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_biases_that_a_correction_added_come_back(
+    family: str, dtype: torch.dtype, quantization: Quantization, tmp_path: Path
+) -> None:
+    """The architecture has none there, which an export as a dense model refuses."""
+    result = compressed(family, dtype, quantization, correction=Anchored(bias=True))
+    added = {n for n, layer in compressed_layers(result.model).items() if layer.added_bias}
+    assert added == {name for name, site in result.plan.sites.items() if site.added_bias}
+    iosvd.save(result.model, tmp_path / "model", result.plan)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype).eval()
+    assert torch.equal(logits(loaded), logits(result.model))
+    assert {n for n, layer in compressed_layers(loaded).items() if layer.added_bias} == added
+    assert stored_bytes(loaded, result.plan.sites) == stored_bytes(result.model, result.plan.sites)
+    if dtype == torch.bfloat16:  # As the plan counts.
+        assert 8 * stored_bytes(loaded, result.plan.sites) == result.plan.bits_kept
+    if added:
+        with pytest.raises(CheckpointError, match=r"correction\.bias=false"):
+            iosvd.export_dense(loaded, tmp_path / "dense")
 
 
 def test_the_folder_holds_what_it_should(tmp_path: Path) -> None:
