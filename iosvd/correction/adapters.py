@@ -52,7 +52,7 @@ class Training:
         loss: Loss,
         batch_size: int,
         memory: MemoryUse,
-        accept: Callable[[nn.Module], bool] = lambda _: True,
+        accept: Callable[[], bool] = lambda: True,
     ) -> None:
         """Train adapters of the named linear layers, and merge them.
 
@@ -65,7 +65,7 @@ class Training:
             loss: what is lowered.
             batch_size: windows per forward pass; a step has one or more of them.
             memory: whether activations are kept or computed again.
-            accept: given the model with its adapters, whether to merge them.
+            accept: called when the adapters are trained and in the model: whether to merge them.
 
         Raises:
             NumericalError: the loss is not finite.
@@ -81,7 +81,7 @@ class Training:
         try:
             with checkpointed(model, memory.checkpoint_blocks):
                 self._steps(adapted, tokens, loss, batch_size)
-            merged = accept(adapted)
+            merged = accept()
         finally:
             _ = adapted.merge_and_unload() if merged else adapted.unload()
             for parameter, wanted in asked.items():

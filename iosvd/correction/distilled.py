@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from iosvd.correction.adapters import FACTORS, Training, Updated, as_two_layers
 from iosvd.correction.anchored import Anchored
 from iosvd.correction.base import Corrected, Correction, Given
 from iosvd.errors import ConfigError
+from iosvd.evaluation.divergence import divergence
 
 log = logging.getLogger(__name__)
 
@@ -61,32 +63,29 @@ class Distilled(Correction):
         refitted = self.anchored(given)
         with torch.random.fork_rng(), as_two_layers(model) as pairs:
             torch.manual_seed(self.seed)
-            order = torch.randperm(len(given.tokens))
-            held = given.tokens[order[: max(1, round(self.held_out * len(order)))]]
-            fitted = given.tokens[order[len(held) :]]
-            factors = [f"{name}.{factor}" for name in pairs for factor in FACTORS]
-            whole = [name for name in given.sites if name not in pairs]
+            held, fitted = self._divided(given.tokens)
+            before = divergence(dense, model, held, given.batch_size).kl
+            if before == 0:  # The dense model itself: there is nothing to lower.
+                return refitted
 
-            def divergence(adapted: nn.Module, windows: Tensor) -> Tensor:
-                return kl_from(dense, adapted, windows)
-
-            def held_out_kl(adapted: nn.Module) -> float:
-                with torch.no_grad():
-                    parts = held.to(model.device).split(given.batch_size)
-                    return sum(float(divergence(adapted, x)) * len(x) for x in parts) / len(held)
-
-            before = held_out_kl(model)
-
-            def accept(adapted: nn.Module) -> bool:
-                after = held_out_kl(adapted)
+            def accept() -> bool:
+                after = divergence(dense, model, held, given.batch_size).kl
                 log.info("KL on held-out windows: %.4g, distilled %.4g", before, after)
                 return after < before
 
+            factors = [f"{name}.{factor}" for name in pairs for factor in FACTORS]
+            whole = [name for name in given.sites if name not in pairs]
             self._training().train_and_merge(
-                *(model, [*factors, *whole], fitted, divergence),
+                *(model, [*factors, *whole], fitted, partial(kl_from, dense)),
                 *(given.batch_size, given.memory, accept),
             )
         return Corrected(Updated(refitted.sites, model), refitted.ranks)
+
+    def _divided(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the windows that are held out, and those to train on; one or more of both."""
+        order = torch.randperm(len(tokens))
+        count = min(max(1, round(self.held_out * len(tokens))), len(tokens) - 1)
+        return tokens[order[:count]], tokens[order[count:]]
 
     def _training(self) -> Training:
         return Training(
