@@ -56,8 +56,7 @@ def _curves(read: SweepTable) -> dict[str, Figure]:
     if not read.on_disk.records:
         return {}
     table, frame = read.table, to_frame(read.table)
-    titles = {column.metric: column.title for column in table.columns}
-    titles |= {"ratio": "maintenance ratio", "target_bytes": "bytes of the target layers"}
+    titles = _titles(table)
     drawn = {}
     for x in read.spec.curves:
         if "." in x:
@@ -67,6 +66,13 @@ def _curves(read: SweepTable) -> dict[str, Figure]:
         else:
             drawn[x] = figures.quality_against(frame, x, _measures(table), titles)
     return drawn
+
+
+def _titles(table: Table) -> dict[str, str]:
+    """Return what to write for a measured column, or an axis."""
+    # A column of published values may be of a metric that is measured too.
+    titles = {column.metric: column.title for column in table.columns if not column.reference}
+    return titles | {"ratio": "maintenance ratio", "target_bytes": "bytes of the target layers"}
 
 
 def _measures(table: Table) -> list[str]:

@@ -29,6 +29,7 @@ from iosvd.replacement import low_rank_layers
 from iosvd.run import Run
 from iosvd.storage import write_json
 from iosvd.sweeps import expand
+from iosvd.tables.table import Column, Table
 
 
 @pytest.fixture
@@ -366,6 +367,14 @@ def test_figures_of_a_run_without_its_spectra_end_in_one_line(source: Path) -> N
         draw.draw(sweep)
     with pytest.raises(ConfigError, match="format=gif is unknown; formats: png, pdf, svg"):
         draw.draw([*sweep, "format=gif"])
+
+
+def test_a_measured_curve_is_not_called_published() -> None:
+    """A column of published values may have the same metric."""
+    measured = Column("wikitext2_ppl", "wikitext2 ppl", 2, -1)
+    published = Column("wikitext2_ppl", "published, llama_7b: wikitext2 ppl", 2, 0, reference=True)
+    titles = draw._titles(Table("Main", (measured, published), ()))
+    assert titles["wikitext2_ppl"] == "wikitext2 ppl"
 
 
 def test_the_divergence_is_measured_where_it_is_asked_for(source: Path) -> None:
