@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pandas
 import pytest
 import torch
 from conftest import build, random_statistics
@@ -47,6 +48,25 @@ def test_the_tree_names_every_module_and_command() -> None:
     for folder in (*(ROOT / "iosvd").iterdir(), *(ROOT / "conf").iterdir()):
         if folder.is_dir() and folder.name != "__pycache__":
             assert f"{folder.name}/" in README, folder
+
+
+def test_the_table_of_corrections_is_the_measured_one() -> None:
+    """Every number of it, against the rendered tables beside it."""
+    columns = [
+        ("tiny", "pydoc"),
+        ("babyllama-1.0M-tok361", "tinystories"),
+        *(("books-6M", text) for text in ("wikitext2", "ptb", "c4")),
+    ]
+    rows = re.findall(r"^\| (dense|0\.\d `\w+`) \|(.*)\|$", README, flags=re.MULTILINE)
+    rows = [(name, cells.split("|")) for name, cells in rows if cells.count("|") == 4]
+    assert len(rows) == 18
+    for model, text in columns:
+        file = ROOT / "results" / "tables" / f"beyond-{model}.csv"
+        measured = pandas.read_csv(file).set_index(["label", "ratio"])[f"{text}_ppl"]
+        for name, cells in rows:
+            ratio, _, label = name.replace("`", "").rpartition(" ")
+            expected = measured[label, float(ratio or 1)]
+            assert cells[columns.index((model, text))].strip() == f"{expected:.2f}", (name, model)
 
 
 def test_a_whitening_is_added_by_one_file_and_one_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
