@@ -132,6 +132,11 @@ class Budget:
         """Bits kept under these ranks."""
         return sum(cost.at(ranks[site]) for site, cost in self.costs.items())
 
+    def bias_bits(self, ranks: Mapping[str, int]) -> int:
+        """Return what the biases take that a correction adds to sites of these ranks."""
+        shapes = (self.shapes[site] for site in self.factorised(ranks))
+        return ENTRY_BITS * sum(shape.m for shape in shapes if shape.adds_bias)
+
     def factorised(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """Return the ranks of the sites that are not above break-even, and so not dense."""
         return {

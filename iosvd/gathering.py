@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from iosvd.budget import Shape
 from iosvd.keys import Keys
 from iosvd.logs import of_stage
 from iosvd.memory import MemoryUse
 from iosvd.stages import Stage, measured
-from iosvd.statistics import collect
+from iosvd.statistics import collect, groups_within
 from iosvd.store import Entry, Key, Store
 from iosvd.types import OF_INPUT, Needs, SiteStatistics, statistics_for
 
@@ -69,6 +70,15 @@ class Gatherer:
             self._collect(missing, parts, found)
         statistics = {name: self._statistics(name, found) for name in names}
         return Gathered(statistics, self._costs(names, found), bool(missing))
+
+    def in_passes(self, needs: Needs) -> dict[str, SiteStatistics]:
+        """Return the statistics of all sites in main memory, by as many passes as they need."""
+        shapes = {name: Shape(*site.weight.shape) for name, site in self.sites.items()}
+        found: dict[str, SiteStatistics] = {}
+        for group in groups_within(shapes, needs, self.shared, self.memory.limit_bytes):
+            gathered = self(group, needs).statistics
+            found |= {name: statistics.cpu() for name, statistics in gathered.items()}
+        return found
 
     def _lacking(self, part: str, names: list[str], entries: Mapping[str, Entry]) -> list[str]:
         """Return the sites whose statistic is missing; of those that share it, the first."""

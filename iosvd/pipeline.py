@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from iosvd.allocation import Allocation
-from iosvd.budget import ENTRY_BITS, Budget, Shape
+from iosvd.budget import Budget, Shape
 from iosvd.correction import Correction, Given, NoCorrection
 from iosvd.data import warn_if_few
 from iosvd.errors import ConfigError, ModelError
@@ -133,7 +133,7 @@ def compress(
             gather = _gatherer(
                 *(model, tokens, gradient_tokens, sites, batch_size, memory, store, keys)
             )
-            statistics = gather(sites, whitening.needs).statistics  # Before the model is changed.
+            statistics = gather.in_passes(whitening.needs)  # Before the model is changed.
         corrected = correction(
             Given(
                 model=model,
@@ -154,7 +154,7 @@ def compress(
             asked = Needs(gradient_windows=quantization.gradient_windows)
             truncated = with_gradient(truncated, model, tokens, asked, batch_size, memory)
         stored = quantization(
-            truncated, budget.limit - _bias_bits(ranks, budget), half_dtype(model.dtype)
+            truncated, budget.limit - budget.bias_bits(ranks), half_dtype(model.dtype)
         )
         store_(model, stored)
     plan = make_plan(ranks, spectra, budget, predicts_kl(whitening), stored)
@@ -234,12 +234,6 @@ def _gatherer(
     return Gatherer(
         *(model, tokens, gradient_tokens, sites, shared, batch_size, memory, store, keys)
     )
-
-
-def _bias_bits(ranks: Mapping[str, int], budget: Budget) -> int:
-    """Return what the biases take that a correction adds."""
-    shapes = (budget.shapes[site] for site in budget.factorised(ranks))
-    return ENTRY_BITS * sum(shape.m for shape in shapes if shape.adds_bias)
 
 
 def _check_store(store: Store, identity: str) -> None:

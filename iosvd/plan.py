@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The rank of one site (its full rank if it stays dense) and what is lost by it."""
+    """The rank of one site (its full rank if it stays dense) and what is lost by it.
+
+    What is predicted is of the truncation and the rounding, before any correction.
+    """
 
     out_features: int
     in_features: int

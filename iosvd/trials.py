@@ -130,13 +130,15 @@ def truncated_weights(
 def gated(
     sites: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], gates: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Let these sites compute left (gate ⊙ (right x)), with the components of their spectra."""
+    """Let these sites compute left (gate ⊙ (right x)), with the first components of spectra."""
 
     def forward(site: nn.Linear, name: str, x: Tensor) -> Tensor:
         place = (x.device, x.dtype)
-        left, right = spectra[name].left.to(*place), spectra[name].right.to(*place)
+        spectrum, count = spectra[name], len(gates[name])
+        left, right = spectrum.left[:, :count].to(*place), spectrum.right[:count].to(*place)
         return linear(linear(x, right) * gates[name].to(*place), left, site.bias)
 
+    before = {name: vars(sites[name]).get("forward") for name in gates}
     try:
         for name in gates:
             sites[name].forward = partial(forward, sites[name], name)  # type: ignore[method-assign]
@@ -144,3 +146,5 @@ def gated(
     finally:
         for name in gates:
             vars(sites[name]).pop("forward", None)
+            if (own := before[name]) is not None:  # A hook of those who placed the layer.
+                sites[name].forward = own  # type: ignore[method-assign]

@@ -81,7 +81,9 @@ def best_ranks(
 
     def loss(ranks: Mapping[str, int]) -> float:
         truncated = TruncatedSites(ranks, sites, spectra, budget)
-        rounding = quantization.predicted_loss(truncated, budget.limit, halves)
+        rounding = quantization.predicted_loss(
+            truncated, budget.limit - budget.bias_bits(ranks), halves
+        )
         dropped = dropped_energy(ranks, spectra, budget) / 2
         log.info("predicted loss: %.4g by truncation, %.4g by rounding", dropped, rounding)
         return dropped + rounding

@@ -98,6 +98,11 @@ class SiteStatistics:
         cast = {name: value.to(device, dtype) for name, value in found.items() if value is not None}
         return replace(self, **cast)
 
+    def cpu(self) -> SiteStatistics:
+        """Return the same statistics in main memory."""
+        found = {name: getattr(self, name) for name in STATISTICS}
+        return replace(self, **{name: one.cpu() for name, one in found.items() if one is not None})
+
 
 STATISTICS = tuple(field.name for field in fields(SiteStatistics) if field.name != "site")
 # What is found for each field of `Needs`, where it is not what the field is called.

@@ -54,11 +54,16 @@ class Learned:
         full = {site: shape.full_rank for site, shape in budget.shapes.items()}
         places = torch.tensor([start[site] / full[site] for site in spectra], requires_grad=True)
         optimizer = torch.optim.Adam([places], lr=self.learning_rate)
+        # Spectra end there, but in a store: what is learned is the same with and without one.
+        counts = {
+            site: min(len(spectrum.right), budget.costs[site].break_even_rank)
+            for site, spectrum in spectra.items()
+        }
         generator = torch.Generator().manual_seed(self.seed)
         for _ in track(range(self.steps), self.steps, "truncation positions", "step"):
             chosen = torch.randperm(trial.windows, generator=generator)[: self.batch_windows]
             ranks = {site: places[i] * full[site] for i, site in enumerate(spectra)}
-            gates = {site: self._gate(ranks[site], len(spectra[site].right)) for site in spectra}
+            gates = {site: self._gate(ranks[site], n) for site, n in counts.items() if n}
             kept = torch.stack([_bits(ranks[site], site, budget) for site in spectra]).sum()
             excess = (kept / budget.limit - 1).abs()
             loss = trial.gated_loss(gates, chosen) + self.penalty * excess

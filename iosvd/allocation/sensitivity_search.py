@@ -62,7 +62,7 @@ class SensitivitySearch:
 
 
 def _rank(ratio: float, shape: Shape) -> int:
-    return max(1, int(ratio * shape.entries / shape.entries_at(1)))
+    return max(1, int((ratio * shape.entries - shape.entries_at(0)) / (shape.m + shape.n)))
 
 
 def _shares(

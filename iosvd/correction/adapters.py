@@ -65,7 +65,7 @@ class Training:
             loss: what is lowered.
             batch_size: windows per forward pass; a step has one or more of them.
             memory: whether activations are kept or computed again.
-            accept: called when the adapters are trained and in the model: whether to merge them.
+            accept: called when they are merged: whether they stay so.
 
         Raises:
             NumericalError: the loss is not finite.
@@ -74,18 +74,23 @@ class Training:
 
         if not layers:
             return
+        before = {name: _weight(model, name).detach().to("cpu", copy=True) for name in layers}
         asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
         options = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(layers))  # type: ignore[arg-type]
         adapted = get_peft_model(model, options)
-        merged = False
+        trained = False
         try:
             with checkpointed(model, memory.checkpoint_blocks):
                 self._steps(adapted, tokens, loss, batch_size)
-            merged = accept()
+            trained = True
         finally:
-            _ = adapted.merge_and_unload() if merged else adapted.unload()
+            _ = adapted.merge_and_unload() if trained else adapted.unload()
             for parameter, wanted in asked.items():
                 parameter.requires_grad_(wanted)
+        if not accept():
+            with torch.no_grad():
+                for name, weight in before.items():
+                    _weight(model, name).copy_(weight)
 
     def _steps(self, model: nn.Module, tokens: Tensor, loss: Loss, batch_size: int) -> None:
         from transformers import get_cosine_schedule_with_warmup
@@ -97,21 +102,29 @@ class Training:
             for _ in range(self.epochs)
             for batch in torch.randperm(len(tokens)).split(self.batch_windows)
         ]
-        warm_up = math.ceil(_WARM_UP * len(batches))
+        warm_up = min(math.ceil(_WARM_UP * len(batches)), len(batches) - 1)
         schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, len(batches))
         device = next(model.parameters()).device
         with torch.enable_grad():
             for batch in track(batches, len(batches), "adapters", "step"):
                 for part in batch.split(batch_size):
-                    found = loss(model, tokens[part].to(device)) * (len(part) / len(batch))
+                    found = loss(model, tokens[part].to(device))
                     if not math.isfinite(found.item()):
                         raise NumericalError(
                             "the loss of the adapters is not finite; lower correction.learning_rate"
                         )
-                    found.backward()
+                    # Of the sum over tokens: that of the mean would vanish in half precision.
+                    (found * tokens[part].numel()).backward()
+                for parameter in trained:
+                    assert parameter.grad is not None
+                    parameter.grad /= tokens[batch].numel()
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
+
+
+def _weight(model: nn.Module, layer: str) -> nn.Parameter:
+    return model.get_parameter(f"{layer}.weight")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 from iosvd.correction.adapters import FACTORS, Training, Updated, as_two_layers
 from iosvd.correction.anchored import Anchored
 from iosvd.correction.base import Corrected, Correction, Given
-from iosvd.errors import ConfigError
+from iosvd.errors import ConfigError, NumericalError
 from iosvd.evaluation.divergence import divergence
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,10 @@ class Distilled(Correction):
                 return refitted
 
             def accept() -> bool:
-                after = divergence(dense, model, held, given.batch_size).kl
+                try:
+                    after = divergence(dense, model, held, given.batch_size).kl
+                except NumericalError:
+                    return False
                 log.info("KL on held-out windows: %.4g, distilled %.4g", before, after)
                 return after < before
 

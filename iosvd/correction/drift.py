@@ -6,10 +6,12 @@ compressed prefix, R_c = E[x_c x_cᵀ], K = E[x_d x_cᵀ] = R_c + D with D = E[(
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from iosvd.errors import NumericalError
 from iosvd.linalg import Root, add_lower_gram_, damped, mirror_
@@ -25,6 +27,7 @@ class Drift:
     mean_input: Tensor  # E[x_c], (n,)
     mean_shift: Tensor  # E[x_d − x_c], (n,)
     mean_stream: Tensor | None  # E[s_d − s_c], (m,)
+    tokens: int = 1  # That these are means over.
 
     def target(self, weight: Tensor) -> Tensor:
         """Return E[(t − W x_c) x_cᵀ], (m, n): what the output lacks, against the inputs.
@@ -50,24 +53,26 @@ class Drift:
             self.shift - torch.outer(self.mean_shift, mean),
             stream,
             *(mean, self.mean_shift, self.mean_stream),
+            self.tokens,
         )
 
-    def mixed(self, other: Drift, share: float) -> Drift:
-        """Return the moments of two sets of tokens together, `share` being that of this one."""
-
-        def mix(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            if mine is None or theirs is None:
-                return None
-            return share * mine + (1 - share) * theirs
-
-        names = ("inputs", "shift", "stream", "mean_input", "mean_shift", "mean_stream")
-        return Drift(*(mix(getattr(self, n), getattr(other, n)) for n in names))  # type: ignore[arg-type]
+    def mixed(self, other: Drift) -> Drift:
+        """Return the moments of two sets of tokens together."""
+        tokens = self.tokens + other.tokens
+        mine, theirs = self._tensors(), other._tensors()
+        mixed: dict[str, Any] = {
+            name: (self.tokens * mine[name] + other.tokens * theirs[name]) / tokens for name in mine
+        }
+        return replace(self, **mixed, tokens=tokens)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Drift:
         """Return the same elsewhere, in another precision."""
-        names = ("inputs", "shift", "stream", "mean_input", "mean_shift", "mean_stream")
-        values = (getattr(self, name) for name in names)
-        return Drift(*(None if v is None else v.to(device, dtype) for v in values))  # type: ignore[arg-type]
+        moved: dict[str, Any] = {n: one.to(device, dtype) for n, one in self._tensors().items()}
+        return replace(self, **moved)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def best_weight(weight: Tensor, drift: Drift, trust: float, ridge: float, site: str) -> Tensor:
@@ -84,7 +89,7 @@ def best_weight(weight: Tensor, drift: Drift, trust: float, ridge: float, site: 
     metric = damped(drift.inputs, ridge)
     try:
         change = torch.linalg.solve(metric, drift.target(weight).T).T
-    except RuntimeError as error:
+    except LinAlgError as error:
         raise NumericalError(
             f"the inputs of {site} behind the compressed layers have a singular second moment;"
             " raise correction.ridge"
@@ -136,6 +141,7 @@ class DriftSums:
         return Drift(
             *(sums["inputs"], sums["shift"], sums.get("stream")),
             *(sums["mean_input"], sums["mean_shift"], sums.get("mean_stream")),
+            self.tokens,
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from iosvd.allocation import Trial
@@ -26,7 +27,8 @@ class ProjectedGradient(Correction):
 
     With g the gradient of the calibration loss at the truncated weight W_k and ΔW = W − W_k, a
     round makes W_k + (⟨g, ΔW⟩ / ⟨g, g⟩) g and takes its spectrum in the same metrics (METHODS 7).
-    The paper keeps the ranks; its public code plans them anew in each round, scored by that g.
+    The paper keeps the ranks; its public code plans them anew in each round, scored by that g: here
+    under the budget itself, whatever budget of ranks the quantisation has chosen.
     A site that is planned to stay dense stays W.
     """
 
@@ -69,12 +71,14 @@ class ProjectedGradient(Correction):
             weight, g = layer.weight.detach().to(kind), gradient.to(layer.weight.device, kind)
             if name in factorised:
                 spectrum, rank = sites.spectra[name], factorised[name]
-                product = spectrum.left[:, :rank] @ spectrum.right[:rank]
-                weight = moved(weight, product.to(weight), g)
+                left, right = spectrum.left[:, :rank].to(weight), spectrum.right[:rank].to(weight)
+                weight = moved(weight, left @ right, g)
             statistics = given.statistics[name].to(weight.device, kind)
             spectrum = given.factorization(weight, given.whitening(statistics), name)
             scored = with_loss_change(spectrum, g)
-            found[name] = scored.head(len(scored.sigma), layer.weight.dtype)
+            kept = sites.budget.costs[name].break_even_rank  # Above it, the site is dense.
+            precise = torch.promote_types(layer.weight.dtype, torch.float32)
+            found[name] = scored.head(kept, precise)
         return found
 
 

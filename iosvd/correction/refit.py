@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ def refit(given: Given, rule: Rule) -> dict[str, Site]:
         reached = dense.pass_(kept, of_block, ["", *(group[0] for group in layout.groups)])
         sites = {name: given.sites[full] for name, full in names.items()}
         replace_(model, {site.name: site for site in sites.values()})
+        sites = {name: _without_weight(site) for name, site in sites.items()}
         pair = _Pair(kept, block, layout, reached, states, of_block)
         for group in layout.groups:
             if not rule.dense_sites and all(sites[name].factors is None for name in group):
@@ -54,6 +55,7 @@ def refit(given: Given, rule: Rule) -> dict[str, Site]:
                 sites[name] = refitted(given, rule, sites[name], dense_layer, *drifts)
         found |= {site.name: site for site in sites.values()}
         states.pass_(block, of_block)
+        del kept, reached, pair  # Not beside those of the next block.
     return {name: found[name] for name in given.sites}
 
 
@@ -61,6 +63,11 @@ def _sites_in(model: nn.Module, block: nn.Module, given: Given) -> dict[str, str
     """Return the sites of a block: their names in it, and in the model."""
     start = next(name for name, module in model.named_modules() if module is block) + "."
     return {name.removeprefix(start): name for name in given.sites if name.startswith(start)}
+
+
+def _without_weight(site: Site) -> Site:
+    """Keep of the dense weight of a factorised site its shape alone: the copied block has it."""
+    return site if site.factors is None else replace(site, weight=site.weight.to("meta"))
 
 
 def _layout(
@@ -83,11 +90,13 @@ class _Pair:
 
     def drifts(self, group: Sequence[str], rule: Rule) -> tuple[Drift, Drift | None]:
         """Return the drift of a group's input on most windows, and on those that are held out."""
-        first_held = round((1 - rule.held_out) * len(self.states.states))
+        first_held = max(1, round((1 - rule.held_out) * len(self.states.states)))
         fitted, held = DriftSums(), DriftSums()
         for where, x_d, x_c, lacking in self._inputs(group, rule.stream):
-            sums = fitted if where.start < first_held or where.start == 0 else held
-            sums.add(x_d, x_c, lacking)
+            cut = min(max(first_held - where.start, 0), len(x_d))
+            for sums, part in ((fitted, slice(cut)), (held, slice(cut, None))):
+                if len(x_d[part]):
+                    sums.add(x_d[part], x_c[part], None if lacking is None else lacking[part])
         return fitted.means(), held.means() if held.tokens else None
 
     def _inputs(
@@ -102,7 +111,7 @@ class _Pair:
             x_c, s_c = arrive(self.block, h_c, self.calls[len(h_c)], name, before)
             x_d = self.reached[name].states[where].to(device)
             s_d = self._dense_stream(where, before, device) if writes else None
-            yield where, x_d, x_c, None if s_d is None else s_d - s_c
+            yield where, x_d, x_c.reshape(x_d.shape), None if s_d is None else s_d - s_c
 
     def _dense_stream(self, where: slice, writers: Sequence[str], device: torch.device) -> Tensor:
         """Return what the dense block's stream is once these sites have written to it."""

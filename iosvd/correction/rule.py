@@ -57,7 +57,7 @@ def refitted(
     place = (dense.weight.device, given.factorization.precision.dtype)
     weight, fitted = dense.weight.to(*place), fitted.to(*place)
     held = None if held is None else held.to(*place)
-    whole = fitted if held is None else fitted.mixed(held, 1 - rule.held_out)
+    whole = fitted if held is None else fitted.mixed(held)
     if biased:
         fitted, held = fitted.centred(), None if held is None else held.centred()
     solve = _Solve(given, rule, site, weight)
