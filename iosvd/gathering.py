@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from iosvd.budget import Shape
@@ -73,12 +74,17 @@ class Gatherer:
 
     def in_passes(self, needs: Needs) -> dict[str, SiteStatistics]:
         """Return the statistics of all sites in main memory, by as many passes as they need."""
-        shapes = {name: Shape(*site.weight.shape) for name, site in self.sites.items()}
+        main_memory = torch.device("cpu")
         found: dict[str, SiteStatistics] = {}
-        for group in groups_within(shapes, needs, self.shared, self.memory.limit_bytes):
+        for group in self.groups(self.sites, needs):
             gathered = self(group, needs).statistics
-            found |= {name: statistics.cpu() for name, statistics in gathered.items()}
+            found |= {name: statistics.to(main_memory) for name, statistics in gathered.items()}
         return found
+
+    def groups(self, names: Iterable[str], needs: Needs) -> list[list[str]]:
+        """Divide sites into those of each pass over the calibration set."""
+        shapes = {name: Shape(*self.sites[name].weight.shape) for name in names}
+        return groups_within(shapes, needs, self.shared, self.memory.limit_bytes)
 
     def _lacking(self, part: str, names: list[str], entries: Mapping[str, Entry]) -> list[str]:
         """Return the sites whose statistic is missing; of those that share it, the first."""

@@ -18,7 +18,7 @@ from iosvd.progress import track
 from iosvd.quantization import Quantization
 from iosvd.scoring import with_fisher_norm, with_loss_change
 from iosvd.stages import Stage, StageClock, measured
-from iosvd.statistics import groups_within, statistics_bytes
+from iosvd.statistics import statistics_bytes
 from iosvd.store import Entry, Key, Store
 from iosvd.types import Needs, SiteStatistics, Spectrum
 from iosvd.whitening import Whitening
@@ -156,16 +156,14 @@ class SpectraOf:
 
 def passes_over(gather: Gatherer, names: Iterable[str], needs: Needs) -> list[list[str]]:
     """Divide sites into those of each pass over the calibration set; log how many that takes."""
-    shapes = {name: Shape(*gather.sites[name].weight.shape) for name in names}
-    limit = gather.memory.limit_bytes
-    groups = groups_within(shapes, needs, gather.shared, limit)
+    groups, limit = gather.groups(names, needs), gather.memory.limit_bytes
     if needs == Needs() or not groups:
         return groups
-    sums = ({name: shapes[name] for name in group} for group in groups)
+    sums = [{name: Shape(*gather.sites[name].weight.shape) for name in group} for group in groups]
     largest = max(statistics_bytes(group, needs, gather.shared) for group in sums)
     log.info(
         "statistics of %d sites: %d pass(es), sums of at most %.1f MiB",
-        *(len(shapes), len(groups), largest / 2**20),
+        *(sum(map(len, groups)), len(groups), largest / 2**20),
     )
     if largest > limit:
         log.warning(

@@ -92,16 +92,13 @@ class SiteStatistics:
             )
         return value
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> SiteStatistics:
-        """Return the same statistics elsewhere, in another precision."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> SiteStatistics:
+        """Return the same statistics elsewhere, in another precision if one is given."""
         found = {name: getattr(self, name) for name in STATISTICS}
-        cast = {name: value.to(device, dtype) for name, value in found.items() if value is not None}
+        cast = {
+            n: one.to(device, dtype or one.dtype) for n, one in found.items() if one is not None
+        }
         return replace(self, **cast)
-
-    def cpu(self) -> SiteStatistics:
-        """Return the same statistics in main memory."""
-        found = {name: getattr(self, name) for name in STATISTICS}
-        return replace(self, **{name: one.cpu() for name, one in found.items() if one is not None})
 
 
 STATISTICS = tuple(field.name for field in fields(SiteStatistics) if field.name != "site")

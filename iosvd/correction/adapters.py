@@ -52,7 +52,7 @@ class Training:
         loss: Loss,
         batch_size: int,
         memory: MemoryUse,
-        accept: Callable[[], bool] = lambda: True,
+        accept: Callable[[], bool] | None = None,
     ) -> None:
         """Train adapters of the named linear layers, and merge them.
 
@@ -65,7 +65,7 @@ class Training:
             loss: what is lowered.
             batch_size: windows per forward pass; a step has one or more of them.
             memory: whether activations are kept or computed again.
-            accept: called when they are merged: whether they stay so.
+            accept: called when they are merged: whether they stay so; None: they do.
 
         Raises:
             NumericalError: the loss is not finite.
@@ -74,7 +74,10 @@ class Training:
 
         if not layers:
             return
-        before = {name: _weight(model, name).detach().to("cpu", copy=True) for name in layers}
+        before = {
+            name: _weight(model, name).detach().to("cpu", copy=True)
+            for name in (layers if accept else ())
+        }
         asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
         options = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(layers))  # type: ignore[arg-type]
         adapted = get_peft_model(model, options)
@@ -87,7 +90,7 @@ class Training:
             _ = adapted.merge_and_unload() if trained else adapted.unload()
             for parameter, wanted in asked.items():
                 parameter.requires_grad_(wanted)
-        if not accept():
+        if accept and not accept():
             with torch.no_grad():
                 for name, weight in before.items():
                     _weight(model, name).copy_(weight)
