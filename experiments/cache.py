@@ -27,6 +27,7 @@ def main(overrides: list[str]) -> str:
     """Prune where asked, and return the list."""
     asked = [o.partition("=")[2] for o in overrides if o.startswith("keep_gib=")]
     cache = cache_of(compose_run([o for o in overrides if not o.startswith("keep_gib=")]))
+    cache.check()
     removed = replace(cache, limit_bytes=_gib(asked[-1])).evict() if asked else []
     freed = sum(kept.size_bytes for kept in removed) / GIB
     lines = [listing(cache)]

@@ -12,17 +12,20 @@ stops no other; the exit status is 1 if any is missing at the end, 2 if the comm
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+from types import FrameType
 
 import hydra
 from hydra._internal.utils import get_args_parser
 
+from iosvd.compression import cache_of
 from iosvd.config import CONF, compose_run
-from iosvd.errors import IosvdError
+from iosvd.errors import IosvdError, one_line
 from iosvd.launching import carry_out, carry_out_one
 from iosvd.logs import log_to_console
-from iosvd.records import is_complete, run_folder
-from iosvd.states import State
+from iosvd.records import run_folder
+from iosvd.states import State, standing
 from iosvd.sweeps import sweep_jobs
 from iosvd.tracking import check_tracking
 
@@ -40,13 +43,14 @@ def main() -> int:
         jobs = sweep_jobs(arguments.overrides) if arguments.multirun else []
         run = jobs[0].run if jobs else compose_run(arguments.overrides)
         run_folder(run)  # Finds what is missing on disk before anything starts.
+        cache_of(run).check()
         check_tracking(run.wandb)
-    except IosvdError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (IosvdError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     if not arguments.multirun:
         _hydra()
-        return 0 if is_complete(run_folder(run)) else 1
+        return 0 if standing(run).state is State.done else 1
     ended = carry_out(jobs, arguments.overrides)
     missing = [found for found in ended if found.state is not State.done]
     for found in missing:
@@ -56,10 +60,25 @@ def main() -> int:
     return 1 if missing else 0
 
 
+def interruptible() -> int:
+    """Carry out the command; Ctrl-C and SIGTERM end it in one line, with the shell's status."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return main()
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        print("interrupted; the same command goes on where this one ended", file=sys.stderr)
+        return 128 + int(number)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def _hydra(composed: object) -> None:
     carry_out_one(composed)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from iosvd.dashboard import read_runs, to_page
 from iosvd.errors import RecordError, exit_in_one_line
+from iosvd.storage import made, write_text
 
 
 def write(results: Path) -> Path:
@@ -24,8 +25,8 @@ def write(results: Path) -> Path:
     runs = read_runs(results)
     if not runs:
         raise RecordError(f"{results}/runs holds no complete run; `make demo` makes some")
-    path = results / "dashboard.html"
-    path.write_text(to_page(runs), encoding="utf-8")
+    path = made(results) / "dashboard.html"
+    write_text(path, to_page(runs))
     return path
 
 

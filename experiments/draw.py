@@ -10,6 +10,7 @@ Writes <results>/figures/<experiment>-<model>-<figure>.png, or of another format
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ from omegaconf import OmegaConf
 
 from iosvd import figures
 from iosvd.config import METHOD_GROUPS
-from iosvd.errors import ConfigError, exit_in_one_line
+from iosvd.errors import ConfigError, RecordError, exit_in_one_line
 from iosvd.records import read_metrics, read_plan_and_spectra, run_folder
 from iosvd.run import Run
+from iosvd.storage import made, written_whole
 from iosvd.tables.frame import to_frame
 from iosvd.tables.spec import TableSpec
 from iosvd.tables.spread import without_option
@@ -30,6 +32,7 @@ from iosvd.tables.sweep import OnDisk, SweepTable, read_table
 from iosvd.tables.table import AVERAGE, DENSE, Found, Table
 from iosvd.tracking import log_sweep
 
+log = logging.getLogger("iosvd.draw")
 # Without date or version inside, the same runs give the same file.
 FORMATS = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
@@ -42,11 +45,11 @@ def draw(overrides: list[str]) -> list[Path]:
     read = read_table([o for o in overrides if not o.startswith("format=")])
     sweep = read.sweep
     drawn = _curves(read) | _predictions(read) | _runs(read.spec, read.on_disk)
-    folder = sweep.results / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made(sweep.results / "figures")
     paths = {name: folder / f"{sweep.name}-{name}.{form}" for name in drawn}
     for name, figure in drawn.items():
-        figure.savefig(paths[name], dpi=120, metadata=FORMATS[form])
+        with written_whole(paths[name]) as partial:
+            figure.savefig(partial, dpi=120, format=form, metadata=FORMATS[form])
     log_sweep(sweep.name, sweep.runs[0], {}, drawn)
     return list(paths.values())
 
@@ -133,13 +136,18 @@ def _runs(spec: TableSpec, on_disk: OnDisk) -> dict[str, Figure]:
     for label, ratio in spec.shown_run.items():
         for found in on_disk.found:
             if (found.run.label, found.run.ratio) == (label, ratio) and found.record is not None:
-                plan, sigma = read_plan_and_spectra(run_folder(found.run))
+                try:
+                    plan, sigma = read_plan_and_spectra(run_folder(found.run))
+                except RecordError as error:
+                    log.warning("left out: %s", error)
+                    continue
                 drawn[f"ranks-{label}-{ratio:g}"] = figures.rank_map(plan["sites"])
                 drawn[f"spectra-{label}"] = figures.spectra(sigma)
     return drawn
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s %(message)s")
     with exit_in_one_line():
         for path in draw(sys.argv[1:]):
             print(path)

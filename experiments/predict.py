@@ -37,6 +37,7 @@ from iosvd.progress import track
 from iosvd.run import Run
 from iosvd.sites import find_sites
 from iosvd.spectra import Factorized
+from iosvd.storage import made, write_text, written_whole
 from iosvd.target import check_target
 from iosvd.trials import CalibrationTrial
 from iosvd.versions import commit
@@ -133,11 +134,11 @@ def _limit(frame: pandas.DataFrame) -> str:
 
 def _write(run: Run, overrides: list[str], frame: pandas.DataFrame, dense: float, text: str) -> str:
     results, name = Path(run.runtime.results), f"predict-{run.model.name}"
-    for folder in ("tables", "figures"):
-        (results / folder).mkdir(parents=True, exist_ok=True)
-    frame.to_csv(results / "tables" / f"{name}.csv", index=False)
+    tables, drawings = made(results / "tables"), made(results / "figures")
+    write_text(tables / f"{name}.csv", frame.to_csv(index=False))
     drawn = figures.predicted_curve(frame, dense, text)
-    drawn.savefig(results / "figures" / f"{name}.png", dpi=120, metadata={"Software": None})
+    with written_whole(drawings / f"{name}.png") as partial:
+        drawn.savefig(partial, dpi=120, format="png", metadata={"Software": None})
     tenths = frame["ratio"].map(lambda ratio: round(100 * ratio) % 10 == 0)
     shown = frame[tenths | frame["kl"].notna()]
     table = shown.sort_values("ratio", ascending=False).to_markdown(index=False, floatfmt=".4f")
@@ -148,7 +149,7 @@ def _write(run: Run, overrides: list[str], frame: pandas.DataFrame, dense: float
         f" {run.calibration.seq_len} tokens of {run.dataset.name}; every second percent is in the"
         f" csv. Commit {commit()}, {time.strftime('%Y-%m-%d')}.\n"
     )
-    (results / "tables" / f"{name}.md").write_text(page, encoding="utf-8")
+    write_text(tables / f"{name}.md", page)
     return page
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from iosvd.errors import exit_in_one_line
-from iosvd.storage import write_text
+from iosvd.storage import made, write_text
 from iosvd.tables.frame import to_frame
 from iosvd.tables.latex import to_latex
 from iosvd.tables.markdown import to_markdown
@@ -25,8 +25,7 @@ def render(overrides: list[str]) -> None:
     read = read_table(overrides)
     sweep, table = read.sweep, read.table
     below = notes(table, read.on_disk, read.spec, sweep)
-    folder = sweep.results / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made(sweep.results / "tables")
     text = to_markdown(table, below)
     write_text(folder / f"{sweep.name}.md", text)
     write_text(folder / f"{sweep.name}.tex", to_latex(table, below))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
-from iosvd.errors import exit_in_one_line
+from iosvd.errors import exit_in_one_line, plain
 from iosvd.states import State, standing
 from iosvd.sweeps import sweep_jobs
 
@@ -19,7 +19,7 @@ def status(overrides: list[str]) -> str:
     """Return a line for each run that is not done, and the counts."""
     found = [standing(job.run) for job in sweep_jobs(overrides)]
     lines = [
-        f"{one.state.value:<12}{one.run.label} {_goal(one.run.ratio)} {one.reason}".rstrip()
+        f"{one.state.value:<12}{plain(f'{one.run.label} {_goal(one.run.ratio)} {one.reason}')}"
         for one in found
         if one.state is not State.done
     ]

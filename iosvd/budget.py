@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from iosvd.errors import BudgetError
 
@@ -89,14 +90,14 @@ class Budget:
             dense = all(cost.break_even_rank == 0 for cost in self.costs.values())
             least = f"min_rank_fraction={self.min_rank_fraction:g}"
             raise BudgetError(
-                f"ratio {self.ratio:g} is below {smallest:g}, what"
+                f"ratio {self.ratio:.10g} is below {smallest:g}, what"
                 f" {'storing' if dense else least if self.min_rank_fraction else 'rank 1'}"
                 f"{'' if dense else ' at'} every one of the {len(self.shapes)} sites needs;"
                 f" raise ratio{', lower min_rank_fraction' if self.min_rank_fraction else ''}"
                 " or exclude sites (model.sites.exclude)"
             )
 
-    @property
+    @cached_property
     def costs(self) -> dict[str, SiteCost]:
         """The cost of every site."""
         return {
@@ -104,7 +105,7 @@ class Budget:
             for site, shape in self.shapes.items()
         }
 
-    @property
+    @cached_property
     def floors(self) -> dict[str, int]:
         """The least rank of every site."""
         return {
@@ -112,17 +113,17 @@ class Budget:
             for site, cost in self.costs.items()
         }
 
-    @property
+    @cached_property
     def smallest_ratio(self) -> float:
         """The ratio that the least ranks cost."""
         return self.cost(self.floors) / self.total
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Bits of all target sites, dense."""
         return ENTRY_BITS * sum(shape.entries for shape in self.shapes.values())
 
-    @property
+    @cached_property
     def limit(self) -> int:
         """Bits that may be kept."""
         # Rounded first: 0.8 * 45 is 36.00000000000001, but 0.7 * 10 is 6.999999999999999.
@@ -137,20 +138,21 @@ class Budget:
         shapes = (self.shapes[site] for site in self.factorised(ranks))
         return ENTRY_BITS * sum(shape.m for shape in shapes if shape.adds_bias)
 
+    def is_factorised(self, site: str, rank: int) -> bool:
+        """Whether a site of this rank is not above break-even, and so not dense."""
+        return rank <= self.costs[site].break_even_rank
+
     def factorised(self, ranks: Mapping[str, int]) -> dict[str, int]:
-        """Return the ranks of the sites that are not above break-even, and so not dense."""
-        return {
-            site: ranks[site]
-            for site, cost in self.costs.items()
-            if ranks[site] <= cost.break_even_rank
-        }
+        """Return the ranks of the sites that are not dense."""
+        return {s: ranks[s] for s in self.shapes if self.is_factorised(s, ranks[s])}
 
 
 def check_ratio(ratio: float) -> None:
     """Raise BudgetError unless the ratio is in (0, 1]."""
     if not 0 < ratio <= 1:
         raise BudgetError(
-            f"ratio {ratio:g} is outside (0, 1]; it is the share of the 16-bit model that is kept"
+            f"ratio {ratio:.10g} is outside (0, 1];"
+            " it is the share of the 16-bit model that is kept"
         )
 
 

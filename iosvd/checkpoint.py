@@ -7,32 +7,44 @@ import, loading fails on the shapes.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from iosvd.checkpoint_checks import check_rows, check_shapes, shapes_in
-from iosvd.errors import CheckpointError, one_line
+from iosvd.checkpoint_checks import check_tensors, check_values, tensors_in
+from iosvd.errors import CheckpointError, StorageError, one_line
 from iosvd.four_bit import FourBitLinear
 from iosvd.modules import StoredLinear, empty_layer
 from iosvd.plan import Plan
 from iosvd.replacement import compressed_layers, densify_
 from iosvd.rows import RowLayout
+from iosvd.storage import remove_abandoned, written_whole
+from iosvd.typed_json import DamagedError, typed
 from iosvd.versions import library_versions
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METHOD = "iosvd"
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What config.json says of the compressed layers."""
+
+    ranks: dict[str, int]
+    rows: dict[str, dict[str, dict[str, Any]]]  # Of each matrix, a `RowLayout`.
+    four_bit: dict[str, int]
+    biases: list[str]
 
 
 @register_quantization_config(METHOD)
@@ -52,9 +64,19 @@ class LowRankConfig(QuantizationConfigMixin):
         biases: Sequence[str] | None = None,
         **_: Any,
     ) -> None:
+        given = {
+            "ranks": ranks,
+            "rows": {} if rows is None else rows,
+            "four_bit": {} if four_bit is None else four_bit,
+            "biases": [] if biases is None else biases,
+        }
+        try:
+            found = typed(_Description, given, "quantization_config")
+        except DamagedError as error:
+            raise CheckpointError(f"config.json: {error}; save the checkpoint again") from None
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.ranks, self.rows, self.four_bit = dict(ranks), dict(rows or {}), dict(four_bit or {})
-        self.biases = list(biases or [])
+        self.ranks, self.rows = found.ranks, found.rows
+        self.four_bit, self.biases = found.four_bit, found.biases
 
     @classmethod
     def of(cls, model: nn.Module) -> LowRankConfig:
@@ -124,12 +146,12 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        stored = shapes_in(checkpoint_files or [])
+        stored = tensors_in(checkpoint_files or [])
         for name in self.quantization_config.layers:
             found, layer = _layer(model, name)
             new = self.quantization_config.empty(name, layer)
             if stored:
-                check_shapes(name, new, stored)
+                check_tensors(name, new, stored)
             model.set_submodule(found, new)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -140,7 +162,12 @@ class LowRankQuantizer(HfQuantizer):
                     f"the checkpoint has no tensor {name}; it is incomplete, save it again"
                 )
         for name, layer in compressed_layers(model).items():
-            check_rows(layer, name)
+            check_values(layer, name)
+        for name, parameter in model.named_parameters():
+            if not parameter.is_meta and not torch.isfinite(parameter).all():
+                raise CheckpointError(
+                    f"{name} in the checkpoint has NaN or infinity; save the checkpoint again"
+                )
         return model
 
     def is_serializable(self) -> bool:
@@ -206,32 +233,30 @@ def export_dense(
 
 @contextmanager
 def _complete_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside the target and rename it when all was written."""
+    """Yield a partial folder beside the target; it gets the target's name when all was written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists already; choose another folder or remove it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rmdir()
-        temporary.chmod(0o755)  # mkdtemp is private to the user.
-        temporary.replace(folder)
+        remove_abandoned(folder.resolve().parent, folder.resolve().name)
+        # Whoever names a link means the folder that it leads to.
+        with written_whole(folder.resolve()) as partial:
+            partial.mkdir()
+            yield partial
+            if folder.exists():
+                folder.rmdir()  # It is empty.
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if _is_write_failure(error):
             raise CheckpointError(
-                f"cannot write {folder}: {error}; nothing was left behind"
+                f"cannot write {folder}: {one_line(error.__cause__ or error)}; nothing was left"
+                " behind"
             ) from error
         raise
 
 
 def _is_write_failure(error: BaseException) -> bool:
     # safetensors reports a full disk as its own error, tokenizers as a plain Exception.
-    return isinstance(error, OSError | SafetensorError) or type(error) is Exception
+    return isinstance(error, OSError | SafetensorError | StorageError) or type(error) is Exception
 
 
 def _layer(model: nn.Module, name: str) -> tuple[str, nn.Linear]:

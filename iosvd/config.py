@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from iosvd.combinations import check_combination
-from iosvd.errors import ConfigError, check_at_least, one_line
+from iosvd.errors import ConfigError, check_at_least, check_name, one_line
 from iosvd.factorization import Factorization
 from iosvd.models import Model, context_of
 from iosvd.run import Calibration, Evaluation, Run, Runtime, Tracking
@@ -90,6 +90,7 @@ def table_spec(name: str) -> TableSpec:
     Raises:
         ConfigError: there is no such table, or it has an unknown option.
     """
+    check_name("table", name)
     path = CONF / "table" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
@@ -156,6 +157,10 @@ def to_run(composed: DictConfig, label: str) -> Run:
 
 def _check(run: Run) -> None:
     """Raise on values that are of the right type but make no sense."""
+    check_name("model.name", run.model.name)
+    check_name("dataset.name", run.dataset.name)
+    for key, text in run.eval.texts.items():
+        check_name(f"eval.texts.{key}.name", text.name)
     at_least_one = {
         "calibration.windows": run.calibration.windows,
         "runtime.batch_tokens": run.runtime.batch_tokens,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from iosvd.config import METHOD_GROUPS
-from iosvd.errors import RecordError
+from iosvd.errors import RecordError, one_line, plain
 from iosvd.models import ASSETS
 from iosvd.plan import plan_frame
-from iosvd.records import METRICS, PLAN, read_metrics, read_record
+from iosvd.records import METRICS, read_metrics, read_plan, read_record, typed_metrics
 
 log = logging.getLogger(__name__)
 _PLACE = "__RUNS__"
@@ -28,30 +27,28 @@ def read_runs(results: Path) -> list[dict[str, Any]]:
     for path in sorted((results / "runs").glob(f"*/*/{METRICS}")):
         try:
             found.append(_run(path.parent))
-        except (RecordError, OSError, ValueError, KeyError) as error:
-            log.warning("left out: %s (%s)", path.parent, error)
+        except (RecordError, RecursionError) as error:  # A config may be nested deeply.
+            log.warning("left out: %s (%s)", plain(str(path.parent)), one_line(error))
     return sorted(found, key=lambda run: (run["setting"], run["label"] != "dense", run["label"]))
 
 
 def to_page(runs: list[dict[str, Any]]) -> str:
     """Return the page with the runs inside."""
     page = (ASSETS / "dashboard" / "page.html").read_text(encoding="utf-8")
-    # A script's text ends at the first "</", wherever it stands.
-    return page.replace(_PLACE, json.dumps(runs).replace("</", "<\\/"))
+    # Inside a script "</script" would end it, and "<!--<script" would swallow the rest of the page.
+    return page.replace(_PLACE, json.dumps(runs, allow_nan=False).replace("<", "\\u003c"))
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    record = read_record(folder)
+    record, plan = read_record(folder), read_plan(folder)
     assert record is not None
-    metrics = read_metrics(folder)
-    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     measures = {f"{name}_ppl": value for name, value in record.perplexity.items()}
     measures |= record.accuracy
     if record.average_acc is not None and len(record.accuracy) > 1:
         measures["average_acc"] = record.average_acc
     return {
         "folder": folder.name,
-        "setting": _setting(metrics["config"]),
+        "setting": plain(_setting(folder)),
         "label": record.label,
         "ratio": record.ratio,
         "target_bytes": record.target_bytes,
@@ -63,22 +60,21 @@ def _run(folder: Path) -> dict[str, Any]:
     }
 
 
-def _setting(config: Mapping[str, Any]) -> str:
+def _setting(folder: Path) -> str:
     """Say what runs must share to be compared: the model, what calibrates, what is measured.
 
     A code stands for the options that it does not spell out, such as dtype and joins.
     """
     apart = (*METHOD_GROUPS, "ratio", "runtime", "wandb")
+    config = read_metrics(folder)["config"]
     shared = {key: value for key, value in config.items() if key not in apart}
     code = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:4]
-    calibration, evaluation = config["calibration"], config["eval"]
-    windows = f", first {evaluation['windows']} windows" if evaluation["windows"] else ""
-    limit = evaluation["zero_shot"]["limit"]
-    items = f", first {limit} items" if limit else ""
-    measured = [text["name"] for text in evaluation["texts"].values()]
-    measured += evaluation["zero_shot"]["tasks"]
+    c = typed_metrics(folder).config
+    windows = f", first {c.eval.windows} windows" if c.eval.windows else ""
+    items = f", first {c.eval.zero_shot.limit} items" if c.eval.zero_shot.limit else ""
+    measured = [text.name for text in c.eval.texts.values()] + c.eval.zero_shot.tasks
     return (
-        f"{config['model']['name']}: {calibration['windows']} × {calibration['seq_len']} tokens of"
-        f" {config['dataset']['name']}, seed {calibration['seed']}; windows of"
-        f" {evaluation['seq_len']}{windows}{items}: {', '.join(measured)} [{code}]"
+        f"{c.model.name}: {c.calibration.windows} × {c.calibration.seq_len} tokens of"
+        f" {c.dataset.name}, seed {c.calibration.seed}; windows of"
+        f" {c.eval.seq_len}{windows}{items}: {', '.join(measured)} [{code}]"
     )

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_LONGEST = 2000  # Characters of an error's line.
+_LONGEST_NAME = 100  # Bytes: of a file's 255, which has more in its name.
+_HIDDEN = ("Cc", "Cf", "Cs", "Co")  # Categories that change how a terminal or a page shows others.
 
 
 class IosvdError(Exception):
     """Base of all errors that a user can cause; its text is one line."""
 
+    def __str__(self) -> str:
+        return shortened(plain(super().__str__()), _LONGEST)
+
 
 def one_line(error: BaseException) -> str:
     """Return the text of an error, also of a library's, on one line."""
-    return " ".join(str(error).split())
+    return shortened(plain(str(error)), _LONGEST)
+
+
+def plain(text: str) -> str:
+    """Return a text on one line, without characters that a terminal would obey."""
+    seen = "".join(" " if unicodedata.category(c) in _HIDDEN else c for c in text)
+    return " ".join(seen.split())
+
+
+def shortened(text: str, longest: int) -> str:
+    """Return a text of at most so many characters: its middle is left out, the ends say most."""
+    if len(text) <= longest:
+        return text
+    half = (longest - 3) // 2
+    return f"{text[:half]} … {text[len(text) - half :]}"
 
 
 @contextmanager
@@ -22,7 +44,7 @@ def exit_in_one_line() -> Iterator[None]:
     try:
         yield
     except (IosvdError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         sys.exit(2)
 
 
@@ -35,6 +57,25 @@ def check_at_least(least: float, **options: float) -> None:
     for name, value in options.items():
         if not value >= least:
             raise ConfigError(f"{name}={value} is below {least:g}")
+
+
+def check_name(option: str, name: str) -> None:
+    """Raise ConfigError unless a name can be that of a file or folder, whatever the system."""
+    bad = [c for c in '/\\:*?"<>|' if c in name]
+    reason = None
+    if not name.strip():
+        reason = "is empty"
+    elif name.startswith("."):
+        reason = "begins with a dot"
+    elif plain(name) != name:
+        reason = "has spaces at an end, or characters that cannot be seen"
+    elif bad:
+        reason = f"has {bad[0]} in it"
+    elif len(name.encode()) > _LONGEST_NAME:
+        reason = f"is longer than {_LONGEST_NAME} bytes"
+    if reason is not None:
+        shown = shortened(plain(name), 60)
+        raise ConfigError(f"{option}={shown} {reason}, but files are named after it; change it")
 
 
 class BudgetError(IosvdError):

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from omegaconf import OmegaConf
 
 from iosvd.errors import IosvdError, one_line
 from iosvd.fingerprints import digest
 from iosvd.logs import of_run
-from iosvd.measurement import measure
+from iosvd.measurement import measure, save_checkpoint_of
 from iosvd.parts import PARTS
-from iosvd.records import FAILURE, METRICS, TRACKED, read_record, run_folder
+from iosvd.records import (
+    FAILURE,
+    METRICS,
+    TRACKED,
+    check_inside,
+    has_checkpoint,
+    read_record,
+    run_folder,
+)
 from iosvd.run import Run
-from iosvd.storage import remove_partial, write_json, write_sealed, written_whole
+from iosvd.storage import (
+    own_folder,
+    process_lock,
+    remove_partial,
+    write_failures_explained,
+    write_json,
+    write_sealed,
+    written_whole,
+)
 from iosvd.tracking import tracked
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 _PATIENCE_SECONDS = 2.0  # Whoever only looks whether a run is locked lets go at once.
 
 
@@ -67,22 +86,24 @@ def locked(run: Run, patience: float = _PATIENCE_SECONDS) -> Iterator[None]:
     Raises:
         Timeout: one does.
     """
-    folder = Path(run.runtime.results) / "runs" / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{digest(run)}.lock", timeout=patience):
+    folder = own_folder(Path(run.runtime.results) / "runs", ".locks")
+    lock = process_lock(folder / f"{digest(run)}.lock", timeout=patience)
+    with write_failures_explained(folder):
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _execute(run: Run) -> Outcome:
     folder = run_folder(run)
+    check_inside(folder, run)
     if not run.runtime.force and read_record(folder) is not None:
-        log.info("complete already: %s", folder)
-        if not (folder / TRACKED).exists():
-            with tracked(run, folder):  # Complete before it was to be tracked.
-                pass
-        return Outcome.skipped
+        return _complete_already(run, folder)
     log.info("begins: %s", folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with write_failures_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
     stale = (METRICS, FAILURE, TRACKED, *([PARTS] if run.runtime.force else []))
     for name in stale:
@@ -90,17 +111,42 @@ def _execute(run: Run) -> Outcome:
     with written_whole(folder / "config.yaml") as temporary:
         OmegaConf.save(OmegaConf.create(run.config), temporary)
     with tracked(run, folder):
-        write_sealed(folder / METRICS, _measure(run, folder))
+        measured, retried = _with_less_memory(run, partial(measure, folder=folder))
+        if retried is not None:
+            measured["out_of_memory"] = retried
+        write_sealed(folder / METRICS, measured)
         (folder / PARTS).unlink(missing_ok=True)
     log.info("complete: %s", folder)
     return Outcome.complete
 
 
-def _measure(run: Run, folder: Path) -> dict[str, Any]:
-    """Measure, once more with half the batch if memory runs out."""
+def _complete_already(run: Run, folder: Path) -> Outcome:
+    """Add to a complete run what it was not asked for when it was measured."""
+    log.info("complete already: %s", folder)
+    remove_partial(folder)
+    without = run.runtime.save_checkpoint and not has_checkpoint(folder)
+    if without:
+        log.info("its checkpoint is made now; nothing is measured again")
+        (folder / FAILURE).unlink(missing_ok=True)
+        _with_less_memory(run, partial(save_checkpoint_of, folder=folder))
+        log.info("checkpoint: %s", folder)
+    if not (folder / TRACKED).exists():
+        with tracked(run, folder):  # Complete before it was to be tracked.
+            pass
+    return Outcome.complete if without else Outcome.skipped
+
+
+def _with_less_memory(
+    run: Run, work: Callable[[Run], Result]
+) -> tuple[Result, dict[str, Any] | None]:
+    """Return what the work returns; if memory runs out, try once more with half the batch.
+
+    Returns:
+        The result, and how it was tried again, if it was.
+    """
     try:
-        return measure(run, folder)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        return work(run), None
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
         if not out_of_memory(error):
             raise
         reason = one_line(error)[:300]
@@ -121,14 +167,18 @@ def _measure(run: Run, folder: Path) -> dict[str, Any]:
         "batch_requests": smaller.runtime.batch_requests,
         "checkpoint_blocks": smaller.runtime.checkpoint_blocks,
     }
-    return {**measure(smaller, folder), "out_of_memory": retried}
+    return work(smaller), retried
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: on a GPU, or where main memory is limited."""
+    """Whether memory ran out: on a GPU, in main memory, or of what the process may address."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "can't allocate memory" in str(error)  # torch's allocator for the CPU.
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's allocator for the CPU, the system, safetensors, C++.
+    signs = ("can't allocate memory", "Cannot allocate memory", "os error 12", "bad_alloc")
+    return any(sign in str(error) for sign in signs)
 
 
 def with_half_the_batch(run: Run) -> Run:
@@ -150,11 +200,18 @@ def record_failure(run: Run, error: Exception) -> None:
     """Leave the reason and the traceback in the run's folder, and say so."""
     folder, known = run_folder(run), isinstance(error, IosvdError)
     line = str(error) if known else f"{type(error).__name__}: {one_line(error)}"
+    if not known and out_of_memory(error):
+        line = (
+            f"out of memory ({line}); lower runtime.batch_tokens, runtime.memory_gib or"
+            " runtime.workers, or raise the limit of the process (ulimit -v)"
+        )
     try:
+        check_inside(folder, run)
         folder.mkdir(parents=True, exist_ok=True)
         trace = traceback.format_exception(error)
         write_json(folder / FAILURE, {"error": line, "traceback": "".join(trace)})
         where = "" if known else f" (traceback in {folder / FAILURE})"
     except (OSError, IosvdError) as second:
-        where = f" (and failure.json could not be written: {one_line(second)})"
+        reason = one_line(second)
+        where = "" if reason == line else f" (and failure.json could not be written: {reason})"
     log.error("failed: %s%s", line, where)

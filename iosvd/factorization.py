@@ -107,10 +107,13 @@ def truncate(spectrum: Spectrum, rank: int) -> Factors:
             " factorize with the quantization that the ranks are planned for"
         )
     left, right = spectrum.left[:, :rank], spectrum.right[:rank]
-    norm_left = left.norm(dim=0)
-    norm_right = right.norm(dim=1)
-    # A component that is zero needs no balance.
-    scale = torch.where(norm_right > 0, (norm_right / norm_left).sqrt(), torch.ones_like(norm_left))
+    norm_left, norm_right = left.norm(dim=0), right.norm(dim=1)
+    # A component of which either vector is zero is zero: the other may be of any size.
+    empty = (norm_left == 0) | (norm_right == 0)
+    if bool(empty.any()):
+        left, right = left.masked_fill(empty, 0), right.masked_fill(empty[:, None], 0)
+    one = torch.ones_like(norm_left)
+    scale = torch.where(empty, one, (norm_right / torch.where(empty, one, norm_left)).sqrt())
     return Factors(
         left=left * scale,
         right=right / scale[:, None],

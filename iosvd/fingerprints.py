@@ -10,13 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iosvd.errors import ModelError
+from iosvd.cache import HASHES, Cache
+from iosvd.errors import DataError, ModelError
 from iosvd.evaluation import pydoc_task
 from iosvd.evaluation.zero_shot import ZeroShot, task_folder
 from iosvd.models import folder_of
 from iosvd.run import Run
-from iosvd.storage import DamagedError, blocks_of, read_sealed, write_sealed
+from iosvd.storage import blocks_of, own_folder, write_sealed
 from iosvd.texts import Dataset, Split, local_file
+from iosvd.typed_json import DamagedError, read_sealed
 
 _LARGE_BYTES = 2**28  # A second to read.
 
@@ -96,13 +98,19 @@ def _model_content(run: Run) -> str | None:
         return None
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a model folder; set model.path")
-    return _hash_files(*_files(folder), kept=Path(run.runtime.cache) / "hashes")
+    try:
+        return _hash_files(*_files(folder), cache=Path(run.runtime.cache))
+    except OSError as error:
+        raise ModelError(
+            f"cannot read the model in {folder}: {error.strerror}: {error.filename}; ask its owner"
+            " for permission, or set model.path to a copy"
+        ) from error
 
 
 def _dataset(options: dict[str, Any], dataset: Dataset, split: Split) -> dict[str, Any]:
     content = None
     if dataset.path is not None:
-        content = _hash_files(local_file(dataset, split))
+        content = _hash_text(local_file(dataset, split))
     elif dataset.builtin:
         content = platform.python_version()  # The text is that of this Python's library.
     return _without_place(options) | {"content": content}
@@ -114,38 +122,48 @@ def _tasks(options: dict[str, Any], zero_shot: ZeroShot) -> dict[str, Any]:
         if name == pydoc_task.NAME:
             content[name] = platform.python_version()
         elif zero_shot.path is not None:
-            content[name] = _hash_files(*_files(task_folder(zero_shot, name)))
+            content[name] = _hash_text(*_files(task_folder(zero_shot, name)))
     return _without_place(options) | {"content": content}
+
+
+def _hash_text(*paths: Path) -> str:
+    try:
+        return _hash_files(*paths)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename}: {error.strerror}; ask its owner for permission, or set"
+            " the path of its data set or tasks to a copy"
+        ) from error
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
 
 
-def _hash_files(*paths: Path, kept: Path | None = None) -> str:
+def _hash_files(*paths: Path, cache: Path | None = None) -> str:
     """Return a hash of the files' names and bytes.
 
     Where size and time are those of before, so is the content: large files are not read again by
-    the same process, nor by another that finds the hash in the folder `kept`.
+    the same process, nor by another that finds the hash in the cache.
     """
     stats = [path.stat() for path in paths]
     return _hash(
         tuple((p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)),
-        kept if sum(s.st_size for s in stats) > _LARGE_BYTES else None,
+        cache if sum(s.st_size for s in stats) > _LARGE_BYTES else None,
     )
 
 
 @functools.cache
-def _hash(files: tuple[tuple[Path, int, int], ...], kept: Path | None) -> str:
-    if kept is None:
+def _hash(files: tuple[tuple[Path, int, int], ...], cache: Path | None) -> str:
+    if cache is None:
         return _hash_bytes(files)
+    Cache(cache).claim()
     known = [[str(path.resolve()), size, time] for path, size, time in files]
-    place = kept / f"{_hash_of({'files': known})[:32]}.json"
+    place = own_folder(cache, HASHES) / f"{_hash_of({'files': known})[:32]}.json"
     try:
         return str(read_sealed(place)["hash"])
-    except (OSError, DamagedError):
+    except (OSError, DamagedError, KeyError):
         found = _hash_bytes(files)
-    place.parent.mkdir(parents=True, exist_ok=True)
     write_sealed(place, {"files": known, "hash": found})
     return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -30,16 +31,24 @@ from iosvd.progress import quiet_libraries
 from iosvd.records import METRICS, TRACKED, run_folder
 from iosvd.run import Run, TrackingMode
 from iosvd.states import Standing, State, standing
+from iosvd.storage import remove_abandoned
 from iosvd.sweeps import Job
-from iosvd.workers import COUNT_ONLY, take_gpu
+from iosvd.workers import COUNT_ONLY, end_with, take_gpu
 
 log = logging.getLogger(__name__)
 _LOOK_SECONDS = 2.0
+_LAUNCHER = "IOSVD_LAUNCHER"  # The process that launches, for its workers.
+_WAITING_WORKERS = "hydra_plugins.hydra_joblib_launcher"  # Their processes wait for more jobs.
 
 
 def carry_out_one(composed: DictConfig) -> None:
     """Carry out one run of Hydra's; in a worker's process, if the launcher has workers."""
     hydra_config = HydraConfig.get()
+    if str(hydra_config.launcher._target_).startswith(_WAITING_WORKERS):
+        launcher = int(os.environ.get(_LAUNCHER, os.getpid()))
+        if launcher != os.getpid():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the launcher, and so us.
+            end_with(launcher)
     options = method_options(hydra_config.overrides.task)
     run = to_run(composed, label(hydra_config.runtime.choices.get("method"), options))
     if run.runtime.gpu_per_worker:
@@ -58,6 +67,8 @@ def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[Standing]:
         jobs: of the sweep.
         overrides: of its command line.
     """
+    for job in jobs:
+        remove_abandoned(run_folder(job.run))  # Also where the run is complete.
     pending = [job for job in jobs if _has_work(job.run)]
     log.info("%d runs, %d of them complete", len(jobs), len(jobs) - len(pending))
     with watched([job.run for job in jobs]) if pending else nullcontext():
@@ -102,6 +113,7 @@ def _has_work(run: Run) -> bool:
 
 def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
     """Give these runs to the launcher that the overrides choose, and wait until they have ended."""
+    os.environ[_LAUNCHER] = str(os.getpid())
     if any(each.run.runtime.gpu_per_worker for each in jobs):
         os.environ[COUNT_ONLY] = "1"  # For the workers.
     GlobalHydra.instance().clear()

@@ -169,8 +169,8 @@ def _check(metric: Tensor, what: str) -> None:
         raise NumericalError(f"{what} is not finite; check the model's dtype and the calibration")
     if metric.diagonal().mean() <= 0:
         raise NumericalError(
-            f"{what} is zero: no calibration token reaches this site;"
-            " exclude it (model.sites.exclude)"
+            f"{what} is zero: no calibration token reaches the site, or a weight of zeros in front"
+            " of it or behind it cuts it off; exclude it (model.sites.exclude)"
         )
 
 

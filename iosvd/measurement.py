@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from iosvd.compression import batch_size, cache_of, compress_as, factorize_as, loaded
 from iosvd.data import check_vocabulary
-from iosvd.errors import ModelError
+from iosvd.errors import ModelError, RecordError
 from iosvd.evaluation.divergence import Context, divergences
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.zero_shot import TaskScore, ZeroShotResult, load_tasks, zero_shot
@@ -27,13 +26,13 @@ from iosvd.models import load_config, load_tokenizer
 from iosvd.parts import Parts
 from iosvd.pipeline import Compressed, feasible_budget
 from iosvd.plan import Plan
-from iosvd.records import ANSWERS, CHECKPOINT, PLAN, SPECTRA
+from iosvd.records import ANSWERS, CHECKPOINT, PLAN, SPECTRA, read_plan
 from iosvd.replacement import stored_bytes
 from iosvd.run import KL, Run
 from iosvd.sites import find_sites
 from iosvd.spectra import Factorized
 from iosvd.stages import Stage, StageClock
-from iosvd.storage import write_json, written_whole
+from iosvd.storage import remove, write_json, written_whole
 from iosvd.tokens import calibration_tokens, evaluation_tokens
 from iosvd.trials import truncated_weights
 from iosvd.versions import commit, library_versions
@@ -73,7 +72,8 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     del sites  # They would keep the dense weights.
     factorized = factorize_as(run, model, tokens, cache)
     compressed = compress_as(run, model, tokens, factorized, cache)
-    cache.evict(used_before=started.timestamp())
+    if cache.has_written:
+        cache.evict(used_before=started.timestamp())
     _write_plan(compressed, folder)
     if run.runtime.save_checkpoint:
         _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, tokenizer)
@@ -105,6 +105,32 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "versions": library_versions(),
         "config": run.config,
     }
+
+
+def save_checkpoint_of(run: Run, folder: Path) -> None:
+    """Compress once more, from the cache where it can, and save what a complete run did not.
+
+    Args:
+        run: complete.
+        folder: the run's, which no other process writes to.
+
+    Raises:
+        RecordError: this version chooses other ranks than those that were measured.
+    """
+    cache, tokenizer = cache_of(run), load_tokenizer(run.model)
+    revision = getattr(load_config(run.model), "_commit_hash", None)
+    tokens, model = calibration_tokens(run, tokenizer, cache, revision), loaded(run)
+    compressed = compress_as(run, model, tokens, store=cache)
+    measured = read_plan(folder)["sites"]
+    now = {name: asdict(site) for name, site in compressed.plan.sites.items()}
+    stored = ("rank", "dense", "bits", "rounded_rows")
+    for name, site in now.items():
+        if any(site[key] != measured.get(name, {}).get(key) for key in stored):
+            raise RecordError(
+                f"{name} would not be stored as it was when {folder} was measured, by another"
+                " version or device; measure it anew with runtime.force=true"
+            )
+    _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, tokenizer)
 
 
 def _evaluation(
@@ -211,8 +237,7 @@ def _save_checkpoint(
 ) -> None:
     from iosvd.checkpoint import save  # Imports much of transformers.
 
-    if folder.exists():  # Left by a run that ended before its metrics were written.
-        shutil.rmtree(folder)
+    remove(folder)  # Left by a run that ended before its metrics were written.
     save(model, folder, plan, tokenizer)
 
 

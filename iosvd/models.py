@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from iosvd.errors import ConfigError, IosvdError, ModelError, one_line
 from iosvd.sites import SiteSelection
+from iosvd.typed_json import read_json
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,9 +85,11 @@ def context_of(folder: str) -> int:
     """
     path = Path(folder) / "config.json"
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["max_position_embeddings"])
+        return int(read_json(path)["max_position_embeddings"])
     except FileNotFoundError:
         raise ModelError(f"{folder} is not a model folder: it has no config.json") from None
+    except PermissionError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}; ask its owner") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise ModelError(f"{path} does not name the model's context; set model.seq_len") from None
 

@@ -11,12 +11,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from iosvd.errors import one_line
 from iosvd.logs import of_stage
 from iosvd.stages import Stage, StageClock, measured
-from iosvd.storage import DamagedError, read_sealed, write_sealed
+from iosvd.storage import write_sealed
+from iosvd.typed_json import DamagedError, read_sealed, typed
 
 log = logging.getLogger(__name__)
 PARTS = "parts.json"
+
+
+@dataclass(frozen=True)
+class _Part:
+    result: Any
+    cost: Stage
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """parts.json, but for its checksum."""
+
+    identity: str
+    parts: dict[str, _Part]
 
 
 @dataclass(frozen=True)
@@ -41,24 +57,25 @@ class Parts:
         if key not in kept:
             with measured() as took:
                 result = measure(name)
-            kept[key] = {"result": result, "cost": asdict(took())}
-            write_sealed(self.folder / PARTS, {"identity": self.identity, "parts": kept})
+            kept[key] = _Part(result, took())
+            write_sealed(self.folder / PARTS, asdict(_Kept(self.identity, kept)))
             log.info("%s: %.1f s", name, took().seconds)
         else:
             log.info("%s: measured before the run was interrupted", name)
-        self.clock.add(stage, Stage(**kept[key]["cost"]))
-        return kept[key]["result"]
+        self.clock.add(stage, kept[key].cost)
+        return kept[key].result
 
     def forget(self) -> None:
         """Remove them: the record of the whole run holds them all."""
         (self.folder / PARTS).unlink(missing_ok=True)
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, _Part]:
+        path = self.folder / PARTS
         try:
-            found = read_sealed(self.folder / PARTS)
+            found = typed(_Kept, read_sealed(path), str(path))
         except FileNotFoundError:
             return {}
         except DamagedError as error:
-            log.warning("%s; its parts are measured again", error)
+            log.warning("%s; its parts are measured again", one_line(error))
             return {}
-        return dict(found["parts"]) if found["identity"] == self.identity else {}
+        return found.parts if found.identity == self.identity else {}

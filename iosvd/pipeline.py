@@ -19,7 +19,7 @@ from iosvd.keys import Keys
 from iosvd.memory import MemoryUse
 from iosvd.plan import Plan, make_plan
 from iosvd.quantization import NoQuantization, Quantization
-from iosvd.replacement import compressed_layers, store_
+from iosvd.replacement import check_finite, compressed_layers, store_
 from iosvd.rows import half_dtype
 from iosvd.sites import SiteSelection, find_sites
 from iosvd.spectra import Factorized, SpectraOf
@@ -157,6 +157,7 @@ def compress(
             truncated, budget.limit - budget.bias_bits(ranks), half_dtype(model.dtype)
         )
         store_(model, stored)
+    check_finite(model)
     plan = make_plan(ranks, spectra, budget, predicts_kl(whitening), stored)
     mark_compressed_(model)
     sigma = {site: spectrum.sigma.clone() for site, spectrum in spectra.items()}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from iosvd.errors import NumericalError
 from iosvd.modules import CompressedLinear, LowRankLinear
 from iosvd.quantization.base import Site, Stored
 
@@ -25,6 +26,25 @@ def store_(model: nn.Module, stored: Mapping[str, Stored]) -> None:
     """Put quantised layers in place of the named ones, dense or of low rank."""
     for name, site in stored.items():
         model.set_submodule(name, site.module(model.get_submodule(name)))
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise NumericalError for the first compressed layer with NaN or infinity in it."""
+    for name, layer in compressed_layers(model).items():
+        if (part := not_finite(layer)) is not None:
+            dtype = str(layer.state_dict()[part].dtype).removeprefix("torch.")
+            raise NumericalError(
+                f"{part} of {name} has NaN or infinity in {dtype}; try model.dtype=bfloat16 or"
+                " float32, raise the damping, or exclude the site (model.sites.exclude)"
+            )
+
+
+def not_finite(layer: nn.Module) -> str | None:
+    """Return the name of the first tensor of a layer with NaN or infinity in it."""
+    for part, tensor in layer.state_dict().items():
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            return part
+    return None
 
 
 def densify_(model: nn.Module, dtype: torch.dtype) -> None:

@@ -45,7 +45,10 @@ class RowLayout:
         Raises:
             TypeError, ValueError, KeyError: it did not.
         """
-        return cls(**{**values, "code": Code(values["code"])})
+        layout = cls(**{**values, "code": Code(values["code"])})
+        if (type(layout.int8), type(layout.by_output), type(layout.ordered)) != (int, bool, bool):
+            raise TypeError("int8 is a number, by_output and ordered are true or false")
+        return layout
 
 
 class Rows(NamedTuple):

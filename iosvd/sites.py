@@ -99,7 +99,7 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 def layer_and_role(site: str) -> tuple[int, str]:
     """Split a site's name at its first number: model.layers.3.mlp.up_proj is (3, mlp.up_proj)."""
     parts = site.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if place is None:
         return 0, site
     return int(parts[place]), ".".join(parts[place + 1 :])

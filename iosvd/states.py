@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -11,7 +10,13 @@ from filelock import Timeout
 
 from iosvd.errors import RecordError
 from iosvd.execution import locked
-from iosvd.records import FAILURE, read_record, run_folder
+from iosvd.records import (
+    check_inside,
+    has_checkpoint,
+    read_failure,
+    read_record,
+    run_folder,
+)
 from iosvd.run import Run
 
 
@@ -36,13 +41,15 @@ class Standing:
 
 
 def standing(run: Run) -> Standing:
-    """Look where a run stands."""
+    """Look where a run stands. It is done when all that is asked of it is there."""
     folder = run_folder(run)
     try:
-        if read_record(folder) is not None:
-            return Standing(run, State.done, folder)
+        check_inside(folder, run)
+        complete = read_record(folder) is not None
     except RecordError as error:
         return Standing(run, State.failed, folder, str(error))
+    if complete and (has_checkpoint(folder) or not run.runtime.save_checkpoint):
+        return Standing(run, State.done, folder)
     if not folder.exists():
         return Standing(run, State.missing, folder)
     try:
@@ -50,13 +57,8 @@ def standing(run: Run) -> Standing:
             pass
     except Timeout:
         return Standing(run, State.running, folder)
-    if (folder / FAILURE).exists():
-        return Standing(run, State.failed, folder, _reason(folder / FAILURE))
+    if (reason := read_failure(folder)) is not None:
+        return Standing(run, State.failed, folder, reason)
+    if complete:
+        return Standing(run, State.missing, folder, "complete, but for its checkpoint")
     return Standing(run, State.interrupted, folder)
-
-
-def _reason(path: Path) -> str:
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["error"]).splitlines()[0]
-    except (OSError, ValueError, KeyError, IndexError):
-        return f"{path} cannot be read"

@@ -1,4 +1,9 @@
-"""Files that are written whole or not at all, and JSON that knows whether it was changed."""
+"""Files that are written whole or not at all, and removed without leaving their folder.
+
+While it is written, a file or folder is called `.<name>.<machine>.<process>.partial`; a rename
+gives it its own name. A writer that is killed leaves its partial behind, and whoever writes to
+the same folder next removes it.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +11,82 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
+import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from iosvd.errors import StorageError
 
-PARTIAL = ".partial"  # What ends so was being written when its writer ended.
+PARTIAL = ".partial"
 _BLOCK_BYTES = 2**22
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SEALED = re.compile(r'(.*),\n "sha256": "([0-9a-f]{64})"\n}\n', flags=re.DOTALL)
-
-
-class DamagedError(ValueError):
-    """A file is not what was written."""
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_OWNER = re.compile(r"\..*\.([0-9a-f]{8})\.([0-9]+)" + re.escape(PARTIAL), flags=re.DOTALL)
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # Asking for it sets it.
+_ABANDONED_SECONDS = 86_400.0  # Of a writer that cannot be asked, on another machine.
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a place beside a file or folder to write it to; it is moved there if nothing fails.
+    """Yield a partial to write to, a file or a folder; it is renamed to `path` if nothing fails.
 
     Raises:
-        StorageError: the disk is full; nothing is left of what was written.
+        StorageError: the disk is full, or the folder may not be written to; nothing is left of
+            what was written.
     """
-    # The process in the name: two may write the same table.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    temporary = partial_of(path)
     try:
-        with full_disk_explained(path):
+        with write_failures_explained(path):
+            remove(temporary)  # Of a process that had this number before; or a link.
             yield temporary
+            _give_usual_modes(temporary)
             temporary.replace(path)
     finally:
-        remove(temporary)
+        with suppress(OSError):  # What made the write fail says more.
+            remove(temporary)
+
+
+def _give_usual_modes(path: Path) -> None:
+    """Let others read what the umask lets them: safetensors writes for its own user alone."""
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if not file.is_symlink():
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~_UMASK)
+
+
+def partial_of(path: Path) -> Path:
+    """Return what a file or folder is called while this process writes or removes it."""
+    # The process in the name: two may write the same table.
+    return path.with_name(f".{path.name}.{_MACHINE}.{os.getpid()}{PARTIAL}")
 
 
 @contextmanager
-def full_disk_explained(path: Path) -> Iterator[None]:
-    """Raise StorageError instead of what a full disk raises.
+def write_failures_explained(path: Path) -> Iterator[None]:
+    """Raise StorageError instead of what a full disk or a folder of somebody else raises.
 
     safetensors hides the number of the error in its text.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise _full(path) from error
+        if error.errno in _FULL:
+            raise _full(path) from error
+        if error.errno in _DENIED:
+            raise StorageError(
+                f"cannot write {path}: {error.strerror}; ask its owner for permission, or set"
+                " runtime.results and runtime.cache to folders of your own"
+            ) from error
+        raise
     except SafetensorError as error:
         if not any(f"os error {number}" in str(error) for number in _FULL):
             raise
@@ -77,34 +109,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file, all of it or nothing."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Write a JSON file, all of it or nothing.
+
+    Raises:
+        StorageError: a number is NaN or infinite, which JSON does not know.
+    """
+    write_text(path, _json(path, value) + "\n")
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file whose last entry is the checksum of all that stands before it."""
-    body = json.dumps(value, indent=1)
+    """Write a JSON file whose last entry is the checksum of everything before it."""
+    body = _json(path, value)
     seal = hashlib.sha256(body.encode()).hexdigest()
     write_text(path, body.removesuffix("\n}") + f',\n "sha256": "{seal}"\n}}\n')
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what `write_sealed` wrote, without its checksum.
-
-    Raises:
-        DamagedError: a byte of it is not what was written.
-        OSError: there is no such file.
-    """
+def _json(path: Path, value: Mapping[str, Any]) -> str:
     try:
-        found = _SEALED.fullmatch(path.read_bytes().decode())
-    except UnicodeDecodeError as error:
-        raise DamagedError(f"{path} is not text") from error
-    if found is None:
-        raise DamagedError(f"{path} has no checksum")
-    body = found[1] + "\n}"
-    if hashlib.sha256(body.encode()).hexdigest() != found[2]:
-        raise DamagedError(f"{path} does not match its checksum")
-    return dict(json.loads(body))
+        return json.dumps(value, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise StorageError(f"{path} would hold NaN or infinity: {error}") from error
 
 
 def file_digest(path: Path) -> str:
@@ -123,16 +147,65 @@ def blocks_of(path: Path) -> Iterator[bytes]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder of files, if it is there."""
-    if path.is_dir():
-        for inside in path.iterdir():
-            inside.unlink(missing_ok=True)
-        path.rmdir()
-    else:
+    """Remove a file, a folder with everything in it, or a link, but never what a link leads to."""
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
+    else:
+        with suppress(FileNotFoundError):  # Another process is removing it too.
+            shutil.rmtree(path)
+
+
+def made(folder: Path) -> Path:
+    """Return a folder that exists now, without what killed writers left in it."""
+    with write_failures_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder)
+    return folder
+
+
+def own_folder(parent: Path, *names: str) -> Path:
+    """Return a folder below `parent`, made where it is missing; a link in its place is unlinked."""
+    for name in names:
+        parent = parent / name
+        with write_failures_explained(parent):
+            if parent.is_symlink():
+                parent.unlink(missing_ok=True)
+            parent.mkdir(parents=True, exist_ok=True)
+    return parent
+
+
+def process_lock(path: Path, timeout: float = -1) -> FileLock:
+    """Return a lock between processes, by a file that colleagues with other accounts can use too.
+
+    The system lets go of it however the process ends. The file stays: unlinked, it would let two
+    in at once.
+    """
+    return FileLock(path, timeout=timeout, mode=0o666)
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a writer that was killed left in a folder that nobody else writes to now."""
+    """Remove all partials of a folder that no other process writes to now."""
     for path in folder.glob(f".*{PARTIAL}"):
         remove(path)
+
+
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Remove the partials of writers that have ended, others' too; failing that, leave them.
+
+    Args:
+        folder: to look in.
+        name: of the file or folder that was to be written; None: any.
+    """
+    start = "." if name is None else f".{name}."
+    with suppress(OSError):  # A folder that cannot be read, or somebody else's partial.
+        found = [entry.name for entry in os.scandir(folder) if entry.name.startswith(start)]
+        for path in (folder / partial for partial in found if partial.endswith(PARTIAL)):
+            if _abandoned(path):
+                remove(path)
+
+
+def _abandoned(path: Path) -> bool:
+    owner = _OWNER.fullmatch(path.name)
+    if owner is not None and owner[1] == _MACHINE:
+        return not psutil.pid_exists(int(owner[2]))
+    return time.time() - path.lstat().st_mtime > _ABANDONED_SECONDS

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from iosvd.stages import Stage, measured
 
+KINDS = ("scores", "spectra", "statistics", "tokens", "trials")
+
 
 @dataclass(frozen=True)
 class Key:
     """What an entry is: its kind, and all that its value depends on, as JSON."""
 
-    kind: str
+    kind: str  # One of KINDS.
     identity: Mapping[str, Any]
 
     @cached_property

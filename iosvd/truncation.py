@@ -34,11 +34,11 @@ class TruncatedSites(Mapping[str, Site]):
     budget: Budget
 
     def __getitem__(self, name: str) -> Site:
-        spectrum, factorised = self.spectra[name], self.budget.factorised(self.ranks)
+        spectrum, rank = self.spectra[name], self.ranks[name]
         return Site(
             name=name,
             weight=self.sites[name].weight,
-            factors=truncate(spectrum, factorised[name]) if name in factorised else None,
+            factors=truncate(spectrum, rank) if self.budget.is_factorised(name, rank) else None,
             output_diagonal=spectrum.output_diagonal,
             input_diagonal=spectrum.input_diagonal,
         )

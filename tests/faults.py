@@ -9,18 +9,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from experiments import render
 from iosvd.records import read_metrics
+from iosvd.workers import VISIBLE, lease_one
 
 ROOT = Path(__file__).parents[1]
 SWEEP = ("experiment=demo", "eval=own", "method=svd_llm,io_svd", "ratio=0.8,0.5")
 TIMED = ("seconds", "stages", "compression_seconds", "started", "computed_here", "config")
+GPUS = ("0", "1")  # That there are none makes no difference to their leases.
 _PATIENCE_SECONDS = 300.0
 _LOOK_SECONDS = 0.01
+ACTIVE_SECONDS = 8.0  # From the first worker's beginning to the end of the sweep, and a little.
+Kill = Callable[["subprocess.Popen[str]"], None]
 
 
 @dataclass(frozen=True)
@@ -34,13 +41,30 @@ class Sweep:
     def arguments(self) -> list[str]:
         return [*self.overrides, f"runtime.results={self.results}"]
 
+    @property
+    def temporary(self) -> Path:
+        """Where its processes keep what the system may forget, their leases among it."""
+        folder = self.results.with_name(f"{self.results.name}_tmp")
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def start(self, *more: str) -> subprocess.Popen[str]:
-        """Launch it, in a process group of its own that can be killed with all its workers."""
-        command = [sys.executable, "experiments/compress.py", "-m", *self.arguments, *more]
+        """Launch it, in a session of its own whose processes can be found and killed."""
+        return self.start_script("experiments/compress.py", "-m", *self.arguments, *more)
+
+    def start_script(self, *command: str) -> subprocess.Popen[str]:
+        """Start Python with a script or its text, as `start` does."""
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TMPDIR": str(self.temporary),
+            VISIBLE: ",".join(GPUS),
+        }
         return subprocess.Popen(
-            command,
+            [sys.executable, *command],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -54,19 +78,19 @@ class Sweep:
         assert process.returncode == 0, output
         return output
 
-    def killed(self, seconds: float) -> bool:
-        """Launch it and kill all of it so long after the first worker began; False if it ended."""
+    def killed(self, seconds: float, kill: Kill) -> bool:
+        """Launch it and kill it so long after the first worker began; False if it ended before."""
         process, before = self.start(), self._touched()
         limit = time.monotonic() + _PATIENCE_SECONDS
         while self._touched() == before and process.poll() is None:
             assert time.monotonic() < limit, "no worker began"
             time.sleep(_LOOK_SECONDS)
         try:
-            process.communicate(timeout=seconds)
+            process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill(process)
             return True
+        process.communicate()
         return False
 
     def _touched(self) -> float:
@@ -85,7 +109,8 @@ class Sweep:
             found[path.parent.name] = {k: v for k, v in metrics.items() if k not in TIMED}
             for name in ("plan.json", "answers.json"):
                 found[path.parent.name][name] = json.loads((path.parent / name).read_text())
-            found[path.parent.name]["spectra"] = (path.parent / "spectra.safetensors").read_bytes()
+            for file in path.parent.rglob("*.safetensors"):
+                found[path.parent.name][str(file.relative_to(path.parent))] = file.read_bytes()
         return found
 
     def table(self) -> str:
@@ -99,10 +124,47 @@ class Sweep:
         return "\n".join(",".join(row) for row in kept)
 
     def left_over(self) -> list[Path]:
-        """Return files that no finished sweep needs."""
+        """Return files that no finished sweep needs, but for those of its checkpoints."""
         kept = ("metrics.json", "plan.json", "answers.json", "spectra.safetensors", "config.yaml")
+        kept = (*kept, "checkpoint")
         runs = [p for p in self.results.glob("runs/*/*/*") if p.name not in kept]
         return [*runs, *self.results.rglob("*.partial"), *self.results.rglob("failure.json")]
+
+    def processes(self, session: int) -> list[psutil.Process]:
+        """Return the processes of a session that are alive."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                alive = process.status() != psutil.STATUS_ZOMBIE
+                if os.getsid(process.pid) == session and alive:
+                    found.append(process)
+            except (psutil.NoSuchProcess, ProcessLookupError):
+                continue
+        return found
+
+    def free_leases(self) -> bool:
+        """Whether every GPU can be had, as the sweep's workers look for them."""
+        folders = list(self.temporary.glob("iosvd-gpus-*"))
+        for folder in folders:
+            for lock, _ in [lease_one(GPUS, folder) for _ in GPUS]:
+                lock.release()
+        return bool(folders)
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Kill a sweep with all its workers, as a machine that goes down does."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def kill_alone(number: signal.Signals) -> Kill:
+    """Return what sends a signal to the launcher alone, as `kill PID` does."""
+
+    def kill(process: subprocess.Popen[str]) -> None:
+        process.send_signal(number)
+        process.communicate()  # Until the last worker has let go of its output, too.
+
+    return kill
 
 
 def torment(sweep: Sweep, undisturbed: Sweep, kills: int, seed: int) -> list[float]:
@@ -122,12 +184,12 @@ def torment(sweep: Sweep, undisturbed: Sweep, kills: int, seed: int) -> list[flo
         done = len(list(sweep.results.glob("runs/*/*/metrics.json")))
         span = max(0.5, (1 - done / len(undisturbed.measured())) * ACTIVE_SECONDS)
         moment = chooser.uniform(0, span)
-        if sweep.killed(moment):
+        if sweep.killed(moment, kill_all):
             moments.append(moment)
             continue
         same(sweep, undisturbed)  # It ended before: from the beginning, then.
         for path in sweep.results.rglob("*"):
-            if path.is_file():
+            if path.is_file() and path.name != "CACHEDIR.TAG":
                 path.unlink()
     assert len(moments) == kills, (
         f"only {len(moments)} moments in {time.monotonic() - started:.0f} s"
@@ -135,9 +197,6 @@ def torment(sweep: Sweep, undisturbed: Sweep, kills: int, seed: int) -> list[flo
     sweep.finish()
     same(sweep, undisturbed)
     return moments
-
-
-ACTIVE_SECONDS = 8.0  # From the first worker's beginning to the end of the sweep, and a little.
 
 
 def same(sweep: Sweep, undisturbed: Sweep) -> None:

@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile import tree
 from torch import Tensor
 
-from iosvd.cache import Cache
+from experiments import cache as command
+from iosvd.cache import MARK, Cache
+from iosvd.errors import StorageError
 from iosvd.stages import Stage
+from iosvd.storage import partial_of
 from iosvd.store import Entry, Key
 
 COST = Stage(1.5, 2**20)
@@ -117,14 +121,22 @@ def test_an_entry_that_is_evicted_stays_with_who_uses_it(cache: Cache) -> None:
     assert torch.equal(entry.tensors["x"], tensors(100_000)["x"])
 
 
-def test_what_a_killed_writer_left_is_written_over(cache: Cache) -> None:
-    half = cache.folder / "statistics" / f".{key().digest}.99999.partial"
-    half.mkdir(parents=True)
-    (half / "tensors.safetensors").write_bytes(b"half")
+def test_what_a_killed_writer_left_is_removed_and_what_another_writes_is_not(cache: Cache) -> None:
+    cache.claim()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    ours, theirs = (
+        partial_of(cache.folder / "statistics" / key(name).digest) for name in ("a", "b")
+    )
+    dead = ours.with_name(ours.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
+    for half in (dead, theirs):
+        half.mkdir(parents=True)
+        (half / "tensors.safetensors").write_bytes(b"half")
     assert cache.get(key()) is None
     assert cache.entries() == []
     cache.put(key(), Entry(tensors(), COST))
-    assert not half.exists()
+    cache.evict()
+    assert not dead.exists() and theirs.exists()
 
 
 WRITER = """
@@ -151,3 +163,88 @@ def test_one_process_writes_at_a_time(cache: Cache) -> None:
         assert process.wait(timeout=120) == 0
     found = cache.get(Key("statistics", {"n": 1}))
     assert found is not None and int(found.tensors["count"]) == 60
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder that looks a little like a cache, and is somebody's own."""
+    place = tmp_path / "photos"
+    for name in ("2024/summer", f"statistics/{key().digest}", "set_aside/mail"):
+        (place / name).mkdir(parents=True)
+        (place / name / "cat.png").write_bytes(b"x" * 1000)
+    return place
+
+
+def test_a_folder_that_holds_other_things_is_refused_and_left_alone(photos: Path) -> None:
+    before = tree(photos)
+    cache = Cache(photos, limit_bytes=0)
+    assert cache.entries() == [] and cache.evict() == []
+    for use in (
+        cache.check,
+        cache.claim,
+        lambda: cache.put(key(), Entry(tensors(), COST)),
+        lambda: cache.locked([key()]).__enter__(),
+    ):
+        with pytest.raises(
+            StorageError, match=r"is not a cache .* holds 2024 .* set runtime\.cache"
+        ):
+            use()
+    assert tree(photos) == before
+
+
+def test_only_entries_are_counted_and_evicted(cache: Cache, photos: Path) -> None:
+    """Also where somebody has put things of their own into a cache."""
+    cache.put(key(), Entry(tensors(), COST))
+    (size,) = [kept.size_bytes for kept in cache.entries()]
+    for path in photos.rglob("*"):
+        target = cache.folder / path.relative_to(photos)
+        if path.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    other = cache.folder / "spectra" / key("b").digest
+    other.mkdir(parents=True)
+    (other / "header.json").write_text("{}")
+    assert [kept.size_bytes for kept in cache.entries()] == [size + 1000]  # The cat in the entry.
+    before = tree(cache.folder)
+    assert len(Cache(cache.folder, 0).evict()) == 1
+    gone = {name for name in before if key().digest in name}
+    assert tree(cache.folder) == {name: v for name, v in before.items() if name not in gone}
+
+
+def test_links_are_not_followed(cache: Cache, photos: Path) -> None:
+    cache.put(key(), Entry(tensors(), COST))
+    before = tree(photos)
+    kinds = cache.folder / "spectra"
+    kinds.symlink_to(photos / "statistics")
+    (cache.folder / "statistics" / key("b").digest).symlink_to(photos / "2024")
+    stale = partial_of(cache.folder / "statistics" / "x")
+    stale = stale.with_name(stale.name.replace(f".{os.getpid()}.", ".4194999."))
+    stale.symlink_to(photos)
+    assert cache.get(key("b")) is None and cache.get(Key("spectra", {})) is None
+    assert len(cache.entries()) == 1
+    assert len(Cache(cache.folder, 0).evict()) == 1
+    assert not stale.is_symlink()
+    cache.put(key("b"), Entry(tensors(), COST))  # In the link's place.
+    cache.put(Key("spectra", {}), Entry(tensors(), COST))
+    assert not kinds.is_symlink() and len(cache.entries()) == 2
+    assert tree(photos) == before
+
+
+def test_the_command_that_prunes_leaves_other_folders_alone(photos: Path) -> None:
+    before = tree(photos)
+    with pytest.raises(StorageError, match="is not a cache"):
+        command.main([f"runtime.cache={photos}", "keep_gib=0"])
+    assert tree(photos) == before
+    empty = photos / "2024" / "new"
+    assert "keeps nothing" in command.main([f"runtime.cache={empty}"])
+
+
+def test_an_empty_folder_becomes_a_cache_whoever_else_is_at_it(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / f".{MARK}.0123abcd.77.partial").write_text("half")
+    Cache(folder).claim()
+    Cache(folder).check()
+    assert (folder / MARK).read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
+    with pytest.raises(StorageError, match="is no folder"):
+        Cache(folder / MARK).claim()

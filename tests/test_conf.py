@@ -16,11 +16,12 @@ from hydra.utils import get_class
 
 import iosvd.allocation
 import iosvd.whitening
-from iosvd.config import CONF, compose_run
-from iosvd.errors import IosvdError
+from iosvd.config import CONF, compose_run, table_spec
+from iosvd.errors import ConfigError, IosvdError
 from iosvd.models import ASSETS, Model
 from iosvd.run import Evaluation, Run, Tracking
 from iosvd.sweeps import baselines, expand
+from iosvd.tables.sweep import Sweep
 from iosvd.texts import Dataset
 
 SETTINGS = {
@@ -281,6 +282,15 @@ BAD = [
     (["ratio=much"], "ratio=much is not a number"),
     (["ratio=0"], "ratio 0 is outside (0, 1]"),
     (["ratio=1.5"], "ratio 1.5 is outside (0, 1]"),
+    (["ratio=1.0000001"], "ratio 1.0000001 is outside (0, 1]"),
+    (["model.name=../../etc"], "model.name=../../etc begins with a dot, but files are named"),
+    (["model.name=/tmp/x"], "model.name=/tmp/x has / in it, but files are named after it"),
+    (["model.name=a/b"], "model.name=a/b has / in it"),
+    (["model.name=''"], "model.name= is empty"),
+    (["model.name=.locks"], "model.name=.locks begins with a dot"),
+    ([f"model.name={'x' * 300}"], "x is longer than 100 bytes, but files are named after it"),
+    (["dataset.name=a/../b"], "dataset.name=a/../b has / in it"),
+    (["eval=paper", "eval.texts.c4.name=x/y"], "eval.texts.c4.name=x/y has / in it"),
     (["ratio=nan"], "ratio nan is outside (0, 1]"),
     (["ratio=null"], "ratio is not set; set ratio=0.8 or target_kl=0.05"),
     (["target_kl=0.05", "ratio=0.5", "whitening.top_k=0"], "target_kl chooses the ratio; leave ou"),
@@ -370,3 +380,11 @@ def test_a_wrong_option_is_one_line_that_lists_the_right_ones(
 def test_a_sweep_fails_before_it_starts_where_one_cell_is_wrong() -> None:
     with pytest.raises(IosvdError, match="outside"):
         expand(["experiment=demo", "ratio=0.8,1.2"], sweep=True)
+
+
+@pytest.mark.parametrize("name", ["../method/io_svd", "/etc/passwd", "a/b"])
+def test_a_table_is_named_by_a_name_and_not_by_a_path(name: str) -> None:
+    with pytest.raises(ConfigError, match="files are named after it"):
+        Sweep.from_overrides([f"experiment={name}"])
+    with pytest.raises(ConfigError, match="files are named after it"):
+        table_spec(name)

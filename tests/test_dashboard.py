@@ -39,8 +39,13 @@ def test_the_page_holds_what_the_records_say(results: Path, source: Path) -> Non
     plan = json.loads((run_folder(asked) / PLAN).read_text())
     ranks = {site["site"]: site["rank"] for site in held["ranks"]}
     assert ranks == {name: site["rank"] for name, site in plan["sites"].items()}
-    page = to_page([{**held, "setting": "</script><script>alert(1)"}])
-    assert page.count("</script>") == 2  # Nothing that a run holds ends the page's script.
+    for text in ("</script><script>alert(1)", "<!--<script>", "</SCRIPT >"):
+        page = to_page([{**held, "setting": text}])
+        data = page.partition('id="runs">')[2].partition("</script>")[0]
+        assert "<" not in data and json.loads(data)[0]["setting"] == text
+        assert page.count("</script>") == 2  # Nothing that a run holds ends the page's script.
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_page([{**held, "ratio": float("nan")}])
 
 
 def test_another_protocol_is_another_setting(results: Path, source: Path) -> None:

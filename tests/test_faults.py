@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from faults import ROOT, SWEEP, Sweep, torment
-from test_execution import overrides, source  # noqa: F401 (a fixture)
+from faults import ROOT, SWEEP, Sweep, kill_alone, same, torment
+from test_execution import overrides, small_source
 
 from iosvd.sweeps import sweep_jobs
 
@@ -19,31 +20,134 @@ _WORK = ("calibration.windows=60", "runtime.batch_tokens=16")
 _WORKERS = ("launcher=joblib", "runtime.workers=2", "runtime.threads=1")
 
 
-def sweep(source: Path, place: str, *more: str) -> Sweep:  # noqa: F811
+def sweep(source: Path, place: str, *more: str) -> Sweep:
     given = [o for o in overrides(source, *SWEEP, *_WORK, *more) if "results" not in o]
     return Sweep(tuple(given), source / place)
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_source(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path) -> Sweep:
+    whole = sweep(source, "whole", *_WORKERS)
+    whole.finish()
+    return whole
+
+
 @pytest.mark.parametrize(
-    "kills", [5, pytest.param(20, marks=pytest.mark.faults)], ids=["short", "long"]
+    "kills", [3, pytest.param(20, marks=pytest.mark.faults)], ids=["short", "long"]
 )
 def test_a_sweep_that_is_killed_ends_as_if_it_had_not_been(
-    kills: int,
-    source: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    kills: int, source: Path, undisturbed: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    undisturbed, killed = (sweep(source, place, *_WORKERS) for place in ("whole", "killed"))
-    started = time.monotonic()
-    undisturbed.finish()
-    took = time.monotonic() - started
+    killed = sweep(source, f"killed_{kills}", *_WORKERS)
     seed = time.time_ns() % 10**6
     moments = torment(killed, undisturbed, kills, seed)
     with capsys.disabled():  # Without the seed a failure could not be had again.
         listed = " ".join(f"{moment:.2f}" for moment in moments)
-        sys.stdout.write(f"\nseed {seed}; undisturbed {took:.1f} s; killed after {listed} s; ")
+        sys.stdout.write(f"\nseed {seed}; killed after {listed} s; ")
 
 
-def test_two_sweeps_at_once_compute_every_run_once(source: Path) -> None:  # noqa: F811
+def test_workers_end_with_their_launcher(source: Path, undisturbed: Sweep) -> None:
+    """Also where the launcher alone is killed, as for want of memory: no process, no lease."""
+    alone = sweep(source, "alone_killed", *_WORKERS)
+    for number, seconds in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 1.0)):
+        sessions: list[int] = []
+
+        def kill(process: subprocess.Popen[str], number: signal.Signals = number) -> None:
+            sessions.append(process.pid)  # noqa: B023 (called in this round)
+            assert len(alone.processes(process.pid)) >= 3
+            kill_alone(number)(process)
+
+        assert alone.killed(seconds, kill), "it ended before it was killed"
+        limit = time.monotonic() + 20
+        while alone.processes(sessions[0]) and time.monotonic() < limit:
+            time.sleep(0.1)
+        assert alone.processes(sessions[0]) == []
+        assert alone.free_leases()
+    alone.finish()
+    same(alone, undisturbed)
+
+
+# Ends the process as soon as a function has returned, before what it wrote has its own name.
+_DYING = """
+import os, runpy, signal, sys
+from {module} import {holder}
+original = {holder}.{name}
+def dying(*args, **options):
+    original(*args, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+{holder}.{name} = dying
+del sys.argv[0]  # Python's "-c".
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def die_after(swept: Sweep, where: str, name: str, *command: str) -> None:
+    """Run a command that is killed when it has first called a function, `module:class`'s."""
+    module, _, holder = where.partition(":")
+    script = _DYING.format(module=module, holder=holder, name=name)
+    process = swept.start_script("-c", script, *command)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, output
+
+
+def test_a_kill_while_a_checkpoint_is_saved_leaves_nothing(source: Path) -> None:
+    one = sweep(source, "saved")
+    single = [o for o in one.arguments if not o.startswith(("experiment=", "method=", "ratio="))]
+    given = [*single, "method=io_svd", "ratio=0.5", "runtime.save_checkpoint=true"]
+    command = ("experiments/compress.py", *given)
+    die_after(one, "transformers:PreTrainedModel", "save_pretrained", *command)
+    (partial,) = one.results.rglob("*.partial")
+    assert partial.is_dir() and (partial / "model.safetensors").exists()
+    again = one.start_script(*command)
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    assert one.left_over() == []
+    assert len(list(one.results.rglob("checkpoint/model.safetensors"))) == 1
+
+
+def test_a_kill_while_a_table_a_figure_or_the_page_is_written_leaves_nothing(
+    undisturbed: Sweep,
+) -> None:
+    table, given = undisturbed.table(), undisturbed.arguments
+    drawn = ["experiment=main" if option == "experiment=demo" else option for option in given]
+    commands = (
+        ("iosvd.storage:os", "fsync", "experiments/render.py", *given),
+        ("matplotlib.figure:Figure", "savefig", "experiments/draw.py", *drawn),
+        ("iosvd.storage:os", "fsync", "experiments/dashboard.py", str(undisturbed.results)),
+    )
+    for where, name, *command in commands:
+        die_after(undisturbed, where, name, *command)
+        assert len(list(undisturbed.results.rglob("*.partial"))) == 1
+        again = undisturbed.start_script(*command)
+        output, _ = again.communicate(timeout=300)
+        assert again.returncode == 0, output
+        assert undisturbed.left_over() == []
+    assert undisturbed.table() == table
+
+
+def test_ctrl_c_ends_a_sweep_in_one_line(source: Path) -> None:
+    """As a terminal does it: the launcher and its workers all get the signal."""
+    stopped = sweep(source, "stopped", *_WORKERS)
+    output: list[str] = []
+
+    def interrupt(process: subprocess.Popen[str]) -> None:
+        for one in stopped.processes(process.pid):
+            one.send_signal(signal.SIGINT)
+        output.append(process.communicate(timeout=60)[0])
+        assert process.returncode == 130
+
+    assert stopped.killed(1.0, interrupt)
+    assert "Traceback" not in output[0]
+    (line,) = [line for line in output[0].splitlines() if "interrupted" in line]
+    assert line == "interrupted; the same command goes on where this one ended"
+
+
+def test_two_sweeps_at_once_compute_every_run_once(source: Path) -> None:
     one = sweep(source, "both")
     processes = [one.start(), one.start()]
     output = ""
@@ -62,7 +166,7 @@ def test_two_sweeps_at_once_compute_every_run_once(source: Path) -> None:  # noq
     assert "5 runs, 5 of them complete" in again and "begins" not in again
 
 
-def test_a_full_disk_leaves_one_line_and_nothing_half_written(source: Path) -> None:  # noqa: F811
+def test_a_full_disk_leaves_one_line_and_nothing_half_written(source: Path) -> None:
     """In a mount namespace of its own, which ends with the process."""
     place = source / "small_disk"
     place.mkdir()

@@ -200,3 +200,27 @@ def test_a_weight_of_zeros_is_factorised() -> None:
     zeros = torch.zeros(12, 20, dtype=torch.float64)
     spectrum = Factorization()(zeros, iosvd.whitening.Input()(statistics), "site")
     assert truncate(spectrum, 3).dense().abs().max() == 0
+
+
+@whitenings
+@shapes
+@algorithms
+@pytest.mark.parametrize("dead", ["all", "inputs", "outputs", "rank"])
+def test_a_weight_with_less_than_full_rank_is_given_back_too(
+    dead: str, whitening: type[Whitening], shape: tuple[int, int], algorithm: Algorithm
+) -> None:
+    """Weights of zeros, dead channels, a rank below the one that is asked for: never NaN."""
+    weight, statistics = random_statistics(*shape)
+    if dead == "inputs":
+        weight[:, 3:] = 0
+    elif dead == "outputs":
+        weight[2:] = 0
+    else:
+        weight = weight[:, :1] @ weight[:1] if dead == "rank" else 0 * weight
+    spectrum = Factorization(algorithm)(weight, whitening()(statistics), "site")
+    for k in ranks(*shape):
+        factors = truncate(spectrum, k)
+        for value in (*vars(factors).values(), factors.dense()):
+            assert torch.isfinite(value).all()
+    scale = max(float(weight.abs().max()), 1.0)
+    assert_close(truncate(spectrum, min(shape)).dense(), weight, rtol=1e-6, atol=1e-6 * scale)

@@ -32,7 +32,7 @@ from iosvd.records import run_folder
 from iosvd.run import Run
 from iosvd.states import State, standing
 from iosvd.sweeps import sweep_jobs
-from iosvd.workers import lease_one, take_gpu
+from iosvd.workers import lease_one, take_gpu, visible_gpus
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = sorted(path.stem for path in (CONF / "launcher").glob("*.yaml"))
@@ -236,6 +236,79 @@ def test_a_worker_sees_the_gpu_that_it_has(monkeypatch: pytest.MonkeyPatch, tmp_
     assert take_gpu() is lease
     take_gpu.cache_clear()
     lease.release()
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [
+        ("", []),
+        ("-1", []),
+        ("NoDevFiles", []),
+        ("0,-1,1", ["0"]),
+        ("2, 0", ["2", "0"]),
+        ("GPU-8932f937-d72c-4106-c12f", ["GPU-8932f937-d72c-4106-c12f"]),
+        ("MIG-GPU-89f/1/0,MIG-f3a", ["MIG-GPU-89f/1/0", "MIG-f3a"]),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_see(
+    named: str, seen: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert visible_gpus() == seen
+    take_gpu.cache_clear()
+    lease = take_gpu()
+    take_gpu.cache_clear()
+    assert (lease is None) == (seen == [])
+    if lease is not None:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen[0]
+        lease.release()
+    assert all(path.parent.parent == tmp_path for path in tmp_path.rglob("*.lock"))
+
+
+def test_a_user_without_a_name_gets_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container that was started with a number for a user."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("getpass.getuser", lambda: (_ for _ in ()).throw(KeyError("uid 12345")))
+    take_gpu.cache_clear()
+    lease = take_gpu()
+    take_gpu.cache_clear()
+    assert lease is not None
+    lease.release()
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from iosvd.workers import lease_one
+lease = lease_one(["0"], Path(sys.argv[1]))
+child = os.fork()  # It inherits the lock, as a data loader's does.
+if child == 0:
+    time.sleep(60)
+print(child, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_lease_names_its_holder_and_is_free_when_that_has_ended(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(ConfigError, match=rf"taken: 0 by process {holder.pid} \(.*python"):
+            lease_one(["0"], tmp_path)
+        holder.kill()
+        holder.wait()
+        lease, gpu = lease_one(["0"], tmp_path)
+        assert gpu == "0"
+        with pytest.raises(ConfigError, match=f"taken: 0 by process {os.getpid()}"):
+            lease_one(["0"], tmp_path)
+        lease.release()
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_log_lines_say_of_which_run_and_stage_they_are() -> None:

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import math
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILIES, all_variants, build
+from torch import Tensor
 from torch.testing import assert_close
 
 import iosvd.allocation
 import iosvd.whitening
-from iosvd.allocation import Allocation, LossAware, Spectral, Uniform
+from iosvd.allocation import (
+    Allocation,
+    Hull,
+    LossAware,
+    Spectral,
+    TypeGrouped,
+    Uniform,
+    ZeroSum,
+)
+from iosvd.budget import Budget, Shape
 from iosvd.errors import BudgetError, ConfigError, NumericalError
-from iosvd.factorization import Algorithm, Factorization
+from iosvd.factorization import Algorithm, Factorization, truncate
+from iosvd.linalg import IdentityRoot
 from iosvd.memory import MemoryUse
 from iosvd.pipeline import Compressed, compress, factorize
+from iosvd.plan import make_plan
 from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization, Remap
-from iosvd.replacement import compressed_layers, low_rank_layers
+from iosvd.quantization.base import Site
+from iosvd.replacement import check_finite, compressed_layers, low_rank_layers, replace_
 from iosvd.sites import SiteSelection, find_sites, in_groups
 from iosvd.statistics import collect
-from iosvd.whitening import Identity, InputOutput, Whitening
+from iosvd.truncation import TruncatedSites
+from iosvd.types import Spectrum, Whitener
+from iosvd.whitening import Asvd, Identity, Input, InputOutput, Whitening
 
 TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
 
@@ -238,3 +257,98 @@ def test_a_restricted_output_metric_predicts_no_kl() -> None:
     assert run(whitening=restricted).plan.predicted_kl is None
     assert run(whitening=InputOutput(renormalize=True)).plan.predicted_kl is None
     assert run(whitening=InputOutput()).plan.predicted_kl is not None
+
+
+@pytest.mark.parametrize("whitening", [Identity(), Asvd()], ids=lambda w: type(w).__name__)
+def test_dead_channels_and_weights_of_zeros_are_compressed(whitening: Whitening) -> None:
+    """A tall weight of which few inputs are alive has fewer components than ranks."""
+    model = build("llama")
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.up_proj").weight[:, 2:] = 0
+        model.get_submodule("model.layers.1.mlp.gate_proj").weight.zero_()
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS).logits
+    few = SiteSelection(include=["*.0.mlp.up_proj", "*.1.mlp.gate_proj"])
+    result = compress(
+        model, TOKENS, ratio=0.9, whitening=whitening, allocation=Uniform(), selection=few
+    )
+    assert all(site.rank > 2 and not site.dense for site in result.plan.sites.values())
+    with torch.no_grad():
+        assert_close(model(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_of_zeros_is_not_called_a_site_without_tokens() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.self_attn.v_proj").weight.zero_()
+    message = r"input metric of model\.layers\.0\.self_attn\.o_proj is zero: .* weight of zeros"
+    with pytest.raises(NumericalError, match=message):
+        compress(model, TOKENS, ratio=0.6, whitening=Input(), allocation=Uniform())
+
+
+def test_factors_beyond_the_range_of_the_dtype_are_not_installed() -> None:
+    model = build("llama", torch.float16)
+    site = model.get_submodule("model.layers.0.mlp.up_proj")
+    factors = truncate(
+        Factorization()(site.weight, Whitener(IdentityRoot(), IdentityRoot()), "site"), 3
+    )
+    beyond = replace(factors, left=factors.left * 1e6)
+    replace_(model, {"model.layers.0.mlp.up_proj": Site("site", site.weight, beyond, None, None)})  # type: ignore[arg-type]
+    message = r"left of model\.layers\.0\.mlp\.up_proj has NaN or infinity in float16; try model"
+    with pytest.raises(NumericalError, match=message):
+        check_finite(model)
+
+
+def of_many_sites(count: int) -> tuple[dict[str, Spectrum], Budget]:
+    """Spectra as a mixture of experts has them: many small sites."""
+    m, n, generator = 12, 8, torch.Generator().manual_seed(0)  # So small that caches hold them.
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    spectra = {}
+    for number in range(count):
+        sigma = random(n).sort(descending=True).values
+        spectra[f"model.layers.{number // 7}.experts.{number % 7}.up_proj"] = Spectrum(
+            left=random(m, n),
+            right=random(n, n),
+            sigma=sigma,
+            left_energy=torch.ones(n),
+            right_energy=sigma**2,
+            output_diagonal=torch.ones(m),
+            input_diagonal=torch.ones(n),
+            damping_output=0.0,
+            damping_input=0.0,
+            loss_change=random(n) - 0.5,
+        )
+    return spectra, Budget({name: Shape(m, n) for name in spectra}, 0.6)
+
+
+class _Counted:
+    """A trial that knows the size of its calibration set, and is not asked for more."""
+
+    tokens = 1000
+
+
+def test_allocation_and_plan_grow_with_the_sites_and_no_faster() -> None:
+    """Four times as many sites may take five times as long; squared it would be sixteen."""
+    allocations = [Uniform(), Spectral(), LossAware(), ZeroSum(), TypeGrouped(), Hull()]
+
+    def seconds(count: int) -> float:
+        spectra, budget = of_many_sites(count)
+        sites = {name: torch.nn.Linear(8, 12) for name in spectra}
+        started = time.process_time()
+        for allocation in allocations:
+            fresh = replace(budget)  # Without the costs that were computed before.
+            ranks = allocation(spectra, fresh, _Counted())  # type: ignore[arg-type]
+            assert make_plan(ranks, spectra, fresh, kl=True).bits_kept <= fresh.limit
+            assert all(TruncatedSites(ranks, sites, spectra, fresh).values())
+        return time.process_time() - started
+
+    few = many = math.inf
+    for _ in range(8):  # Whatever else the machine does only adds to it.
+        few, many = min(few, seconds(245)), min(many, seconds(1001))
+        if many <= 5 * few:
+            break
+    assert many <= 5 * few, f"{few:.2f} s for 245 sites, {many:.2f} s for 1001"
+    assert many < 2 * len(allocations), f"{many:.2f} s for {len(allocations)} allocations"

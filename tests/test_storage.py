@@ -6,21 +6,29 @@ import errno
 import json
 import os
 import random
+import subprocess
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hostile import sentinels, tree
 from safetensors import SafetensorError
 
 from iosvd.errors import StorageError
 from iosvd.storage import (
-    DamagedError,
-    read_sealed,
+    own_folder,
+    partial_of,
+    remove,
+    remove_abandoned,
     remove_partial,
     write_json,
     write_sealed,
     write_text,
     written_whole,
 )
+from iosvd.typed_json import DamagedError, read_json, read_sealed, typed
 
 VALUE = {"a": 1.25, "b": {"c": [1, 2, None]}, "text": "ρ = 0.6, “quoted” \\ \n"}
 
@@ -89,8 +97,10 @@ def test_a_full_disk_is_explained(error: Exception, tmp_path: Path) -> None:
 
 
 def test_other_errors_are_not_called_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), written_whole(tmp_path / "x"):
+    with pytest.raises(StorageError, match="no; ask its owner"), written_whole(tmp_path / "x"):
         raise PermissionError(errno.EACCES, "no")
+    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "x"):
+        raise FileNotFoundError(errno.ENOENT, "no")
     with pytest.raises(SafetensorError), written_whole(tmp_path / "x"):
         raise SafetensorError("header too large")
 
@@ -112,3 +122,94 @@ def test_two_writers_do_not_share_a_place(tmp_path: Path, monkeypatch: pytest.Mo
             other.write_text("other")
         one.write_text("one")
     assert (tmp_path / "x").read_text() == "one"
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    mine = sentinels(tmp_path / "mine")
+    before = tree(mine)
+    for target in (mine, mine / "mail.txt", mine / "gone"):
+        link = tmp_path / ".x.partial"
+        link.symlink_to(target)
+        remove_partial(tmp_path)
+        assert not link.is_symlink()
+    folder = tmp_path / "folder"
+    (folder / "deep" / "deeper").mkdir(parents=True)
+    (folder / "deep" / "link").symlink_to(mine)
+    remove(folder)
+    remove(folder)  # It is gone already.
+    assert not folder.exists() and tree(mine) == before
+
+
+def test_a_link_in_the_place_of_what_is_written_is_replaced(tmp_path: Path) -> None:
+    mine = sentinels(tmp_path / "mine")
+    before = tree(mine)
+    for path in (tmp_path / "a.json", partial_of(tmp_path / "a.json")):
+        path.symlink_to(mine / "mail.txt")
+    write_json(tmp_path / "a.json", {"x": 1})
+    (tmp_path / "own").symlink_to(mine)
+    assert own_folder(tmp_path, "own", "inside").is_dir()
+    assert not (tmp_path / "own").is_symlink() and not (tmp_path / "a.json").is_symlink()
+    assert tree(mine) == before
+
+
+def test_only_what_writers_that_ended_have_left_is_abandoned(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    ours = partial_of(tmp_path / "x")
+    dead = ours.with_name(ours.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
+    there, long_ago = tmp_path / ".x.00000000.1.partial", tmp_path / ".y.00000000.1.partial"
+    for path in (ours, dead, there, long_ago):
+        path.write_text("half")
+    os.utime(long_ago, (0, 0))
+    remove_abandoned(tmp_path, "z")
+    assert len(list(tmp_path.iterdir())) == 4
+    remove_abandoned(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([ours, there])
+    remove_abandoned(tmp_path / "no such folder")
+
+
+def test_a_number_that_json_does_not_know_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="would hold NaN or infinity"):
+        write_json(tmp_path / "a.json", {"x": [float("nan")]})
+    assert list(tmp_path.iterdir()) == []
+
+
+@dataclass(frozen=True)
+class _Inner:
+    count: int
+    share: float | None
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Outer:
+    inner: dict[str, _Inner]
+    anything: Any = None
+
+
+def test_json_is_checked_against_types(tmp_path: Path) -> None:
+    good = {"inner": {"a": {"count": 2, "share": 1, "other": []}}, "anything": [{}]}
+    assert typed(_Outer, good, "x") == _Outer({"a": _Inner(2, 1.0)}, [{}])
+    for bad, message in (
+        ([], "x is a list, not an object"),
+        ({}, "x has no inner"),
+        ({"inner": None}, "x.inner is null, not dict"),
+        ({"inner": {"a": {"count": True, "share": 1}}}, "x.inner.a.count is true, not int"),
+        ({"inner": {"a": {"count": 1, "share": "1"}}}, 'x.inner.a.share is "1", not float'),
+        ({"inner": {"a": {"count": 1, "share": 10**400}}}, "share is too large a number"),
+        ({"inner": {"a": {"count": 1, "share": 1, "names": [1]}}}, r"names\[0\] is 1, not str"),
+    ):
+        with pytest.raises(DamagedError, match=message):
+            typed(_Outer, bad, "x")
+    path = tmp_path / "x.json"
+    for text, message in (
+        (b"[" * 10**5, "nested too deep"),
+        (b'{"x": NaN}', "holds NaN"),
+        (b'{"x": 1e999}', "holds 1e999"),
+        (b"[1]", "holds a list, not an object"),
+        (b"\xff", "is not text"),
+        (b"{", "is not JSON"),
+    ):
+        path.write_bytes(text)
+        with pytest.raises(DamagedError, match=message):
+            read_json(path)

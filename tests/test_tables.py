@@ -365,3 +365,16 @@ def test_an_earlier_table_is_a_reference_too(tmp_path: Path) -> None:
     path.write_text("no,table\n1,2\n")
     with pytest.raises(RecordError, match="give a rendered table's csv"):
         compare_with_table(table, path, Tolerance())
+
+
+def test_nothing_that_a_run_says_escapes_its_markup(tiny: Table) -> None:
+    evil = "x\n\\input{/etc/passwd}\x1b[31m <script> | y"
+    row = replace(tiny.rows[0], name=evil)
+    table = replace(tiny, title=evil, rows=(row, *tiny.rows[1:]))
+    latex = to_latex(table, [evil])
+    assert [line for line in latex.splitlines() if line.startswith("\\input")] == []
+    assert latex.splitlines()[-1].startswith("% x \\input")
+    markdown = to_markdown(table, [evil])
+    assert "<script>" not in markdown and "\x1b" not in latex + markdown
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1

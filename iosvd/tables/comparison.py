@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas
 
-from iosvd.errors import RecordError, one_line
+from iosvd.errors import RecordError, one_line, plain
 from iosvd.tables.spec import Tolerance
 from iosvd.tables.table import Column, Row, Table
 
@@ -72,7 +72,7 @@ def _compare(
 ) -> Comparison:
     allowed = tolerance.perplexity * reference if column.is_perplexity else tolerance.accuracy
     ratio = "unknown" if row.ratio is None else f"{row.ratio:g}"
-    where = f"{row.model}, ratio {ratio}, {row.name}, {column.metric}"
+    where = plain(f"{row.model}, ratio {ratio}, {row.name}, {column.metric}")
     within = measured is not None and abs(measured - reference) <= allowed
     return Comparison(where, measured, reference, within)
 

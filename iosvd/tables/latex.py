@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from iosvd.errors import plain
 from iosvd.tables.table import Row, Table
 from iosvd.tables.text import CellText, cell_text, flags, head_cells, heads
 
@@ -38,19 +39,19 @@ def to_latex(table: Table, notes: Sequence[str]) -> str:
         assert row is not None
         letter = letters.get(row.record.commit, "") if row.record is not None else ""
         cells = [_cell(cell_text(c, k)) for c, k in zip(row.cells, table.columns, strict=True)]
-        head = [escape(text) for text in head_cells(row, titles, "")]
+        head = [escape(text) for text in head_cells(row, titles)]
         if letter:
             head[-1] += rf"\textsuperscript{{{letter}}}"
         lines.append(_line([*head, *cells]))
         if following is not None and _group(following) != _group(row):
             lines.append(r"\midrule")
-    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in notes)]
+    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {plain(note)}" for note in notes)]
     return "\n".join(lines) + "\n"
 
 
 def escape(text: str) -> str:
-    """Return text as LaTeX shows it literally."""
-    return "".join(_SPECIAL.get(character, character) for character in text)
+    """Return text as LaTeX shows it literally, on one line."""
+    return "".join(_SPECIAL.get(character, character) for character in plain(text))
 
 
 def _group(row: Row) -> tuple[str, float | None]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
+from iosvd.errors import plain
 from iosvd.tables.table import Table
 from iosvd.tables.text import CellText, cell_text, flags, head_cells, heads
 
@@ -18,8 +19,8 @@ def to_markdown(table: Table, notes: Sequence[str]) -> str:
         letter = letters.get(row.record.commit, "") if row.record is not None else ""
         flag = f"<sup>{letter}</sup>" if letter else ""
         cells = [_cell(cell_text(c, k)) for c, k in zip(row.cells, table.columns, strict=True)]
-        head = [text.replace("|", "\\|") for text in head_cells(row, titles, flag)]
-        lines.append([*head, *cells])
+        head = [escape(text) for text in head_cells(row, titles)]
+        lines.append([*head[:-1], head[-1] + flag, *cells])
     body = tabulate(
         lines,
         headers=[*titles, *(column.title for column in table.columns)],
@@ -28,7 +29,13 @@ def to_markdown(table: Table, notes: Sequence[str]) -> str:
         + ["right"] * len(table.columns),
         disable_numparse=True,
     )
-    return "\n\n".join([f"# {table.title}", body, *notes]) + "\n"
+    paragraphs = [f"# {escape(table.title)}", body, *map(escape, notes)]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def escape(text: str) -> str:
+    """Return text on one line, in which nothing ends a cell or begins a tag."""
+    return plain(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _cell(text: CellText) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iosvd.config import table_spec
-from iosvd.errors import ConfigError, RecordError
+from iosvd.errors import ConfigError, RecordError, check_name
 from iosvd.fingerprints import digest
 from iosvd.records import Record, read_record, run_folder
 from iosvd.run import Run
@@ -37,6 +37,7 @@ class Sweep:
         named = [o.split("=", 1)[1] for o in overrides if o.startswith("experiment=")]
         if not named:
             raise ConfigError("no experiment given; for instance experiment=main")
+        check_name("experiment", named[-1])
         runs = (*baselines(overrides), *expand(overrides, sweep=True))
         rest = tuple(o for o in overrides if not o.startswith("experiment="))
         return cls(named[-1], rest, runs)

@@ -27,14 +27,14 @@ def heads(table: Table) -> list[str]:
     return [*(["model"] if len(models) > 1 else []), "ratio", "method"]
 
 
-def head_cells(row: Row, titles: list[str], flag: str) -> list[str]:
-    """Return a row's model, ratio and method, with the flag of its commit."""
+def head_cells(row: Row, titles: list[str]) -> list[str]:
+    """Return a row's model, ratio and method, as titled."""
     values = {
         "model": row.model,
         "ratio": GAP if row.ratio is None else f"{row.ratio:g}",
         "method": row.name,
     }
-    return [values[title] + (flag if title == "method" else "") for title in titles]
+    return [values[title] for title in titles]
 
 
 def cell_text(cell: Cell, column: Column) -> CellText:

@@ -33,7 +33,8 @@ class Asvd:
         scale = statistics.need("input_magnitude") ** self.alpha
         if not (torch.isfinite(scale).all() and scale.mean() > 0):
             raise NumericalError(
-                f"the inputs of {statistics.site} are all zero or not finite on the calibration set"
+                f"the inputs of {statistics.site} are all zero or not finite on the calibration"
+                " set; exclude it (model.sites.exclude)"
             )
         scale = scale + self.damping * scale.mean()
         return Whitener(left=IdentityRoot(), right=DiagonalRoot(scale, self.damping))
