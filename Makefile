@@ -88,7 +88,7 @@ test: install ## Run the tests that need no GPU and no network
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not network and not faults'
 
 fault-test: install ## Kill a sweep at twenty random moments: it ends as if it had not been
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_faults.py -m faults
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_faults.py -k 'not short'
 
 check: install ## Lint, format and types
 	$(BIN)/ruff check .

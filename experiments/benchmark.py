@@ -32,6 +32,7 @@ from iosvd.models import load_tokenizer
 from iosvd.planning import Outline, outline
 from iosvd.run import Run
 from iosvd.stages import Stage, StageClock
+from iosvd.storage import made, write_text
 from iosvd.versions import commit
 
 RELATIVE_TO = "svd_llm"
@@ -106,8 +107,8 @@ def benchmark(overrides: list[str]) -> None:
     ]
     text = report(pandas.DataFrame(rows), reference, base, tokens, repetitions)
     target = Path(base.runtime.results) / "tables" / f"benchmark-{base.model.name}.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    made(target.parent)
+    write_text(target, text)
     print(text)
 
 

@@ -12,9 +12,12 @@ stops no other; the exit status is 1 if any is missing at the end, 2 if the comm
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
-from types import FrameType
+
+if __name__ == "__main__":  # The imports below take seconds; Ctrl-C in them is no traceback.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -22,6 +25,7 @@ from hydra._internal.utils import get_args_parser
 from iosvd.compression import cache_of
 from iosvd.config import CONF, compose_run
 from iosvd.errors import IosvdError, one_line
+from iosvd.interrupts import interruptible
 from iosvd.launching import carry_out, carry_out_one
 from iosvd.logs import log_to_console
 from iosvd.records import run_folder
@@ -60,25 +64,10 @@ def main() -> int:
     return 1 if missing else 0
 
 
-def interruptible() -> int:
-    """Carry out the command; Ctrl-C and SIGTERM end it in one line, with the shell's status."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return main()
-    except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        print("interrupted; the same command goes on where this one ended", file=sys.stderr)
-        return 128 + int(number)
-
-
-def _interrupt(number: int, _: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
-
-
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def _hydra(composed: object) -> None:
     carry_out_one(composed)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
-    sys.exit(interruptible())
+    sys.exit(interruptible(main))

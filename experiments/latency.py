@@ -26,6 +26,7 @@ from iosvd.errors import exit_in_one_line
 from iosvd.four_bit import FourBitLinear, quantize_groups
 from iosvd.modules import LowRankLinear, RowLinear, StoredLinear
 from iosvd.rows import PACKED_ROWS, RowLayout, store_rows
+from iosvd.storage import made, write_text
 from iosvd.versions import commit
 
 WIDTH = 4096
@@ -145,6 +146,6 @@ if __name__ == "__main__":
         asked = device_for(sys.argv[1] if len(sys.argv) > 1 else "auto")
         page = report(asked)
         target = Path("results/tables") / f"latency-{asked.partition(':')[0]}.md"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
+        made(target.parent)
+        write_text(target, page)
         print(page)

@@ -49,6 +49,7 @@ from iosvd.rows import restore, store_rows
 from iosvd.run import Run
 from iosvd.sites import find_sites
 from iosvd.spectra import Factorized
+from iosvd.storage import made, write_text
 from iosvd.trials import CalibrationTrial
 from iosvd.truncation import TruncatedSites, with_gradient
 from iosvd.types import Needs
@@ -249,6 +250,6 @@ if __name__ == "__main__":
         asked = compose_run([*sys.argv[1:], f"method={METHOD}"])
         page = report(Bench.of(asked))
         target = Path(asked.runtime.results) / "tables" / f"rounding-{asked.model.name}.md"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
+        made(target.parent)
+        write_text(target, page)
         print(page)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -47,7 +46,6 @@ def carry_out_one(composed: DictConfig) -> None:
     if str(hydra_config.launcher._target_).startswith(_WAITING_WORKERS):
         launcher = int(os.environ.get(_LAUNCHER, os.getpid()))
         if launcher != os.getpid():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the launcher, and so us.
             end_with(launcher)
     options = method_options(hydra_config.overrides.task)
     run = to_run(composed, label(hydra_config.runtime.choices.get("method"), options))

@@ -89,9 +89,19 @@ class Sweep:
             process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             kill(process)
+            self._assert_nothing_lives(process.pid)
             return True
         process.communicate()
         return False
+
+    def _assert_nothing_lives(self, session: int) -> None:
+        limit = time.monotonic() + 20
+        while self.processes(session) and time.monotonic() < limit:
+            time.sleep(0.1)
+        assert self.processes(session) == []
+        for folder in self.temporary.glob("iosvd-gpus-*"):
+            for lock, _ in [lease_one(GPUS, folder) for _ in GPUS]:
+                lock.release()
 
     def _touched(self) -> float:
         """When a run's lock, or an entry's, was last made."""
@@ -142,14 +152,6 @@ class Sweep:
                 continue
         return found
 
-    def free_leases(self) -> bool:
-        """Whether every GPU can be had, as the sweep's workers look for them."""
-        folders = list(self.temporary.glob("iosvd-gpus-*"))
-        for folder in folders:
-            for lock, _ in [lease_one(GPUS, folder) for _ in GPUS]:
-                lock.release()
-        return bool(folders)
-
 
 def kill_all(process: subprocess.Popen[str]) -> None:
     """Kill a sweep with all its workers, as a machine that goes down does."""
@@ -167,8 +169,14 @@ def kill_alone(number: signal.Signals) -> Kill:
     return kill
 
 
+KILLS = (kill_all, kill_alone(signal.SIGTERM), kill_alone(signal.SIGKILL))
+
+
 def torment(sweep: Sweep, undisturbed: Sweep, kills: int, seed: int) -> list[float]:
-    """Kill a sweep at random moments and compare what it ends with, each time that it ends.
+    """Kill a sweep at random moments, and compare what it ends with each time that it ends.
+
+    It is killed with all its workers or, in turn, its launcher alone; either way no process and
+    no lease may be left.
 
     Args:
         sweep: on an empty folder.
@@ -184,7 +192,7 @@ def torment(sweep: Sweep, undisturbed: Sweep, kills: int, seed: int) -> list[flo
         done = len(list(sweep.results.glob("runs/*/*/metrics.json")))
         span = max(0.5, (1 - done / len(undisturbed.measured())) * ACTIVE_SECONDS)
         moment = chooser.uniform(0, span)
-        if sweep.killed(moment, kill_all):
+        if sweep.killed(moment, KILLS[len(moments) % len(KILLS)]):
             moments.append(moment)
             continue
         same(sweep, undisturbed)  # It ended before: from the beginning, then.

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from faults import ROOT, SWEEP, Sweep, kill_alone, same, torment
+from faults import ROOT, SWEEP, Sweep, same, torment
 from test_execution import overrides, small_source
 
+from experiments import dashboard as page
+from experiments import draw, render
+from iosvd.config import compose_run
+from iosvd.execution import Outcome, execute
 from iosvd.sweeps import sweep_jobs
 
 # Long enough that a kill lands in every stage.
@@ -51,27 +58,6 @@ def test_a_sweep_that_is_killed_ends_as_if_it_had_not_been(
         sys.stdout.write(f"\nseed {seed}; killed after {listed} s; ")
 
 
-def test_workers_end_with_their_launcher(source: Path, undisturbed: Sweep) -> None:
-    """Also where the launcher alone is killed, as for want of memory: no process, no lease."""
-    alone = sweep(source, "alone_killed", *_WORKERS)
-    for number, seconds in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 1.0)):
-        sessions: list[int] = []
-
-        def kill(process: subprocess.Popen[str], number: signal.Signals = number) -> None:
-            sessions.append(process.pid)  # noqa: B023 (called in this round)
-            assert len(alone.processes(process.pid)) >= 3
-            kill_alone(number)(process)
-
-        assert alone.killed(seconds, kill), "it ended before it was killed"
-        limit = time.monotonic() + 20
-        while alone.processes(sessions[0]) and time.monotonic() < limit:
-            time.sleep(0.1)
-        assert alone.processes(sessions[0]) == []
-        assert alone.free_leases()
-    alone.finish()
-    same(alone, undisturbed)
-
-
 # Ends the process as soon as a function has returned, before what it wrote has its own name.
 _DYING = """
 import os, runpy, signal, sys
@@ -103,9 +89,7 @@ def test_a_kill_while_a_checkpoint_is_saved_leaves_nothing(source: Path) -> None
     die_after(one, "transformers:PreTrainedModel", "save_pretrained", *command)
     (partial,) = one.results.rglob("*.partial")
     assert partial.is_dir() and (partial / "model.safetensors").exists()
-    again = one.start_script(*command)
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, output
+    assert execute(compose_run(given)) is Outcome.complete
     assert one.left_over() == []
     assert len(list(one.results.rglob("checkpoint/model.safetensors"))) == 1
 
@@ -115,39 +99,51 @@ def test_a_kill_while_a_table_a_figure_or_the_page_is_written_leaves_nothing(
 ) -> None:
     table, given = undisturbed.table(), undisturbed.arguments
     drawn = ["experiment=main" if option == "experiment=demo" else option for option in given]
-    commands = (
-        ("iosvd.storage:os", "fsync", "experiments/render.py", *given),
-        ("matplotlib.figure:Figure", "savefig", "experiments/draw.py", *drawn),
-        ("iosvd.storage:os", "fsync", "experiments/dashboard.py", str(undisturbed.results)),
+    results = str(undisturbed.results)
+    commands: tuple[tuple[str, str, Callable[[], Any], list[str]], ...] = (
+        ("iosvd.storage:os", "fsync", lambda: render.render(given), ["render", *given]),
+        ("matplotlib.figure:Figure", "savefig", lambda: draw.draw(drawn), ["draw", *drawn]),
+        ("iosvd.storage:os", "fsync", lambda: page.write(Path(results)), ["dashboard", results]),
     )
-    for where, name, *command in commands:
-        die_after(undisturbed, where, name, *command)
+    for where, name, again, (script, *options) in commands:
+        die_after(undisturbed, where, name, f"experiments/{script}.py", *options)
         assert len(list(undisturbed.results.rglob("*.partial"))) == 1
-        again = undisturbed.start_script(*command)
-        output, _ = again.communicate(timeout=300)
-        assert again.returncode == 0, output
+        again()
         assert undisturbed.left_over() == []
     assert undisturbed.table() == table
 
 
-def test_ctrl_c_ends_a_sweep_in_one_line(source: Path) -> None:
+@pytest.mark.parametrize("moment", ["imports", "workers start", "workers compute"])
+def test_ctrl_c_ends_a_sweep_in_one_line(moment: str, source: Path) -> None:
     """As a terminal does it: the launcher and its workers all get the signal."""
-    stopped = sweep(source, "stopped", *_WORKERS)
+    stopped = sweep(source, f"stopped_{moment.replace(' ', '_')}", *_WORKERS)
     output: list[str] = []
 
     def interrupt(process: subprocess.Popen[str]) -> None:
-        for one in stopped.processes(process.pid):
-            one.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         output.append(process.communicate(timeout=60)[0])
         assert process.returncode == 130
 
-    assert stopped.killed(1.0, interrupt)
+    if moment == "workers compute":
+        assert stopped.killed(1.0, interrupt)
+    else:
+        process = stopped.start()
+        workers = 3 if moment == "workers start" else 1
+        while len(stopped.processes(process.pid)) < workers:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        interrupt(process)
     assert "Traceback" not in output[0]
-    (line,) = [line for line in output[0].splitlines() if "interrupted" in line]
-    assert line == "interrupted; the same command goes on where this one ended"
+    lines = [line for line in output[0].splitlines() if "interrupted" in line]
+    expected = (
+        []
+        if moment == "imports"
+        else ["interrupted; the same command goes on where this one ended"]
+    )
+    assert lines == expected
 
 
-def test_two_sweeps_at_once_compute_every_run_once(source: Path) -> None:
+def test_two_sweeps_at_once_compute_every_run_once(source: Path, undisturbed: Sweep) -> None:
     one = sweep(source, "both")
     processes = [one.start(), one.start()]
     output = ""
@@ -158,10 +154,7 @@ def test_two_sweeps_at_once_compute_every_run_once(source: Path) -> None:
     done = re.findall(r"\] complete: (.*)", output)
     names = sorted(Path(path).name for path in done)
     assert len(names) == len(set(names)) == len(sweep_jobs(one.arguments)) == 5
-    alone = sweep(source, "alone")
-    alone.finish()
-    assert one.table() == alone.table()
-    assert one.measured() == alone.measured()
+    same(one, undisturbed)
     again = one.finish()
     assert "5 runs, 5 of them complete" in again and "begins" not in again
 
