@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 MODEL ?=
 # A folder with text/wikitext2, text/ptb, text/c4 and tasks/<task>; empty: the hub.
 DATA ?=
-# What else a sweep is given, for instance ARGS="runtime.passes=4 wandb=offline".
+# What else a sweep is given, for instance ARGS="runtime.memory_gib=8 wandb=offline".
 ARGS ?=
 WORKERS ?= 2
 

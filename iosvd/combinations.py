@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from iosvd.allocation import LayerImportance, SensitivitySearch
 from iosvd.allocation.first_order import ALL_WINDOWS
-from iosvd.allocation.layer_importance import Chosen
 from iosvd.budget import check_fraction, check_ratio
 from iosvd.errors import ConfigError
 from iosvd.factorization import Algorithm, Precision
-from iosvd.quantization import NoQuantization
 from iosvd.run import Halves, Run
 from iosvd.target import check_target
 
@@ -47,8 +44,7 @@ def _check_floor(run: Run) -> None:
     check_fraction(fraction)
     # At its break-even rank a site costs nearly as much as dense; what exactly it costs is known
     # when the model is.
-    plain = isinstance(run.quantization, NoQuantization)
-    if plain and run.ratio is not None and _NEARLY * fraction > run.ratio:
+    if not run.quantization.rounds and run.ratio is not None and _NEARLY * fraction > run.ratio:
         raise ConfigError(
             f"min_rank_fraction={fraction:g} keeps more than ratio={run.ratio:g} allows;"
             " lower it, or raise ratio"
@@ -57,12 +53,8 @@ def _check_floor(run: Run) -> None:
 
 def _check_trials(run: Run) -> None:
     """Windows of a trial are the first ones of those that whiten."""
-    allocation = run.allocation
-    if isinstance(allocation, LayerImportance) and allocation.chosen is Chosen.heuristic:
-        return
-    if not isinstance(allocation, LayerImportance | SensitivitySearch):
-        return
-    _check_windows("allocation.windows", allocation.windows, run)
+    if (windows := run.allocation.trial_windows) is not None:
+        _check_windows("allocation.windows", windows, run)
 
 
 def _check_gradient(run: Run) -> None:

@@ -1,7 +1,6 @@
 """From Hydra's configuration to the typed values of a run, checked before anything is loaded.
 
-The schemas are the implementing dataclasses themselves, so no option is written twice. Nothing
-but this file and sweeps.py knows Hydra.
+The schemas are the implementing dataclasses themselves, so no option is written twice.
 """
 
 from __future__ import annotations

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from iosvd.code import code_digest
 from iosvd.factorization import Factorization
 from iosvd.store import Key
 from iosvd.types import Needs
 from iosvd.whitening import Whitening
-
-_PACKAGE = Path(__file__).parent
-# A value is computed anew where one of these files was changed since.
-_CODE = {
-    "tokens": ("texts.py", "pydoc_text.py", "data.py"),
-    "statistics": (
-        *("statistics.py", "sums.py", "kl_metric.py", "fisher.py", "kronecker.py", "linalg.py"),
-        "evaluation/perplexity.py",
-    ),
-    "spectra": ("factorization.py", "linalg.py", "types.py", "whitening/*.py"),
-    "scores": ("scoring.py",),
-    "trials": ("trials.py", "prefixes.py", "factorization.py", "evaluation/perplexity.py"),
-}
 
 
 @dataclass(frozen=True)
@@ -41,6 +26,7 @@ class Keys:
     gradient_tokens: str  # Of the windows that score: the same, unless told otherwise.
     whitening: Mapping[str, Any]
     factorization: Mapping[str, Any]
+    spectra_code: str  # Of what computes spectra, the whitening's too.
 
     @classmethod
     def of(
@@ -60,7 +46,14 @@ class Keys:
         """
         first = tensor_digest(tokens)
         second = first if gradient_tokens is None else tensor_digest(gradient_tokens)
-        return cls(model, first, second, options_of(whitening), options_of(factorization))
+        return cls(
+            model=model,
+            tokens=first,
+            gradient_tokens=second,
+            whitening=options_of(whitening),
+            factorization=options_of(factorization),
+            spectra_code=code_digest("spectra", type(whitening)),
+        )
 
     def statistic(self, name: str, part: Needs, site: str | None = None) -> Key:
         """Name one statistic of a site (None: of all sites), `part` being the need of it alone."""
@@ -104,7 +97,7 @@ class Keys:
             "statistics": names,
             "whitening": self.whitening,
             "factorization": self.factorization,
-            "code": code_digest("spectra"),
+            "code": self.spectra_code,
         }
 
 
@@ -122,18 +115,6 @@ def options_of(value: Any) -> dict[str, Any]:
 def tensor_digest(tensor: Tensor) -> str:
     """Return a hash of a tensor's values and shape."""
     return hashlib.sha256(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes()).hexdigest()
-
-
-@functools.cache
-def code_digest(kind: str) -> str:
-    """Return a hash of the source and the libraries that compute a kind of value."""
-    total = hashlib.sha256(
-        f"torch {version('torch')} transformers {version('transformers')}".encode()
-    )
-    for pattern in _CODE[kind]:
-        for path in sorted(_PACKAGE.glob(pattern)):
-            total.update(path.read_bytes())
-    return total.hexdigest()[:16]
 
 
 def _at(identity: dict[str, Any], site: str | None) -> dict[str, Any]:

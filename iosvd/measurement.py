@@ -36,7 +36,6 @@ from iosvd.storage import remove, write_json, written_whole
 from iosvd.tokens import calibration_tokens, evaluation_tokens
 from iosvd.trials import truncated_weights
 from iosvd.versions import commit, library_versions
-from iosvd.whitening import predicts_kl
 
 if TYPE_CHECKING:  # Both take seconds to import.
     from lm_eval.api.task import Task
@@ -197,7 +196,7 @@ def _divergence(
 
     found = parts.of("divergence", texts, of_text)
     whole = {name: of_text.pop(WHOLE) for name, of_text in found.items()}
-    kl = predicts_kl(run.whitening)
+    kl = run.whitening.predicts_kl
     planned = {
         site: {
             "predicted_kl": plan.dropped_energy / 2 if kl else None,

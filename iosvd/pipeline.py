@@ -1,4 +1,4 @@
-"""compress(): the whole algorithm on one screen."""
+"""compress(): the algorithm, from calibration windows to a compressed model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from iosvd.target import budget_for_kl, check_target
 from iosvd.trials import CalibrationTrial, KeptLosses
 from iosvd.truncation import TruncatedSites, best_ranks, with_gradient
 from iosvd.types import Needs, SiteStatistics
-from iosvd.whitening import Whitening, predicts_kl
+from iosvd.whitening import Whitening
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel
@@ -158,7 +158,7 @@ def compress(
         )
         store_(model, stored)
     check_finite(model)
-    plan = make_plan(ranks, spectra, budget, predicts_kl(whitening), stored)
+    plan = make_plan(ranks, spectra, budget, whitening.predicts_kl, stored)
     mark_compressed_(model)
     sigma = {site: spectrum.sigma.clone() for site, spectrum in spectra.items()}
     return Compressed(model, plan, sigma, {**stages, **clock.stages})

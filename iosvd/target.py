@@ -12,9 +12,9 @@ from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
 from iosvd.errors import ConfigError
 from iosvd.plan import dropped_energy
-from iosvd.quantization import NoQuantization, Quantization
+from iosvd.quantization import Quantization
 from iosvd.types import Spectrum
-from iosvd.whitening import InputOutput, Whitening, predicts_kl
+from iosvd.whitening import Whitening
 
 log = logging.getLogger(__name__)
 STEP = 1e-4  # Of the ratio.
@@ -24,13 +24,12 @@ def check_target(target: float, whitening: Whitening, quantization: Quantization
     """Raise ConfigError unless a KL target can be predicted, and then met by ranks alone."""
     if not target > 0:
         raise ConfigError(f"target_kl={target:g} is not above 0; it is in nats per token")
-    whole = isinstance(whitening, InputOutput) and whitening.top_k == 0
-    if not (whole and predicts_kl(whitening)):
+    if not whitening.predicts_whole_kl:
         raise ConfigError(
             "target_kl needs whitening=input_output with whitening.top_k=0, at every role: only"
             " the curvature of the whole vocabulary predicts the KL divergence"
         )
-    if not isinstance(quantization, NoQuantization):
+    if quantization.rounds:
         raise ConfigError("target_kl needs quantization=none: rounding comes after the ranks")
 
 

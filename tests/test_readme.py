@@ -81,6 +81,7 @@ def test_a_whitening_is_added_by_one_file_and_one_yaml(monkeypatch: pytest.Monke
         for package, names in (
             ("types", "Needs, SiteStatistics, Whitener"),
             ("linalg", "DiagonalRoot, IdentityRoot"),
+            ("whitening", "Whitening"),
         )
     )
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from conftest import build
 from test_execution import metrics, overrides, run, source  # noqa: F401 (a fixture)
 
+import iosvd.code
 import iosvd.gathering
 import iosvd.keys
 import iosvd.measurement
@@ -21,11 +23,12 @@ import iosvd.spectra
 import iosvd.trials
 from iosvd.allocation import Allocation, LossAware, SensitivitySearch, Spectral
 from iosvd.cache import Cache
+from iosvd.code import code_digest, source_files
 from iosvd.compression import cache_of
 from iosvd.errors import ConfigError
 from iosvd.execution import Outcome, execute
 from iosvd.factorization import Factorization
-from iosvd.keys import Keys, code_digest
+from iosvd.keys import Keys
 from iosvd.memory import MemoryUse
 from iosvd.pipeline import Compressed, compress, factorize
 from iosvd.records import run_folder
@@ -189,19 +192,58 @@ def test_changed_code_or_another_model_makes_other_entries(
 
     before = digests()
     code_digest.cache_clear()
-    for file in ("sums.py", "statistics.py"):
+    for file in ("sums.py", "statistics.py", "linalg.py", "types.py"):
         package = tmp_path / file
         package.mkdir()
         for path in (ROOT / "iosvd").rglob("*.py"):
             copy = package / path.relative_to(ROOT / "iosvd")
             copy.parent.mkdir(exist_ok=True, parents=True)
             copy.write_text(path.read_text() + ("\n# changed" if path.name == file else ""))
-        monkeypatch.setattr(iosvd.keys, "_PACKAGE", package)
+        monkeypatch.setattr(iosvd.code, "_ROOT", package)
         code_digest.cache_clear()
         assert not before & digests()
+    (package / "statistics.py").unlink()
+    code_digest.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match=r"depends on iosvd\.statistics, which does not"):
+        digests()
     monkeypatch.undo()
     code_digest.cache_clear()
     assert digests() == before
+
+
+def test_a_value_depends_on_all_that_its_module_imports() -> None:
+    """The imports as Python carries them out, in a process of its own."""
+    script = "import sys, importlib; importlib.import_module(sys.argv[1]); print(*sys.modules)"
+    for name in ("iosvd.factorization", "iosvd.texts"):
+        there = subprocess.run(
+            [sys.executable, "-c", f"import iosvd\n{script}", name],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        ).stdout.split()
+        files = {path.relative_to(ROOT).with_suffix("") for path in source_files([name])}
+        named = {".".join(path.parts).removesuffix(".__init__") for path in files}
+        assert name in named and named <= set(there)
+
+
+def test_a_whitening_of_ones_own_is_known_by_its_source(tmp_path: Path) -> None:
+    def digest_of(name: str, text: str) -> str:
+        path = tmp_path / f"{name}.py"
+        path.write_text(f"class Mine:\n    {text}\n")
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        try:
+            return code_digest("spectra", module.Mine)
+        finally:
+            del sys.modules[name]
+
+    one = digest_of("mine_a", "x = 1")
+    assert one == digest_of("mine_b", "x = 1") != digest_of("mine_c", "x = 2")
+    without = (type("Mine", (), {"__module__": "gone"}) for _ in range(2))
+    assert len({code_digest("spectra", kind) for kind in without}) == 2  # Never taken for another.
 
 
 def test_a_text_that_was_measured_is_not_measured_again(

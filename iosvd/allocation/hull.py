@@ -8,14 +8,15 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from iosvd.allocation.base import Allocation
 from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget, SiteCost
 from iosvd.errors import check_at_least
-from iosvd.types import Needs, Spectrum
+from iosvd.types import Spectrum
 
 
 @dataclass(frozen=True)
-class Hull:
+class Hull(Allocation):
     """Spend the budget where a bit lowers the second-order prediction most.
 
     A site may have any rank up to break-even, or be dense: points (cost, ½ Σ σ² of what is
@@ -38,10 +39,6 @@ class Hull:
 
     def __post_init__(self) -> None:
         check_at_least(0, exponent=self.exponent)
-
-    @property
-    def needs(self) -> Needs:
-        return Needs()
 
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial

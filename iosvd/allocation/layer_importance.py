@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from iosvd.allocation.base import Allocation
 from iosvd.allocation.search import best_shares
 from iosvd.allocation.shares import ranks_for_shares
 from iosvd.allocation.trial import Trial
@@ -25,7 +26,7 @@ class Chosen(Enum):
 
 
 @dataclass(frozen=True)
-class LayerImportance:
+class LayerImportance(Allocation):
     """Important layers keep more: Fisher sensitivity^β × effective rank^(1−β), or a search.
 
     Sensitivity is the root of the Fisher's trace over the norm of the weight, summed over a layer's
@@ -61,6 +62,10 @@ class LayerImportance:
     @property
     def needs(self) -> Needs:
         return Needs(fisher_rows=True)
+
+    @property
+    def trial_windows(self) -> int | None:
+        return self.windows if self.chosen is Chosen.search else None
 
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from iosvd.allocation.base import Allocation
 from iosvd.allocation.shares import ranks_for_shares
 from iosvd.allocation.trial import Trial
 from iosvd.budget import ENTRY_BITS, Budget
 from iosvd.errors import NumericalError, check_at_least
 from iosvd.progress import track
-from iosvd.types import Needs, Spectrum
+from iosvd.types import Spectrum
 
 
 @dataclass(frozen=True)
-class Learned:
+class Learned(Allocation):
     """Train a real-valued rank k of every site on the calibration loss, under a budget penalty.
 
     Component i is multiplied by ½ tanh(β (k − i)) + ½, so that the loss has a derivative in k, and
@@ -42,10 +43,6 @@ class Learned:
         check_at_least(1, steps=self.steps, batch_windows=self.batch_windows)
         check_at_least(0, learning_rate=self.learning_rate, sharpness=self.sharpness)
         check_at_least(0, penalty=self.penalty)
-
-    @property
-    def needs(self) -> Needs:
-        return Needs()
 
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from iosvd.allocation.base import Allocation
 from iosvd.allocation.first_order import FirstOrder, loss_changes
 from iosvd.allocation.greedy import drop_cheapest
 from iosvd.allocation.trial import Trial
@@ -13,7 +14,7 @@ from iosvd.types import Spectrum
 
 
 @dataclass(frozen=True)
-class LossAware(FirstOrder):
+class LossAware(FirstOrder, Allocation):
     """Drop the component with the smallest |g_i σ_i| among the sites' smallest σ (METHODS 5).
 
     The same rule as ZS-SVD's `smallest_mag` (arXiv 2602.02848). Never signed: there, signed greedy

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from iosvd.allocation.base import Allocation
 from iosvd.allocation.shares import ranks_for_shares
 from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget, Shape
 from iosvd.errors import check_at_least
 from iosvd.progress import track
-from iosvd.types import Needs, Spectrum
+from iosvd.types import Spectrum
 
 CANDIDATES = tuple(i / 10 for i in range(1, 10))  # The paper's parameter ratios.
 
 
 @dataclass(frozen=True)
-class SensitivitySearch:
+class SensitivitySearch(Allocation):
     """Truncate one site at a time to 0.1, …, 0.9 and measure the calibration loss (METHODS 5).
 
     Under a threshold τ each site takes the smallest ratio whose loss is at most τ, or stays dense;
@@ -30,8 +31,8 @@ class SensitivitySearch:
         check_at_least(0, windows=self.windows)
 
     @property
-    def needs(self) -> Needs:
-        return Needs()
+    def trial_windows(self) -> int:
+        return self.windows
 
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial

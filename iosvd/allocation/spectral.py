@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from iosvd.allocation.base import Allocation
 from iosvd.allocation.greedy import drop_cheapest
 from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
-from iosvd.types import Needs, Spectrum
+from iosvd.types import Spectrum
 
 
 @dataclass(frozen=True)
-class Spectral:
+class Spectral(Allocation):
     """Drop the globally smallest ½ σ_i² (METHODS 5, ours).
 
     With `input_output` whitening this is the KL divergence in nats per token that identity 5
@@ -20,10 +21,6 @@ class Spectral:
     """
 
     per_parameter: bool = False  # Divide by the bits that the component costs.
-
-    @property
-    def needs(self) -> Needs:
-        return Needs()
 
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial

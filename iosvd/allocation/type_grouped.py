@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from iosvd.allocation.base import Allocation
 from iosvd.allocation.shares import ranks_for_shares
 from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
 from iosvd.sites import layer_and_role
-from iosvd.types import Needs, Spectrum
+from iosvd.types import Spectrum
 
 
 class Counted(Enum):
@@ -22,7 +23,7 @@ class Counted(Enum):
 
 
 @dataclass(frozen=True)
-class TypeGrouped:
+class TypeGrouped(Allocation):
     """ratio_i = len · ratio · l_i / Σ l with l_i = 1 / log(loss_i), by type of weight (METHODS 5).
 
     loss_i is the predicted truncation loss under a uniform ratio, ‖(W − W_k) X‖_F over the whole
@@ -32,10 +33,6 @@ class TypeGrouped:
     """
 
     counted: Counted = Counted.removed
-
-    @property
-    def needs(self) -> Needs:
-        return Needs()
 
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial

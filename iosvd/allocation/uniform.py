@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from iosvd.allocation.base import Allocation
 from iosvd.allocation.shares import ranks_for_shares
 from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
-from iosvd.types import Needs, Spectrum
+from iosvd.types import Spectrum
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Allocation):
     """k = ⌊ρ mn / (m+n)⌋ at every site; what rounding down leaves of the budget is given back."""
-
-    @property
-    def needs(self) -> Needs:
-        return Needs()
 
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial

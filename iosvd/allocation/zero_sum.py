@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from iosvd.allocation.base import Allocation
 from iosvd.allocation.first_order import FirstOrder, loss_changes
 from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
@@ -13,7 +14,7 @@ from iosvd.types import Spectrum
 
 
 @dataclass(frozen=True)
-class ZeroSum(FirstOrder):
+class ZeroSum(FirstOrder, Allocation):
     """Keep the running sum of the dropped ΔL_i = −g_i σ_i near zero (METHODS 5).
 
     Each site offers its component of smallest σ. While the sum is not positive the smallest

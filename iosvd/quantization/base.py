@@ -87,6 +87,11 @@ class Quantization(Protocol):
     """
 
     @property
+    def rounds(self) -> bool:
+        """Whether anything is stored otherwise than in the model's dtype."""
+        return True
+
+    @property
     def gradient_windows(self) -> int:
         """Calibration windows of the loss gradient at the truncated weights; 0: none needed."""
         return 0

@@ -15,6 +15,10 @@ from iosvd.quantization.base import Quantization, Site, Stored
 class NoQuantization(Quantization):
     """Every entry of every factor keeps the model's dtype, and counts as 16 bits."""
 
+    @property
+    def rounds(self) -> bool:
+        return False
+
     def cost(self, shape: Shape) -> SiteCost:
         return sixteen_bits(shape)
 

@@ -9,10 +9,11 @@ import torch
 from iosvd.errors import NumericalError, check_at_least
 from iosvd.linalg import DiagonalRoot, IdentityRoot
 from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.whitening.base import Whitening
 
 
 @dataclass(frozen=True)
-class Asvd:
+class Asvd(Whitening):
     """L_R = diag(E|x_j|^α), L_C = I (METHODS 3).
 
     A channel that is never active would have scale 0 and no inverse; `damping` is added, relative

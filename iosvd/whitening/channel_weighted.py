@@ -11,6 +11,7 @@ from torch import Tensor
 from iosvd.errors import ConfigError, check_at_least
 from iosvd.linalg import IdentityRoot, RootKind, damped, root_of, singular_root
 from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.whitening.base import Whitening
 
 
 class Weighting(Enum):
@@ -21,7 +22,7 @@ class Weighting(Enum):
 
 
 @dataclass(frozen=True)
-class ChannelWeighted:
+class ChannelWeighted(Whitening):
     """L_R from R = E[x xᵀ] with the `share` largest-norm columns multiplied by `factor`; L_C = I.
 
     Two readings differ. The public code multiplies the columns of R and takes U√D of the SVD of the

@@ -8,10 +8,11 @@ from iosvd.errors import check_at_least
 from iosvd.fisher import FisherMetric, Labels
 from iosvd.linalg import RootKind, root_of
 from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.whitening.base import Whitening
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(Whitening):
     """M = L_Cᵀ W L_R with roots of R = E[x xᵀ] and of E[g gᵀ], g = ∂ℓ/∂y (METHODS 2.3 and 3).
 
     With the labels of the text this is the empirical Fisher; with sampled ones its expectation is

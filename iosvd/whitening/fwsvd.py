@@ -9,10 +9,11 @@ import torch
 from iosvd.errors import NumericalError, check_at_least
 from iosvd.linalg import DiagonalRoot, IdentityRoot
 from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.whitening.base import Whitening
 
 
 @dataclass(frozen=True)
-class Fwsvd:
+class Fwsvd(Whitening):
     """L_C = diag(√Σ_j E[(∂ℓ/∂W_ij)²]), L_R = I (METHODS 3).
 
     The expectation is over calibration windows, each with the mean loss of its tokens: the paper's

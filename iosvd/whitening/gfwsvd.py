@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from iosvd.errors import check_at_least
 from iosvd.linalg import RootKind, root_of
 from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.whitening.base import Whitening
 
 
 @dataclass(frozen=True)
-class Gfwsvd:
+class Gfwsvd(Whitening):
     """M = L_Bᵀ W L_A, where the product of B (m, m) and A (n, n) is nearest to the Fisher of W.
 
     The factors are found by alternating power iterations (iosvd/kronecker.py) on the gradients of

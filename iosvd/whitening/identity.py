@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from iosvd.linalg import IdentityRoot
 from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.whitening.base import Whitening
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Whitening):
     """Plain SVD: M = W. It needs no calibration."""
 
     @property

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from iosvd.errors import check_at_least
 from iosvd.linalg import IdentityRoot, RootKind, root_of
 from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.whitening.base import Whitening
 
 
 @dataclass(frozen=True)
-class Input:
+class Input(Whitening):
     """L_R a root of R = E[x xᵀ], L_C = I: least squared error of the output (METHODS 3).
 
     SVD-LLM takes the Cholesky root, SVD-LLM V2 (arXiv 2503.12340) the eigendecomposition; the

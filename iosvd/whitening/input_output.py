@@ -12,10 +12,11 @@ from iosvd.kl_metric import Estimator, KLMetric
 from iosvd.linalg import DiagonalRoot, Root, RootKind, root_of
 from iosvd.sites import layer_and_role
 from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.whitening.base import Whitening
 
 
 @dataclass(frozen=True)
-class InputOutput:
+class InputOutput(Whitening):
     """M = L_Cᵀ W L_R with roots of R = E[x xᵀ] and of the KL metric C (METHODS 2.2).
 
     C is per token, so ½ Σ σ² of what is dropped predicts KL(dense ‖ compressed) in nats per token,
@@ -51,8 +52,12 @@ class InputOutput:
 
     @property
     def predicts_kl(self) -> bool:
-        """Whether C is the KL metric at every site, as it is; not where it was renormalised."""
+        # C must be the KL metric at every site, as it is and not renormalised.
         return self.output_metric_roles == ["*"] and not self.renormalize
+
+    @property
+    def predicts_whole_kl(self) -> bool:
+        return self.predicts_kl and self.top_k == 0
 
     def __call__(self, statistics: SiteStatistics) -> Whitener:
         metric_in, metric_out = statistics.need("input_metric"), statistics.need("kl_metric")

@@ -1,0 +1,34 @@
+"""The contract of a whitening."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from iosvd.types import Needs, SiteStatistics, Whitener
+
+
+class Whitening(Protocol):
+    """Chooses the two roots that a site's weight is whitened with: a frozen dataclass.
+
+    A whitening says which statistics it needs and turns those of a site into roots. Everything
+    else has a default here.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics it reads."""
+        ...
+
+    @property
+    def predicts_kl(self) -> bool:
+        """Whether ½ Σ σ² of what is dropped is a KL divergence, or its top-K share (METHODS 1)."""
+        return False
+
+    @property
+    def predicts_whole_kl(self) -> bool:
+        """Whether it is the divergence itself, over the whole vocabulary."""
+        return False
+
+    def __call__(self, statistics: SiteStatistics) -> Whitener:
+        """Return the roots for one site."""
+        ...
