@@ -96,13 +96,13 @@ check: install ## Lint, format and types
 	$(BIN)/mypy
 
 bench: install ## Stages against a training step; latency of layers; memory against the plan; a sweep
-	OMP_NUM_THREADS=1 $(BIN)/python experiments/benchmark.py
-	OMP_NUM_THREADS=1 $(BIN)/python experiments/latency.py
-	$(BIN)/python experiments/memory.py
-	$(BIN)/python experiments/sweep_cost.py $(OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stages.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/sweep_cost.py $(OPTIONS)
 
 rounding: install ## The evidence behind int8's defaults: row scores, axes, rank budgets
-	OMP_NUM_THREADS=1 $(BIN)/python experiments/rounding.py $(OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rounding.py $(OPTIONS)
 
 tiny-model: install ## Train the embedded model anew (half an hour of one core)
 	$(BIN)/python experiments/train_tiny.py

@@ -16,11 +16,11 @@ from dataclasses import replace
 
 import pandas
 
-from iosvd.cache import Cache
-from iosvd.compression import cache_of
-from iosvd.config import compose_run
+from iosvd.cache.disk import Cache
 from iosvd.errors import ConfigError, exit_in_one_line
-from iosvd.memory import GIB
+from iosvd.runs.config import compose_run
+from iosvd.runs.steps import cache_of
+from iosvd.system.machine import GIB
 
 
 def main(overrides: list[str]) -> str:

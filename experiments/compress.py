@@ -20,25 +20,25 @@ if __name__ == "__main__":  # The imports below take seconds; Ctrl-C in them is 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import hydra
-from hydra._internal.utils import get_args_parser
 
-from iosvd.compression import cache_of
-from iosvd.config import CONF, compose_run
 from iosvd.errors import IosvdError, one_line
-from iosvd.interrupts import interruptible
-from iosvd.launching import carry_out, carry_out_one
-from iosvd.logs import log_to_console
-from iosvd.records import run_folder
-from iosvd.states import State, standing
-from iosvd.sweeps import sweep_jobs
-from iosvd.tracking import check_tracking
+from iosvd.runs.config import CONF, compose_run
+from iosvd.runs.records import run_folder
+from iosvd.runs.steps import cache_of
+from iosvd.runs.tracking import check_tracking
+from iosvd.sweeps.expansion import sweep_jobs
+from iosvd.sweeps.hydra_internals import command_line
+from iosvd.sweeps.launching import carry_out, carry_out_one
+from iosvd.sweeps.status import State, standing
+from iosvd.system.interrupts import interruptible
+from iosvd.system.logs import log_to_console
 
 log = logging.getLogger("iosvd.compress")
 
 
 def main() -> int:
     """Check everything, run everything, and say what is missing."""
-    arguments = get_args_parser().parse_args()
+    arguments = command_line()
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
         _hydra()
         return 0

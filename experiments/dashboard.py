@@ -11,9 +11,9 @@ import logging
 import sys
 from pathlib import Path
 
-from iosvd.dashboard import read_runs, to_page
 from iosvd.errors import RecordError, exit_in_one_line
-from iosvd.storage import made, write_text
+from iosvd.system.files import made, write_text
+from iosvd.tables.dashboard import read_runs, to_page
 
 
 def write(results: Path) -> Path:

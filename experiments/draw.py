@@ -20,17 +20,18 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from iosvd import figures
-from iosvd.config import METHOD_GROUPS
 from iosvd.errors import ConfigError, RecordError, exit_in_one_line
-from iosvd.records import read_metrics, read_plan_and_spectra, run_folder
-from iosvd.run import Run
-from iosvd.storage import made, written_whole
+from iosvd.figures import DENSE
+from iosvd.runs.config import METHOD_GROUPS
+from iosvd.runs.records import read_metrics, read_plan_and_spectra, run_folder
+from iosvd.runs.run import Run
+from iosvd.runs.tracking import log_sweep
+from iosvd.system.files import made, written_whole
 from iosvd.tables.frame import to_frame
 from iosvd.tables.spec import TableSpec
 from iosvd.tables.spread import without_option
 from iosvd.tables.sweep import OnDisk, SweepTable, read_table
-from iosvd.tables.table import AVERAGE, DENSE, Found, Table
-from iosvd.tracking import log_sweep
+from iosvd.tables.table import AVERAGE, Found, Table
 
 log = logging.getLogger("iosvd.draw")
 # Without date or version inside, the same runs give the same file.

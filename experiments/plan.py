@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import torch
 
-from iosvd.compression import device_for
-from iosvd.config import compose_run
 from iosvd.errors import exit_in_one_line
 from iosvd.factorization import Factorization
 from iosvd.linalg import CholeskyRoot
-from iosvd.memory import GIB, free_bytes
-from iosvd.planning import Outline, plan_statistics
-from iosvd.run import Run
+from iosvd.runs.config import compose_run
+from iosvd.runs.run import Run
+from iosvd.runs.steps import device_for, plan_statistics
+from iosvd.statistics.planning import Outline
+from iosvd.system.machine import GIB, free_bytes
 from iosvd.types import Whitener
 
 _SIZE = 512  # Of the measured matrices.

@@ -24,23 +24,23 @@ from transformers import PreTrainedModel
 
 from iosvd import figures
 from iosvd.budget import check_ratio
-from iosvd.compression import batch_size, compress_as, factorize_as, loaded
-from iosvd.config import compose_run
-from iosvd.data import calibration_windows, evaluation_windows
+from iosvd.cache.spectra import Factorized
+from iosvd.data.windows import calibration_windows, evaluation_windows
 from iosvd.errors import BudgetError, ConfigError, exit_in_one_line
 from iosvd.evaluation.divergence import divergence
 from iosvd.evaluation.perplexity import perplexity
-from iosvd.models import load_tokenizer
+from iosvd.factorization import dropped_energy
+from iosvd.models.loading import load_tokenizer
+from iosvd.models.sites import find_sites
 from iosvd.pipeline import feasible_budget
-from iosvd.plan import dropped_energy
-from iosvd.progress import track
-from iosvd.run import Run
-from iosvd.sites import find_sites
-from iosvd.spectra import Factorized
-from iosvd.storage import made, write_text, written_whole
+from iosvd.runs.config import compose_run
+from iosvd.runs.run import Run
+from iosvd.runs.steps import batch_size, compress_as, factorize_as, loaded
+from iosvd.system.files import made, write_text, written_whole
+from iosvd.system.progress import track
+from iosvd.system.versions import commit
 from iosvd.target import check_target
 from iosvd.trials import CalibrationTrial
-from iosvd.versions import commit
 
 METHOD = ("method=io_svd_spectral", "whitening.top_k=0")
 RATIOS = [percent / 100 for percent in range(20, 100, 2)]

@@ -11,13 +11,13 @@ from __future__ import annotations
 import sys
 
 from iosvd.errors import exit_in_one_line
-from iosvd.storage import made, write_text
+from iosvd.runs.tracking import log_sweep
+from iosvd.system.files import made, write_text
 from iosvd.tables.frame import to_frame
 from iosvd.tables.latex import to_latex
 from iosvd.tables.markdown import to_markdown
 from iosvd.tables.notes import notes
 from iosvd.tables.sweep import read_table
-from iosvd.tracking import log_sweep
 
 
 def render(overrides: list[str]) -> None:

@@ -11,8 +11,8 @@ import sys
 from collections import Counter
 
 from iosvd.errors import exit_in_one_line, plain
-from iosvd.states import State, standing
-from iosvd.sweeps import sweep_jobs
+from iosvd.sweeps.expansion import sweep_jobs
+from iosvd.sweeps.status import State, standing
 
 
 def status(overrides: list[str]) -> str:

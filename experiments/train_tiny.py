@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from iosvd.pydoc_text import pydoc_documents
+from iosvd.data.pydoc import pydoc_documents
 
 TARGET = Path(__file__).parents[1] / "iosvd" / "assets" / "tiny"
 POINT_STEPS = 100  # Between two points of the loss curve.

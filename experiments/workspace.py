@@ -15,8 +15,8 @@ from importlib import import_module
 from typing import Any
 
 from iosvd.errors import ConfigError, exit_in_one_line
-from iosvd.run import Tracking, TrackingMode
-from iosvd.tracking import check_tracking
+from iosvd.runs.run import Tracking, TrackingMode
+from iosvd.runs.tracking import check_tracking
 
 OPTIONS = {"entity": None, "project": "iosvd", "texts": "wikitext2,ptb,c4"}
 

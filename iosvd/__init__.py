@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from wrapt import when_imported
 
-from iosvd.data import calibration_windows, evaluation_windows
+from iosvd.cache.spectra import Factorized
+from iosvd.data.texts import Dataset, Split
+from iosvd.data.windows import calibration_windows, evaluation_windows
 from iosvd.errors import IosvdError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.zero_shot import ZeroShot, load_tasks, zero_shot
-from iosvd.models import Model, load_model, load_tokenizer
+from iosvd.models.loading import Model, load_model, load_tokenizer
 from iosvd.pipeline import Compressed, compress, factorize
-from iosvd.spectra import Factorized
-from iosvd.texts import Dataset, Split
 
 if TYPE_CHECKING:
-    from iosvd.checkpoint import export_dense, save
+    from iosvd.layers.checkpoint import export_dense, save
 
 __all__ = [
     "Compressed",
@@ -46,10 +46,10 @@ __all__ = [
 
 @when_imported("transformers.quantizers.auto")
 def _teach_transformers(_: ModuleType) -> None:
-    import_module("iosvd.checkpoint")
+    import_module("iosvd.layers.checkpoint")
 
 
 def __getattr__(name: str) -> Any:
     if name in ("export_dense", "save"):
-        return getattr(import_module("iosvd.checkpoint"), name)
+        return getattr(import_module("iosvd.layers.checkpoint"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

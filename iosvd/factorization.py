@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iosvd.budget import Budget
 from iosvd.errors import ConfigError, NumericalError
 from iosvd.linalg import principal_directions
 from iosvd.types import Factors, Spectrum, Whitener
@@ -119,4 +121,14 @@ def truncate(spectrum: Spectrum, rank: int) -> Factors:
         right=right / scale[:, None],
         left_energy=spectrum.left_energy[:rank] * scale**2,
         right_energy=spectrum.right_energy[:rank] / scale**2,
+    )
+
+
+def dropped_energy(
+    ranks: Mapping[str, int], spectra: Mapping[str, Spectrum], budget: Budget
+) -> float:
+    """Return Σ σ² of all components that these ranks drop."""
+    return sum(
+        float((spectra[site].sigma[rank:] ** 2).sum())
+        for site, rank in budget.factorised(ranks).items()
     )

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
 
+from iosvd.models.sites import layer_and_role
 from iosvd.plan import plan_frame
-from iosvd.sites import layer_and_role
-from iosvd.tables.table import DENSE
 
+DENSE = "dense"  # The preset that changes nothing.
 _WIDTH = 7.0  # Inches.
 _MARKERS = "os^Dv<>PX*"
 

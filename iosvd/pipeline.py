@@ -10,26 +10,26 @@ from torch import Tensor, nn
 
 from iosvd.allocation import Allocation
 from iosvd.budget import Budget, Shape
+from iosvd.cache.keys import Keys
+from iosvd.cache.losses import KeptLosses
+from iosvd.cache.spectra import Factorized, SpectraOf
+from iosvd.cache.statistics import Gatherer
+from iosvd.cache.store import NoStore, Store
 from iosvd.correction import Correction, Given, NoCorrection
-from iosvd.data import warn_if_few
+from iosvd.data.windows import warn_if_few
 from iosvd.errors import ConfigError, ModelError
 from iosvd.factorization import Factorization
-from iosvd.gathering import Gatherer
-from iosvd.keys import Keys
-from iosvd.memory import MemoryUse
+from iosvd.layers.replacement import check_finite, compressed_layers, store_
+from iosvd.layers.rows import half_dtype
+from iosvd.models.sites import SiteSelection, find_sites, shared_inputs
 from iosvd.plan import Plan, make_plan
 from iosvd.quantization import NoQuantization, Quantization
-from iosvd.replacement import check_finite, compressed_layers, store_
-from iosvd.rows import half_dtype
-from iosvd.sites import SiteSelection, find_sites
-from iosvd.spectra import Factorized, SpectraOf
-from iosvd.stages import Stage, StageClock
-from iosvd.statistics import shared_inputs
-from iosvd.store import NoStore, Store
+from iosvd.statistics.memory import MemoryUse
+from iosvd.statistics.needs import Needs, SiteStatistics
+from iosvd.system.timing import Stage, StageClock
 from iosvd.target import budget_for_kl, check_target
-from iosvd.trials import CalibrationTrial, KeptLosses
+from iosvd.trials import CalibrationTrial
 from iosvd.truncation import TruncatedSites, best_ranks, with_gradient
-from iosvd.types import Needs, SiteStatistics
 from iosvd.whitening import Whitening
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
@@ -90,7 +90,7 @@ def compress(
     Raises:
         IosvdError: one line that names the cause and the remedy.
     """
-    from iosvd.checkpoint import mark_compressed_  # Imports much of transformers.
+    from iosvd.layers.checkpoint import mark_compressed_  # Imports much of transformers.
 
     if (ratio is None) == (target_kl is None):
         raise ConfigError("give either a ratio or a target_kl")
@@ -218,7 +218,7 @@ def factorize(
         warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
     keys = Keys.of(identity, tokens, gradient_tokens, whitening, factorization)
     gather = _gatherer(model, tokens, gradient_tokens, sites, batch_size, memory, store, keys)
-    return SpectraOf(whitening, allocation, quantization, factorization)(gather)
+    return SpectraOf(whitening, allocation.needs, quantization.cost, factorization)(gather)
 
 
 def _gatherer(

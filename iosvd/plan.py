@@ -9,14 +9,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from iosvd.budget import ENTRY_BITS, Budget, Shape
-from iosvd.sites import layer_and_role
-from iosvd.storage import write_json
+from iosvd.models.sites import layer_and_role
+from iosvd.system.files import write_json
 from iosvd.types import Spectrum
 
 if TYPE_CHECKING:
     import pandas
 
-    from iosvd.quantization.base import Stored
+    from iosvd.types import Stored
 
 
 @dataclass(frozen=True)
@@ -139,16 +139,6 @@ def _site_plan(
         damping_output=spectrum.damping_output,
         damping_input=spectrum.damping_input,
         added_bias=added,
-    )
-
-
-def dropped_energy(
-    ranks: Mapping[str, int], spectra: Mapping[str, Spectrum], budget: Budget
-) -> float:
-    """Return Σ σ² of all components that these ranks drop."""
-    return sum(
-        float((spectra[site].sigma[rank:] ** 2).sum())
-        for site, rank in budget.factorised(ranks).items()
     )
 
 

@@ -11,7 +11,7 @@ from iosvd.allocation import Allocation
 from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
 from iosvd.errors import ConfigError
-from iosvd.plan import dropped_energy
+from iosvd.factorization import dropped_energy
 from iosvd.quantization import Quantization
 from iosvd.types import Spectrum
 from iosvd.whitening import Whitening

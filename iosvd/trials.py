@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from iosvd.budget import Budget
-from iosvd.evaluation.perplexity import mean_loss, summed_loss
-from iosvd.keys import Keys
-from iosvd.prefixes import Prefixes, remember
-from iosvd.stages import Stage
-from iosvd.store import Store, get_or_compute
-from iosvd.types import Needs, Spectrum
+from iosvd.cache.losses import KeptLosses
+from iosvd.layers.replacement import gated, truncated_weights
+from iosvd.models.losses import mean_loss, summed_loss
+from iosvd.models.prefixes import Prefixes, remember
+from iosvd.types import Spectrum
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class KeptLosses:
-    """Losses that were measured before, by anyone who tried the same ranks of the same spectra."""
-
-    store: Store
-    keys: Keys
-    needs: Needs  # The whitening's.
-    elsewhere: list[Stage] = field(default_factory=list)  # What those took that were there already.
-
-    def of(self, ranks: Mapping[str, int], windows: int, measure: Callable[[], float]) -> float:
-        """Return the loss with these ranks on the first so many windows; if need be, measure it."""
-        key = self.keys.trial(self.needs, ranks, windows)
-        entry, now = get_or_compute(
-            self.store,
-            key,
-            self.keys.trials(self.needs),
-            lambda: {"loss": torch.tensor(measure(), dtype=torch.float64)},
-        )
-        if not now:
-            self.elsewhere.append(entry.cost)
-        return float(entry.tensors["loss"])
 
 
 @dataclass(frozen=True)
@@ -104,47 +78,3 @@ class CalibrationTrial:
             chosen = self.calibration[:windows] if windows else self.calibration
             self._remembered[windows] = remember(self.model, chosen, self.batch_size)
         return self._remembered[windows]
-
-
-@contextmanager
-def truncated_weights(
-    sites: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]
-) -> Iterator[None]:
-    """Give these sites the weights W_k of their ranks, and their own back at the end.
-
-    Only pointers move: the dense weights stay where they are.
-    """
-    dense = {site: sites[site].weight.data for site in ranks}
-    try:
-        for site, rank in ranks.items():
-            spectrum, device = spectra[site], dense[site].device
-            left, right = spectrum.left[:, :rank].to(device), spectrum.right[:rank].to(device)
-            sites[site].weight.data = (left @ right).to(dense[site].dtype)
-        yield
-    finally:
-        for site, weight in dense.items():
-            sites[site].weight.data = weight
-
-
-@contextmanager
-def gated(
-    sites: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], gates: Mapping[str, Tensor]
-) -> Iterator[None]:
-    """Let these sites compute left (gate ⊙ (right x)), with the first components of spectra."""
-
-    def forward(site: nn.Linear, name: str, x: Tensor) -> Tensor:
-        place = (x.device, x.dtype)
-        spectrum, count = spectra[name], len(gates[name])
-        left, right = spectrum.left[:, :count].to(*place), spectrum.right[:count].to(*place)
-        return linear(linear(x, right) * gates[name].to(*place), left, site.bias)
-
-    before = {name: vars(sites[name]).get("forward") for name in gates}
-    try:
-        for name in gates:
-            sites[name].forward = partial(forward, sites[name], name)  # type: ignore[method-assign]
-        yield
-    finally:
-        for name in gates:
-            vars(sites[name]).pop("forward", None)
-            if (own := before[name]) is not None:  # A hook of those who placed the layer.
-                sites[name].forward = own  # type: ignore[method-assign]

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from iosvd.budget import Budget, Shape
-from iosvd.factorization import truncate
-from iosvd.memory import MemoryUse
-from iosvd.plan import dropped_energy
-from iosvd.quantization.base import Quantization, Site
-from iosvd.rows import half_dtype
-from iosvd.statistics import collect, groups_within
-from iosvd.types import Needs, Spectrum
+from iosvd.factorization import dropped_energy, truncate
+from iosvd.layers.rows import half_dtype
+from iosvd.quantization.base import Quantization
+from iosvd.statistics.collect import collect
+from iosvd.statistics.memory import MemoryUse, groups_within
+from iosvd.statistics.needs import Needs
+from iosvd.types import Site, Spectrum
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import iosvd
 from iosvd.allocation import Spectral
 from iosvd.correction import Correction, NoCorrection
-from iosvd.int8 import Code
+from iosvd.layers.int8 import Code
 from iosvd.pipeline import Compressed, compress
 from iosvd.quantization import (
     Axis,

@@ -28,9 +28,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from iosvd.models import Dtype, Model
-from iosvd.texts import Dataset, Split
-from iosvd.types import SiteStatistics
+from iosvd.data.texts import Dataset, Split
+from iosvd.models.loading import Dtype, Model
+from iosvd.statistics.needs import SiteStatistics
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers with two threads each on two cores are many times slower than one thread each.

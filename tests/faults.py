@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 
 from experiments import render
-from iosvd.records import read_metrics
-from iosvd.workers import VISIBLE, lease_one
+from iosvd.runs.records import read_metrics
+from iosvd.sweeps.gpus import VISIBLE, lease_one
 
 ROOT = Path(__file__).parents[1]
 SWEEP = ("experiment=demo", "eval=own", "method=svd_llm,io_svd", "ratio=0.8,0.5")

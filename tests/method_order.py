@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from iosvd.cache import Cache
-from iosvd.config import compose_run
-from iosvd.data import calibration_windows, evaluation_windows
+from iosvd.cache.disk import Cache
+from iosvd.data.texts import Dataset
+from iosvd.data.windows import calibration_windows, evaluation_windows
 from iosvd.evaluation.perplexity import perplexity
-from iosvd.models import Model, load_model, load_tokenizer
+from iosvd.models.loading import Model, load_model, load_tokenizer
 from iosvd.pipeline import compress
-from iosvd.texts import Dataset
+from iosvd.runs.config import compose_run
 
 
 @dataclass(frozen=True)

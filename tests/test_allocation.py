@@ -15,8 +15,8 @@ from iosvd.allocation import Allocation, LossAware, Spectral, Uniform, ZeroSum
 from iosvd.allocation.greedy import drop_cheapest
 from iosvd.budget import Budget, Shape, sixteen_bits
 from iosvd.errors import BudgetError
-from iosvd.factorization import Factorization
-from iosvd.plan import dropped_energy, make_plan
+from iosvd.factorization import Factorization, dropped_energy
+from iosvd.plan import make_plan
 from iosvd.scoring import with_fisher_norm, with_loss_change
 from iosvd.types import Spectrum
 from iosvd.whitening import InputOutput

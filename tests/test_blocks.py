@@ -9,9 +9,9 @@ import torch
 from conftest import FAMILIES, build
 from torch.testing import assert_close
 
-import iosvd.blocks
-from iosvd.blocks import arrive, calls_of, carried_of, layout_of
-from iosvd.sites import decoder_blocks
+import iosvd.models.blocks
+from iosvd.models.blocks import arrive, calls_of, carried_of, layout_of
+from iosvd.models.sites import decoder_blocks
 
 WINDOWS = torch.randint(0, 31, (5, 12), generator=torch.Generator().manual_seed(1))
 SITES = {
@@ -77,7 +77,7 @@ def test_stream_and_output_add_up_to_what_the_block_returns(family: str) -> None
 def test_states_beyond_the_limit_lie_in_a_file_that_nobody_else_sees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(iosvd.blocks.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(iosvd.models.blocks.tempfile, "tempdir", str(tmp_path))
     with torch.no_grad():
         carried = carried_of(build("llama"), WINDOWS, 2, limit_bytes=0)
     assert not list(tmp_path.iterdir())

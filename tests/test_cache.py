@@ -17,11 +17,11 @@ from hostile import tree
 from torch import Tensor
 
 from experiments import cache as command
-from iosvd.cache import MARK, Cache
+from iosvd.cache.disk import MARK, Cache
+from iosvd.cache.store import Entry, Key
 from iosvd.errors import StorageError
-from iosvd.stages import Stage
-from iosvd.storage import partial_of
-from iosvd.store import Entry, Key
+from iosvd.system.files import partial_of
+from iosvd.system.timing import Stage
 
 COST = Stage(1.5, 2**20)
 
@@ -142,9 +142,9 @@ def test_what_a_killed_writer_left_is_removed_and_what_another_writes_is_not(cac
 WRITER = """
 import sys, time, torch
 from pathlib import Path
-from iosvd.cache import Cache
-from iosvd.stages import Stage
-from iosvd.store import Entry, Key
+from iosvd.cache.disk import Cache
+from iosvd.system.timing import Stage
+from iosvd.cache.store import Entry, Key
 cache, key = Cache(Path(sys.argv[1])), Key("statistics", {"n": 1})
 for _ in range(20):
     with cache.locked([key, Key("statistics", {"n": 0})]):

@@ -29,10 +29,10 @@ import iosvd
 from iosvd.allocation import Spectral
 from iosvd.correction import Anchored
 from iosvd.errors import CheckpointError, ModelError
-from iosvd.modules import LowRankLinear
+from iosvd.layers.modules import LowRankLinear
+from iosvd.layers.replacement import compressed_layers, low_rank_layers, stored_bytes
 from iosvd.pipeline import compress
 from iosvd.quantization import NoQuantization, Quantization
-from iosvd.replacement import compressed_layers, low_rank_layers, stored_bytes
 from iosvd.whitening import InputOutput
 
 

@@ -16,13 +16,14 @@ from hydra.utils import get_class
 
 import iosvd.allocation
 import iosvd.whitening
-from iosvd.config import CONF, compose_run, table_spec
+from iosvd.data.texts import Dataset
 from iosvd.errors import ConfigError, IosvdError
-from iosvd.models import ASSETS, Model
-from iosvd.run import Evaluation, Run, Tracking
-from iosvd.sweeps import baselines, expand
+from iosvd.models.loading import ASSETS, Model
+from iosvd.runs.config import CONF, compose_run
+from iosvd.runs.run import Evaluation, Run, Tracking
+from iosvd.sweeps.expansion import baselines, expand
+from iosvd.tables.spec import table_spec
 from iosvd.tables.sweep import Sweep
-from iosvd.texts import Dataset
 
 SETTINGS = {
     "model/local": [f"model.path={ASSETS / 'tiny'}"],

@@ -26,13 +26,13 @@ from iosvd.correction.drift import Drift, DriftSums, best_weight, squared_error
 from iosvd.correction.projected_gradient import moved
 from iosvd.errors import ConfigError
 from iosvd.evaluation.divergence import divergence
-from iosvd.evaluation.perplexity import mean_loss
 from iosvd.factorization import Factorization, truncate
+from iosvd.layers.replacement import low_rank_layers, stored_bytes
 from iosvd.linalg import RootKind, root_of
+from iosvd.models.losses import mean_loss
+from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import Compressed, compress
 from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization, Score
-from iosvd.replacement import low_rank_layers, stored_bytes
-from iosvd.sites import SiteSelection, find_sites
 from iosvd.types import Whitener
 from iosvd.whitening import Identity, Input, InputOutput, Whitening
 

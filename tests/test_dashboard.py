@@ -12,10 +12,10 @@ import pytest
 from test_execution import metrics, run, source
 
 from experiments import dashboard as command
-from iosvd.dashboard import read_runs, to_page
 from iosvd.errors import RecordError
-from iosvd.execution import execute
-from iosvd.records import METRICS, PLAN, run_folder
+from iosvd.runs.execution import execute
+from iosvd.runs.records import METRICS, PLAN, run_folder
+from iosvd.tables.dashboard import read_runs, to_page
 
 __all__ = ["source"]  # The fixture.
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)

@@ -13,7 +13,9 @@ import torch
 from conftest import shared
 from transformers import PreTrainedTokenizerBase
 
-from iosvd.data import (
+from iosvd.data.pydoc import pydoc_documents, split_of
+from iosvd.data.texts import Dataset, Split, read_documents
+from iosvd.data.windows import (
     calibration_windows,
     check_vocabulary,
     document_windows,
@@ -21,9 +23,7 @@ from iosvd.data import (
     warn_if_few,
 )
 from iosvd.errors import ConfigError, DataError
-from iosvd.models import Model, load_tokenizer
-from iosvd.pydoc_text import pydoc_documents, split_of
-from iosvd.texts import Dataset, Split, read_documents
+from iosvd.models.loading import Model, load_tokenizer
 
 DOCUMENTS = ["One day a cat sat.", "", "Then it ran away, and nobody\nsaw it again."]
 

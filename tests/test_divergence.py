@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy, kl_div
 from iosvd.allocation import Spectral
 from iosvd.errors import NumericalError
 from iosvd.evaluation.divergence import divergence, divergences
+from iosvd.layers.replacement import truncated_weights
+from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import factorize
-from iosvd.sites import SiteSelection, find_sites
-from iosvd.trials import truncated_weights
 from iosvd.whitening import Input
 
 WINDOWS = torch.randint(0, 31, (5, 12), generator=torch.Generator().manual_seed(1))

@@ -18,9 +18,9 @@ from test_execution import overrides, small_source
 
 from experiments import dashboard as page
 from experiments import draw, render
-from iosvd.config import compose_run
-from iosvd.execution import Outcome, execute
-from iosvd.sweeps import sweep_jobs
+from iosvd.runs.config import compose_run
+from iosvd.runs.execution import Outcome, execute
+from iosvd.sweeps.expansion import sweep_jobs
 
 # Long enough that a kill lands in every stage.
 _WORK = ("calibration.windows=60", "runtime.batch_tokens=16")
@@ -100,10 +100,16 @@ def test_a_kill_while_a_table_a_figure_or_the_page_is_written_leaves_nothing(
     table, given = undisturbed.table(), undisturbed.arguments
     drawn = ["experiment=main" if option == "experiment=demo" else option for option in given]
     results = str(undisturbed.results)
+    files = "iosvd.system.files:os"
     commands: tuple[tuple[str, str, Callable[[], Any], list[str]], ...] = (
-        ("iosvd.storage:os", "fsync", lambda: render.render(given), ["render", *given]),
+        (files, "fsync", lambda: render.render(given), ["render", *given]),
         ("matplotlib.figure:Figure", "savefig", lambda: draw.draw(drawn), ["draw", *drawn]),
-        ("iosvd.storage:os", "fsync", lambda: page.write(Path(results)), ["dashboard", results]),
+        (
+            "iosvd.system.files:os",
+            "fsync",
+            lambda: page.write(Path(results)),
+            ["dashboard", results],
+        ),
     )
     for where, name, again, (script, *options) in commands:
         die_after(undisturbed, where, name, f"experiments/{script}.py", *options)

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from iosvd.fisher import FisherMetric, Labels
-from iosvd.kl_metric import KLMetric
-from iosvd.sites import SiteSelection, find_sites
-from iosvd.statistics import collect
-from iosvd.types import Needs, SiteStatistics
+from iosvd.models.sites import SiteSelection, find_sites
+from iosvd.statistics.collect import collect
+from iosvd.statistics.fisher import FisherMetric, Labels
+from iosvd.statistics.kl_metric import KLMetric
+from iosvd.statistics.needs import Needs, SiteStatistics
 
 SITE = "model.layers.0.mlp.up_proj"
 

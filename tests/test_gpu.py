@@ -12,20 +12,13 @@ from conftest import build
 from torch.testing import assert_close
 
 from iosvd.allocation import LossAware
-from iosvd.int8 import Code
-from iosvd.kl_metric import KLMetric
+from iosvd.layers.int8 import Code
+from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import compress
-from iosvd.quantization import (
-    Axis,
-    Half,
-    LossAwareRemap,
-    Quantization,
-    Remap,
-    RoundToNearest,
-)
-from iosvd.sites import SiteSelection, find_sites
-from iosvd.statistics import collect
-from iosvd.types import Needs
+from iosvd.quantization import Axis, Half, LossAwareRemap, Quantization, Remap, RoundToNearest
+from iosvd.statistics.collect import collect
+from iosvd.statistics.kl_metric import KLMetric
+from iosvd.statistics.needs import Needs
 from iosvd.whitening import InputOutput
 
 pytestmark = pytest.mark.gpu

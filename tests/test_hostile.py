@@ -16,14 +16,14 @@ from test_execution import overrides, small_source
 from torch import Tensor
 
 import iosvd
-import iosvd.config
-import iosvd.sweeps
+import iosvd.runs.config
+import iosvd.sweeps.expansion
 from experiments import compare, dashboard, draw, render, status
-from iosvd.config import compose
 from iosvd.errors import IosvdError
-from iosvd.execution import Outcome, execute
-from iosvd.records import run_folder
-from iosvd.sweeps import sweep_jobs
+from iosvd.runs.config import compose
+from iosvd.runs.execution import Outcome, execute
+from iosvd.runs.records import run_folder
+from iosvd.sweeps.expansion import sweep_jobs
 
 NOWHERE = Path("nowhere")  # Where changes are only counted and named.
 CHECKPOINTS = [str(change) for change in checkpoint_changes(NOWHERE)]
@@ -97,7 +97,7 @@ def composed_once() -> Iterator[None]:
     """Let Hydra compose each line of options once: it takes most of the time here."""
     composed = functools.cache(compose)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (iosvd.config, iosvd.sweeps):
+        for module in (iosvd.runs.config, iosvd.sweeps.expansion):
             patch.setattr(module, "compose", lambda options: composed(tuple(options)))
         yield
 

@@ -8,7 +8,7 @@ from test_allocation import SHAPES, PredictedTrial, allocate
 
 from iosvd.allocation import Hull, Spectral
 from iosvd.budget import Budget, Shape
-from iosvd.plan import dropped_energy
+from iosvd.factorization import dropped_energy
 from iosvd.types import Spectrum
 
 EMPTY = torch.zeros(0)

@@ -16,7 +16,8 @@ import iosvd.whitening
 from iosvd.factorization import Algorithm, Factorization, truncate
 from iosvd.linalg import Root, RootKind
 from iosvd.scoring import with_loss_change
-from iosvd.types import STATISTICS, SiteStatistics, Whitener
+from iosvd.statistics.needs import STATISTICS, SiteStatistics
+from iosvd.types import Whitener
 from iosvd.whitening import Whitening
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]

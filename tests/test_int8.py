@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from iosvd.errors import NumericalError
-from iosvd.four_bit import FourBitLinear, four_bit_bits, quantize_groups, restore_groups
-from iosvd.int8 import DYNAMIC_LEVELS, Code, levels_of, quantize_rows
+from iosvd.layers.four_bit import FourBitLinear, four_bit_bits, quantize_groups, restore_groups
+from iosvd.layers.int8 import DYNAMIC_LEVELS, Code, levels_of, quantize_rows
 
 
 def random_rows(spread: float = 1.0) -> torch.Tensor:

@@ -12,10 +12,10 @@ from conftest import build
 from torch import Tensor
 from torch.testing import assert_close
 
-from iosvd.kl_metric import Estimator, KLMetric, root_times, top_k_probabilities
-from iosvd.sites import SiteSelection, find_sites
-from iosvd.statistics import collect
-from iosvd.types import Needs
+from iosvd.models.sites import SiteSelection, find_sites
+from iosvd.statistics.collect import collect
+from iosvd.statistics.kl_metric import Estimator, KLMetric, root_times, top_k_probabilities
+from iosvd.statistics.needs import Needs
 
 SITE = "model.layers.0.mlp.up_proj"
 LENGTH = 3

@@ -9,10 +9,10 @@ from test_fisher import tokens, window_gradients
 from torch import Tensor
 from torch.testing import assert_close
 
-from iosvd.kronecker import KroneckerSums
-from iosvd.sites import SiteSelection, find_sites
-from iosvd.statistics import collect
-from iosvd.types import Needs
+from iosvd.models.sites import SiteSelection, find_sites
+from iosvd.statistics.collect import collect
+from iosvd.statistics.kronecker import KroneckerSums
+from iosvd.statistics.needs import Needs
 from iosvd.whitening import Gfwsvd
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from iosvd.errors import ConfigError, NumericalError
 from iosvd.factorization import Factorization, truncate
-from iosvd.types import SiteStatistics
+from iosvd.statistics.needs import SiteStatistics
 from iosvd.whitening import ChannelWeighted, Fisher, Fwsvd, Gfwsvd, Input, InputOutput
 from iosvd.whitening.channel_weighted import Weighting
 

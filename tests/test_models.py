@@ -10,7 +10,7 @@ import transformers
 from conftest import build
 
 from iosvd.errors import ConfigError, ModelError
-from iosvd.models import ASSETS, Dtype, Model, load_model, load_tokenizer
+from iosvd.models.loading import ASSETS, Dtype, Model, load_model, load_tokenizer
 
 
 def test_the_embedded_model_is_small_and_safe() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import shared
 
-from iosvd.config import compose_run
-from iosvd.texts import read_documents
+from iosvd.data.texts import read_documents
+from iosvd.runs.config import compose_run
 
 pytestmark = pytest.mark.network
 

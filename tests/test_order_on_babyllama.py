@@ -6,8 +6,8 @@ import pytest
 from method_order import *  # noqa: F403 (the tests themselves)
 from method_order import Bench
 
-from iosvd.models import Model
-from iosvd.texts import Dataset
+from iosvd.data.texts import Dataset
+from iosvd.models.loading import Model
 
 
 @pytest.fixture(scope="module")

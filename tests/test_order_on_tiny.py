@@ -8,7 +8,7 @@ import pytest
 from method_order import *  # noqa: F403 (the tests themselves)
 from method_order import Bench
 
-from iosvd.config import compose_run
+from iosvd.runs.config import compose_run
 
 
 @pytest.fixture(scope="module")

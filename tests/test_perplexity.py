@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import build, shared
 
-from iosvd.data import evaluation_windows
+from iosvd.data.texts import Dataset
+from iosvd.data.windows import evaluation_windows
 from iosvd.errors import NumericalError
 from iosvd.evaluation.perplexity import perplexity
-from iosvd.models import Dtype, Model, load_model, load_tokenizer
-from iosvd.texts import Dataset
+from iosvd.models.loading import Dtype, Model, load_model, load_tokenizer
 
 
 def test_agrees_with_a_plain_loop_over_all_of_wikitext_and_ignores_the_batch_size() -> None:

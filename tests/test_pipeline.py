@@ -14,29 +14,20 @@ from torch.testing import assert_close
 
 import iosvd.allocation
 import iosvd.whitening
-from iosvd.allocation import (
-    Allocation,
-    Hull,
-    LossAware,
-    Spectral,
-    TypeGrouped,
-    Uniform,
-    ZeroSum,
-)
+from iosvd.allocation import Allocation, Hull, LossAware, Spectral, TypeGrouped, Uniform, ZeroSum
 from iosvd.budget import Budget, Shape
 from iosvd.errors import BudgetError, ConfigError, NumericalError
 from iosvd.factorization import Algorithm, Factorization, truncate
+from iosvd.layers.replacement import check_finite, compressed_layers, low_rank_layers, replace_
 from iosvd.linalg import IdentityRoot
-from iosvd.memory import MemoryUse
+from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import Compressed, compress, factorize
 from iosvd.plan import make_plan
 from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization, Remap
-from iosvd.quantization.base import Site
-from iosvd.replacement import check_finite, compressed_layers, low_rank_layers, replace_
-from iosvd.sites import SiteSelection, find_sites, in_groups
-from iosvd.statistics import collect
+from iosvd.statistics.collect import collect
+from iosvd.statistics.memory import MemoryUse, in_groups
 from iosvd.truncation import TruncatedSites
-from iosvd.types import Spectrum, Whitener
+from iosvd.types import Site, Spectrum, Whitener
 from iosvd.whitening import Asvd, Identity, Input, InputOutput, Whitening
 
 TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))

@@ -12,16 +12,16 @@ from test_execution import overrides, run, source  # noqa: F401 (a fixture)
 
 from experiments import plan
 from iosvd.budget import Shape
-from iosvd.compression import loaded, memory_use
-from iosvd.config import compose_run
-from iosvd.fisher import FisherMetric, Labels
-from iosvd.kl_metric import Estimator, KLMetric
-from iosvd.memory import GIB, Activations, resident_bytes, sums_limit
-from iosvd.models import Dtype, Model
-from iosvd.planning import outline, outline_of, plan_statistics
-from iosvd.sites import SiteSelection, decoder_blocks, find_sites
-from iosvd.statistics import shared_inputs
-from iosvd.types import Needs
+from iosvd.models.loading import Dtype, Model
+from iosvd.models.sites import SiteSelection, decoder_blocks, find_sites, shared_inputs
+from iosvd.runs.config import compose_run
+from iosvd.runs.steps import loaded, memory_use, plan_statistics
+from iosvd.statistics.fisher import FisherMetric, Labels
+from iosvd.statistics.kl_metric import Estimator, KLMetric
+from iosvd.statistics.memory import Activations, sums_limit
+from iosvd.statistics.needs import Needs
+from iosvd.statistics.planning import outline, outline_of
+from iosvd.system.machine import GIB, resident_bytes
 
 IO_SVD = Needs(input_metric=True, kl_metric=KLMetric(5))
 

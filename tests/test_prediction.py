@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iosvd.data import calibration_windows, evaluation_windows
+from iosvd.data.texts import Dataset
+from iosvd.data.windows import calibration_windows, evaluation_windows
 from iosvd.factorization import Factorization, truncate
-from iosvd.models import Model, load_model, load_tokenizer
-from iosvd.sites import SiteSelection, find_sites
-from iosvd.statistics import collect
-from iosvd.texts import Dataset
+from iosvd.models.loading import Model, load_model, load_tokenizer
+from iosvd.models.sites import SiteSelection, find_sites
+from iosvd.statistics.collect import collect
 from iosvd.types import Spectrum
 from iosvd.whitening import InputOutput
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import FAMILIES, build
 
-import iosvd.prefixes
-from iosvd.evaluation.perplexity import mean_loss
-from iosvd.prefixes import remember
-from iosvd.sites import SiteSelection, decoder_blocks, find_sites
+import iosvd.models.prefixes
+from iosvd.models.losses import mean_loss
+from iosvd.models.prefixes import remember
+from iosvd.models.sites import SiteSelection, decoder_blocks, find_sites
 
 WINDOWS = torch.randint(0, 31, (5, 12), generator=torch.Generator().manual_seed(1))
 
@@ -55,7 +55,7 @@ def test_layers_outside_the_blocks_begin_at_the_beginning() -> None:
 
 def test_where_memory_is_short_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
-    monkeypatch.setattr(iosvd.prefixes, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(iosvd.models.prefixes, "free_bytes", lambda _: 1000)
     prefixes = remember(model, WINDOWS, 2)
     assert prefixes.outputs == {}
     context = prefixes.from_block(1, 0)

@@ -14,7 +14,9 @@ import iosvd.quantization
 from iosvd.allocation import Uniform
 from iosvd.budget import Budget, Shape
 from iosvd.errors import BudgetError, ConfigError, NumericalError
-from iosvd.int8 import Code
+from iosvd.layers.int8 import Code
+from iosvd.layers.replacement import compressed_layers, low_rank_layers, stored_bytes
+from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import Compressed, compress
 from iosvd.quantization import (
     Axis,
@@ -27,8 +29,6 @@ from iosvd.quantization import (
     RoundToNearest,
     Score,
 )
-from iosvd.replacement import compressed_layers, low_rank_layers, stored_bytes
-from iosvd.sites import SiteSelection, find_sites
 from iosvd.whitening import Identity
 
 SHAPES = {"q": Shape(16, 16), "k": Shape(8, 16), "up": Shape(40, 16), "down": Shape(16, 40)}

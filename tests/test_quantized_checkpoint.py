@@ -26,13 +26,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import iosvd
 from iosvd.errors import CheckpointError
-from iosvd.quantization import (
-    Half,
-    NoQuantization,
-    Quantization,
-    RoundToNearest,
-)
-from iosvd.replacement import compressed_layers
+from iosvd.layers.replacement import compressed_layers
+from iosvd.quantization import Half, NoQuantization, Quantization, RoundToNearest
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)

@@ -13,9 +13,9 @@ import torch
 from conftest import build, random_statistics
 from transformers import AutoModelForCausalLM
 
-from iosvd.config import compose, to_run
 from iosvd.factorization import Factorization
-from iosvd.models import ASSETS
+from iosvd.models.loading import ASSETS
+from iosvd.runs.config import compose, to_run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -41,8 +41,8 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert dense.num_parameters() == model.num_parameters()
 
 
-def test_the_tree_names_every_module_and_command() -> None:
-    for path in (*(ROOT / "iosvd").glob("*.py"), *(ROOT / "experiments").glob("*.py")):
+def test_the_tree_names_every_folder_and_what_lies_beside_them() -> None:
+    for path in (ROOT / "iosvd").glob("*.py"):
         if path.name != "__init__.py":
             assert path.name in README, path
     for folder in (*(ROOT / "iosvd").iterdir(), *(ROOT / "conf").iterdir()):
@@ -79,7 +79,8 @@ def test_a_whitening_is_added_by_one_file_and_one_yaml(monkeypatch: pytest.Monke
     imports = "from dataclasses import dataclass\n" + "".join(
         f"from iosvd.{package} import {names}\n"
         for package, names in (
-            ("types", "Needs, SiteStatistics, Whitener"),
+            ("statistics.needs", "Needs, SiteStatistics"),
+            ("types", "Whitener"),
             ("linalg", "DiagonalRoot, IdentityRoot"),
             ("whitening", "Whitening"),
         )
@@ -94,3 +95,13 @@ def test_a_whitening_is_added_by_one_file_and_one_yaml(monkeypatch: pytest.Monke
     spectrum = Factorization()(weight, run.whitening(statistics), "site")
     scale = statistics.input_metric.diagonal().sqrt()
     torch.testing.assert_close(spectrum.sigma, torch.linalg.svdvals(weight * scale))
+
+
+def test_every_section_that_is_cited_is_there() -> None:
+    sections = set(
+        re.findall(r"^#+ ([0-9.]+?)\.? ", (ROOT / "docs" / "methods.md").read_text(), re.M)
+    )
+    places = ("iosvd", "experiments", "benchmarks", "conf", "tests")
+    files = [p for name in places for s in ("py", "yaml") for p in (ROOT / name).rglob(f"*.{s}")]
+    cited = {m for p in files for m in re.findall(r"METHODS ([0-9]+(?:\.[0-9]+)?)", p.read_text())}
+    assert len(cited) >= 10 and cited <= sections

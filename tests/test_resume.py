@@ -15,24 +15,24 @@ import torch
 from conftest import build
 from test_execution import metrics, overrides, run, source  # noqa: F401 (a fixture)
 
-import iosvd.code
-import iosvd.gathering
-import iosvd.keys
-import iosvd.measurement
-import iosvd.spectra
+import iosvd.cache.code
+import iosvd.cache.keys
+import iosvd.cache.spectra
+import iosvd.cache.statistics
+import iosvd.runs.measurement
 import iosvd.trials
 from iosvd.allocation import Allocation, LossAware, SensitivitySearch, Spectral
-from iosvd.cache import Cache
-from iosvd.code import code_digest, source_files
-from iosvd.compression import cache_of
+from iosvd.cache.code import code_digest, source_files
+from iosvd.cache.disk import Cache
+from iosvd.cache.keys import Keys
+from iosvd.cache.store import Store
 from iosvd.errors import ConfigError
-from iosvd.execution import Outcome, execute
 from iosvd.factorization import Factorization
-from iosvd.keys import Keys
-from iosvd.memory import MemoryUse
 from iosvd.pipeline import Compressed, compress, factorize
-from iosvd.records import run_folder
-from iosvd.store import Store
+from iosvd.runs.execution import Outcome, execute
+from iosvd.runs.records import run_folder
+from iosvd.runs.steps import cache_of
+from iosvd.statistics.memory import MemoryUse
 from iosvd.whitening import Input, InputOutput, Whitening
 
 TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
@@ -90,7 +90,7 @@ def equal(one: Compressed, other: Compressed) -> bool:
 def test_what_is_computed_once_serves_every_ratio_and_allocation(
     tmp_path: Path, counter: Counter
 ) -> None:
-    counter.watch(iosvd.gathering, "collect")
+    counter.watch(iosvd.cache.statistics, "collect")
     cache = Cache(tmp_path)
     for ratio in (0.8, 0.5):
         for allocation in (LossAware(), Spectral()):
@@ -116,7 +116,7 @@ def test_from_the_cache_comes_the_same_as_without(quantization: str, tmp_path: P
     other = Cache(tmp_path / "b")
     compressed(other, Input(), Spectral(), memory=MemoryUse(limit_bytes=2000))
     assert equal(compressed(other, **options), first)
-    from iosvd.store import NoStore
+    from iosvd.cache.store import NoStore
 
     alone = compressed(NoStore(), **options)
     assert alone.plan.ranks == first.plan.ranks
@@ -129,7 +129,7 @@ def test_an_interrupted_factorisation_goes_on_at_the_site_where_it_was(
     tmp_path: Path, counter: Counter
 ) -> None:
     cache = Cache(tmp_path)
-    counter.watch(iosvd.gathering, "collect")
+    counter.watch(iosvd.cache.statistics, "collect")
     factorised: list[str] = []
     original = Factorization.__call__
 
@@ -159,7 +159,7 @@ def test_statistics_that_were_collected_in_part_are_completed(
     (victim, *_) = [kept for kept in cache.entries() if kept.kind == "statistics"]
     identity = json.loads((victim.path / "header.json").read_text())["identity"]
     cache.discard(victim)
-    counter.watch(iosvd.gathering, "collect")
+    counter.watch(iosvd.cache.statistics, "collect")
     assert equal(compressed(cache, allocation=Spectral()), whole)
     ((_, _, sites, needs, *_),) = counter.calls["collect"]
     assert list(sites) == [identity["site"]]
@@ -192,19 +192,19 @@ def test_changed_code_or_another_model_makes_other_entries(
 
     before = digests()
     code_digest.cache_clear()
-    for file in ("sums.py", "statistics.py", "linalg.py", "types.py"):
+    for file in ("accumulators.py", "collect.py", "linalg.py", "needs.py"):
         package = tmp_path / file
         package.mkdir()
         for path in (ROOT / "iosvd").rglob("*.py"):
             copy = package / path.relative_to(ROOT / "iosvd")
             copy.parent.mkdir(exist_ok=True, parents=True)
             copy.write_text(path.read_text() + ("\n# changed" if path.name == file else ""))
-        monkeypatch.setattr(iosvd.code, "_ROOT", package)
+        monkeypatch.setattr(iosvd.cache.code, "_ROOT", package)
         code_digest.cache_clear()
         assert not before & digests()
-    (package / "statistics.py").unlink()
+    (package / "statistics" / "collect.py").unlink()
     code_digest.cache_clear()
-    with pytest.raises(ModuleNotFoundError, match=r"depends on iosvd\.statistics, which does not"):
+    with pytest.raises(ModuleNotFoundError, match=r"iosvd\.statistics\.collect, which does not"):
         digests()
     monkeypatch.undo()
     code_digest.cache_clear()
@@ -214,7 +214,7 @@ def test_changed_code_or_another_model_makes_other_entries(
 def test_a_value_depends_on_all_that_its_module_imports() -> None:
     """The imports as Python carries them out, in a process of its own."""
     script = "import sys, importlib; importlib.import_module(sys.argv[1]); print(*sys.modules)"
-    for name in ("iosvd.factorization", "iosvd.texts"):
+    for name in ("iosvd.factorization", "iosvd.data.texts"):
         there = subprocess.run(
             [sys.executable, "-c", f"import iosvd\n{script}", name],
             capture_output=True,
@@ -251,9 +251,9 @@ def test_a_text_that_was_measured_is_not_measured_again(
     counter: Counter,
 ) -> None:
     asked = run(source, "ratio=0.5", "eval=paper", *paper_texts(source))
-    counter.watch(iosvd.measurement, "perplexity", fail_at=2)
+    counter.watch(iosvd.runs.measurement, "perplexity", fail_at=2)
     assert execute(asked) is Outcome.failed
-    counter.watch(iosvd.gathering, "collect")
+    counter.watch(iosvd.cache.statistics, "collect")
     assert execute(asked) is Outcome.complete
     assert len(counter.calls["perplexity"]) == 4  # One, the failure, and the two that were missing.
     assert counter.calls["collect"] == []
@@ -285,7 +285,7 @@ def test_parts_of_another_protocol_or_damaged_ones_are_measured_again(
     counter: Counter,
 ) -> None:
     asked = run(source, "ratio=0.5", "eval=paper", *paper_texts(source))
-    counter.watch(iosvd.measurement, "perplexity", fail_at=3)
+    counter.watch(iosvd.runs.measurement, "perplexity", fail_at=3)
     assert execute(asked) is Outcome.failed
     parts = run_folder(asked) / "parts.json"
     parts.write_text(parts.read_text().replace("wikitext2", "wikitext3", 1))
@@ -294,7 +294,7 @@ def test_parts_of_another_protocol_or_damaged_ones_are_measured_again(
 
 
 def test_a_run_that_is_carried_out_elsewhere_is_left_to_it(source: Path) -> None:  # noqa: F811
-    from iosvd.execution import locked
+    from iosvd.runs.execution import locked
 
     asked = run(source, "method=svd", "ratio=0.5")
     with locked(asked):
@@ -317,7 +317,7 @@ def test_out_of_memory_is_tried_once_more_with_half_the_batch(
             return "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
     asked = run(source, "ratio=0.5", "runtime.batch_tokens=64")
-    counter.watch(iosvd.gathering, "collect", fail_at=1, error=Raised)
+    counter.watch(iosvd.cache.statistics, "collect", fail_at=1, error=Raised)
     assert execute(asked) is Outcome.complete
     sizes = [args[4] for args in counter.calls["collect"]]
     assert sizes == [4, 2]
@@ -330,14 +330,14 @@ def test_out_of_memory_is_tried_once_more_with_half_the_batch(
         calls.append(1)
         raise Raised
 
-    counter.monkeypatch.setattr(iosvd.gathering, "collect", never)
+    counter.monkeypatch.setattr(iosvd.cache.statistics, "collect", never)
     twice = run(source, "ratio=0.5", "whitening.top_k=2")
     assert execute(twice) is Outcome.failed
     assert len(calls) == 2
 
 
 def test_other_errors_are_not_tried_again(source: Path, counter: Counter) -> None:  # noqa: F811
-    counter.watch(iosvd.gathering, "collect", fail_at=1, error=RuntimeError)
+    counter.watch(iosvd.cache.statistics, "collect", fail_at=1, error=RuntimeError)
     assert execute(run(source, "ratio=0.5")) is Outcome.failed
     assert len(counter.calls["collect"]) == 1
 
@@ -358,10 +358,10 @@ def test_tokens_are_read_again_where_anything_about_them_changed(
     source: Path,  # noqa: F811
     counter: Counter,
 ) -> None:
-    import iosvd.tokens
+    import iosvd.runs.tokens
 
-    counter.watch(iosvd.tokens, "calibration_windows")
-    counter.watch(iosvd.tokens, "evaluation_windows")
+    counter.watch(iosvd.runs.tokens, "calibration_windows")
+    counter.watch(iosvd.runs.tokens, "evaluation_windows")
 
     def counts(*more: str) -> tuple[int, int]:
         assert execute(run(source, "method=svd", *more)) is Outcome.complete
@@ -396,10 +396,10 @@ def test_spectra_need_no_memory_of_their_own(tmp_path: Path) -> None:
     script = """
 import sys, torch
 from pathlib import Path
-from iosvd.cache import Cache
-from iosvd.memory import resident_bytes
-from iosvd.stages import Stage
-from iosvd.store import Entry, Key
+from iosvd.cache.disk import Cache
+from iosvd.system.machine import resident_bytes
+from iosvd.system.timing import Stage
+from iosvd.cache.store import Entry, Key
 cache, keys = Cache(Path(sys.argv[1])), [Key("spectra", {"n": n}) for n in range(20)]
 for key in keys:
     cache.put(key, Entry({"left": torch.rand(1000, 1000)}, Stage(0, 0)))
@@ -428,7 +428,7 @@ def test_a_large_model_is_hashed_once_on_a_machine(
     monkeypatch: pytest.MonkeyPatch,
     counter: Counter,
 ) -> None:
-    import iosvd.fingerprints as fingerprints
+    import iosvd.runs.fingerprints as fingerprints
 
     monkeypatch.setattr(fingerprints, "_LARGE_BYTES", 10)
     counter.watch(fingerprints, "_hash_bytes")

@@ -11,19 +11,16 @@ from torch import Tensor
 
 from iosvd.allocation import Spectral
 from iosvd.factorization import Factorization, truncate
+from iosvd.layers.replacement import low_rank_layers
+from iosvd.layers.rows import restore
 from iosvd.pipeline import compress
-from iosvd.quantization import (
-    Axis,
-    Score,
-)
-from iosvd.quantization.base import Site
+from iosvd.quantization import Axis, Score
 from iosvd.quantization.scores import row_scores, second_order
 from iosvd.quantization.selection import ScoredRows, choose_int8
 from iosvd.quantization.stored import store_site
-from iosvd.replacement import low_rank_layers
-from iosvd.rows import restore
-from iosvd.statistics import collect
-from iosvd.types import Needs
+from iosvd.statistics.collect import collect
+from iosvd.statistics.needs import Needs
+from iosvd.types import Site
 from iosvd.whitening import InputOutput
 
 TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))

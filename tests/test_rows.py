@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from iosvd import rows as rows_module
-from iosvd.int8 import Code
-from iosvd.modules import LowRankLinear, RowLinear
-from iosvd.rows import RowLayout, Rows, multiply, order_dtype, restore, store_rows
+from iosvd.layers import rows as rows_module
+from iosvd.layers.int8 import Code
+from iosvd.layers.modules import LowRankLinear, RowLinear
+from iosvd.layers.rows import RowLayout, Rows, multiply, order_dtype, restore, store_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Which of the rows: none, all, the first, every third.

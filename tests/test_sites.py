@@ -9,7 +9,7 @@ import torch
 from conftest import build
 
 from iosvd.errors import ConfigError, ModelError, NumericalError
-from iosvd.sites import SiteSelection, find_sites
+from iosvd.models.sites import SiteSelection, find_sites
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROLES = {

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from test_tables import RECORD
 
-from iosvd.config import compose_run
-from iosvd.records import run_folder
+from iosvd.runs.config import compose_run
+from iosvd.runs.records import run_folder
 from iosvd.tables.markdown import to_markdown
 from iosvd.tables.published import read_published
 from iosvd.tables.spec import RowSpec, TableSpec
@@ -50,7 +50,7 @@ def seeds(tmp_path: Path, method: str, perplexities: list[float | None]) -> list
 def write_plan(found: Found, ranks: list[int]) -> None:
     site: dict[str, Any] = {"out_features": 8, "in_features": 8, "dense": False, "rows": 0}
     numbers = ("rounded_rows", "rounding_loss", "dropped_energy", "loss_change")
-    rest = dict.fromkeys([*numbers, "damping_output", "damping_input", "added_bias"], 0)
+    rest = dict.fromkeys([*numbers, "damping_output", "damping_input"], 0) | {"added_bias": False}
     sites = {
         f"layers.{i}.a": site | rest | {"rank": rank, "bits": 256 * rank}
         for i, rank in enumerate(ranks)

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from iosvd.budget import Shape
 from iosvd.errors import ModelError, NumericalError
-from iosvd.fisher import FisherMetric
-from iosvd.kl_metric import KLMetric
-from iosvd.sites import SiteSelection, find_sites
-from iosvd.statistics import collect, shared_inputs, statistics_bytes
-from iosvd.types import STATISTICS, Needs, SiteStatistics, statistics_for
+from iosvd.models.sites import SiteSelection, find_sites, shared_inputs
+from iosvd.statistics.collect import collect
+from iosvd.statistics.fisher import FisherMetric
+from iosvd.statistics.kl_metric import KLMetric
+from iosvd.statistics.memory import statistics_bytes
+from iosvd.statistics.needs import STATISTICS, Needs, SiteStatistics, statistics_for
 
 EVERYTHING = Needs(
     input_metric=True,

@@ -17,7 +17,7 @@ from hostile import sentinels, tree
 from safetensors import SafetensorError
 
 from iosvd.errors import StorageError
-from iosvd.storage import (
+from iosvd.system.files import (
     own_folder,
     partial_of,
     remove,
@@ -28,7 +28,7 @@ from iosvd.storage import (
     write_text,
     written_whole,
 )
-from iosvd.typed_json import DamagedError, read_json, read_sealed, typed
+from iosvd.system.typed_json import DamagedError, read_json, read_sealed, typed
 
 VALUE = {"a": 1.25, "b": {"c": [1, 2, None]}, "text": "ρ = 0.6, “quoted” \\ \n"}
 

@@ -10,17 +10,17 @@ import pandas
 import pytest
 from conftest import shared
 
-from iosvd.config import CONF, compose_run, table_spec
 from iosvd.errors import ConfigError, RecordError
-from iosvd.records import Record
-from iosvd.sweeps import baselines, expand
+from iosvd.runs.config import CONF, compose_run
+from iosvd.runs.records import Record
+from iosvd.sweeps.expansion import baselines, expand
 from iosvd.tables.comparison import compare_with_published, compare_with_table, outside
 from iosvd.tables.frame import to_frame
 from iosvd.tables.latex import to_latex
 from iosvd.tables.markdown import to_markdown
 from iosvd.tables.notes import notes
 from iosvd.tables.published import PUBLISHED, Published, look_up, read_published
-from iosvd.tables.spec import PublishedTable, RowSpec, TableSpec, Tolerance
+from iosvd.tables.spec import PublishedTable, RowSpec, TableSpec, Tolerance, table_spec
 from iosvd.tables.sweep import OnDisk, Sweep
 from iosvd.tables.table import Found, Table, build_table
 

@@ -15,15 +15,15 @@ import pytest
 from matplotlib.figure import Figure
 from test_execution import metrics, overrides, run, source
 
-import iosvd.compression
-import iosvd.execution
+import iosvd.runs.execution
+import iosvd.runs.steps
 from experiments import compress as command
-from iosvd import tracking
 from iosvd.errors import ConfigError
-from iosvd.execution import Outcome, execute
-from iosvd.fingerprints import digest
-from iosvd.records import PLAN, TRACKED, run_folder
-from iosvd.run import Tracking, TrackingMode
+from iosvd.runs import tracking
+from iosvd.runs.execution import Outcome, execute
+from iosvd.runs.fingerprints import digest
+from iosvd.runs.records import PLAN, TRACKED, run_folder
+from iosvd.runs.run import Tracking, TrackingMode
 
 __all__ = ["source"]  # The fixture.
 
@@ -107,7 +107,7 @@ def test_a_run_that_failed_is_marked_and_continues_as_the_same_one(
 ) -> None:
     asked = run(source, "method=svd", "wandb=offline")
     with monkeypatch.context() as patch:
-        patch.setattr(iosvd.compression, "compress", lambda *a, **k: 1 / 0)
+        patch.setattr(iosvd.runs.steps, "compress", lambda *a, **k: 1 / 0)
         assert execute(asked) is Outcome.failed
     assert execute(asked) is Outcome.complete
     held = [read_back(folder) for folder in offline_runs(source)]

@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 from iosvd.allocation import Learned, Spectral, Uniform
 from iosvd.budget import Budget, Shape
 from iosvd.errors import NumericalError
+from iosvd.layers.replacement import truncated_weights
+from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import factorize
-from iosvd.sites import SiteSelection, find_sites
-from iosvd.trials import CalibrationTrial, truncated_weights
+from iosvd.trials import CalibrationTrial
 from iosvd.whitening import Input
 
 TOKENS = torch.randint(0, 31, (6, 12), generator=torch.Generator().manual_seed(1))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import iosvd.versions
-from iosvd.versions import commit, library_versions
+import iosvd.system.versions
+from iosvd.system.versions import commit, library_versions
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -21,7 +21,7 @@ def git(folder: Path, *arguments: str) -> str:
 def test_commit_tells_changed_code_from_changed_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(iosvd.versions, "_ROOT", tmp_path)
+    monkeypatch.setattr(iosvd.system.versions, "_ROOT", tmp_path)
     assert commit() == "unknown"
     git(tmp_path, "init")
     assert commit() == "unknown"  # Nothing committed yet.

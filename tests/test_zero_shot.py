@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import shared
 
+from iosvd.data.pydoc import pydoc_documents
 from iosvd.errors import DataError
 from iosvd.evaluation import pydoc_task
 from iosvd.evaluation.pydoc_task import pydoc_items
 from iosvd.evaluation.zero_shot import ZeroShot, load_tasks, zero_shot
-from iosvd.models import Dtype, Model, load_model, load_tokenizer
-from iosvd.pydoc_text import pydoc_documents
+from iosvd.models.loading import Dtype, Model, load_model, load_tokenizer
 
 TINY = Model("tiny", embedded=True, dtype=Dtype.float32)
 # Stock tasks by hand: where lm-eval keeps them, and the split of the local file.

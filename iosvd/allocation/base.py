@@ -7,7 +7,8 @@ from typing import Protocol
 
 from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
-from iosvd.types import Needs, Spectrum
+from iosvd.statistics.needs import Needs
+from iosvd.types import Spectrum
 
 
 class Allocation(Protocol):

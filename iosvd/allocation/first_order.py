@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from iosvd.errors import ConfigError, check_at_least
-from iosvd.types import Needs, Spectrum
-
-ALL_WINDOWS = 10**9
+from iosvd.statistics.needs import ALL_WINDOWS, Needs
+from iosvd.types import Spectrum
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from iosvd.allocation.shares import ranks_for_shares
 from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
 from iosvd.errors import ConfigError, check_at_least
-from iosvd.sites import layer_and_role
-from iosvd.types import Needs, Spectrum
+from iosvd.models.sites import layer_and_role
+from iosvd.statistics.needs import Needs
+from iosvd.types import Spectrum
 
 Layers = dict[int, list[str]]
 

@@ -13,7 +13,7 @@ from iosvd.allocation.shares import ranks_for_shares
 from iosvd.allocation.trial import Trial
 from iosvd.budget import ENTRY_BITS, Budget
 from iosvd.errors import NumericalError, check_at_least
-from iosvd.progress import track
+from iosvd.system.progress import track
 from iosvd.types import Spectrum
 
 

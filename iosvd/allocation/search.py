@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from iosvd.progress import track
+from iosvd.system.progress import track
 
 
 def best_shares(

@@ -10,7 +10,7 @@ from iosvd.allocation.shares import ranks_for_shares
 from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget, Shape
 from iosvd.errors import check_at_least
-from iosvd.progress import track
+from iosvd.system.progress import track
 from iosvd.types import Spectrum
 
 CANDIDATES = tuple(i / 10 for i in range(1, 10))  # The paper's parameter ratios.

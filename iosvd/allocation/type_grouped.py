@@ -11,7 +11,7 @@ from iosvd.allocation.base import Allocation
 from iosvd.allocation.shares import ranks_for_shares
 from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
-from iosvd.sites import layer_and_role
+from iosvd.models.sites import layer_and_role
 from iosvd.types import Spectrum
 
 

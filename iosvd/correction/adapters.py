@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.errors import NumericalError, check_at_least
-from iosvd.memory import MemoryUse
-from iosvd.modules import LowRankLinear
-from iosvd.progress import track
-from iosvd.quantization.base import Site
-from iosvd.replacement import low_rank_layers
-from iosvd.statistics import checkpointed
+from iosvd.layers.modules import LowRankLinear
+from iosvd.layers.replacement import low_rank_layers
+from iosvd.models.blocks import checkpointed
+from iosvd.statistics.memory import MemoryUse
+from iosvd.system.progress import track
+from iosvd.types import Site
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel

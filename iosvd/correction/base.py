@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from iosvd.factorization import Factorization
-from iosvd.memory import MemoryUse
-from iosvd.quantization.base import Site
+from iosvd.statistics.memory import MemoryUse
+from iosvd.statistics.needs import SiteStatistics
 from iosvd.truncation import TruncatedSites
-from iosvd.types import SiteStatistics
+from iosvd.types import Site
 from iosvd.whitening import Whitening
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.

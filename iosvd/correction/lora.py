@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from iosvd.correction.adapters import FACTORS, Training, Updated, as_two_layers
 from iosvd.correction.base import Corrected, Correction, Given
-from iosvd.replacement import replace_
+from iosvd.layers.replacement import replace_
 
 
 @dataclass(frozen=True)

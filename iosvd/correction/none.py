@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iosvd.correction.base import Corrected, Correction, Given
-from iosvd.replacement import replace_
+from iosvd.layers.replacement import replace_
 
 
 @dataclass(frozen=True)

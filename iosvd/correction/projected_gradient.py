@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from iosvd.allocation import Trial
-from iosvd.allocation.first_order import ALL_WINDOWS
 from iosvd.correction.base import Corrected, Correction, Given
 from iosvd.errors import ConfigError, check_at_least
-from iosvd.progress import track
-from iosvd.replacement import replace_
+from iosvd.layers.replacement import replace_, truncated_weights
 from iosvd.scoring import with_loss_change
-from iosvd.trials import truncated_weights
+from iosvd.statistics.needs import ALL_WINDOWS, Needs
+from iosvd.system.progress import track
 from iosvd.truncation import TruncatedSites, with_gradient
-from iosvd.types import Needs, Spectrum
+from iosvd.types import Spectrum
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from iosvd.blocks import Call, Carried, Layout, arrive, calls_of, carried_of, device_of, layout_of
 from iosvd.correction.base import Given
 from iosvd.correction.drift import Drift, DriftSums
 from iosvd.correction.rule import Rule, refitted
-from iosvd.progress import track
-from iosvd.quantization.base import Site
-from iosvd.replacement import replace_
-from iosvd.sites import decoder_blocks
+from iosvd.layers.replacement import replace_
+from iosvd.models.blocks import (
+    Call,
+    Carried,
+    Layout,
+    arrive,
+    calls_of,
+    carried_of,
+    device_of,
+    layout_of,
+)
+from iosvd.models.sites import decoder_blocks
+from iosvd.system.progress import track
+from iosvd.types import Site
 
 
 @torch.no_grad()

@@ -10,10 +10,9 @@ from iosvd.correction.base import Given
 from iosvd.correction.drift import Drift, best_weight, squared_error
 from iosvd.errors import ConfigError, check_at_least
 from iosvd.factorization import truncate
+from iosvd.layers.modules import LowRankLinear
 from iosvd.linalg import IdentityRoot, Root, RootKind, root_of
-from iosvd.modules import LowRankLinear
-from iosvd.quantization.base import Site
-from iosvd.types import Factors, Whitener
+from iosvd.types import Factors, Site, Whitener
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # That are compared on held-out windows.
 

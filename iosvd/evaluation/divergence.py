@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from iosvd.errors import NumericalError
-from iosvd.progress import track
+from iosvd.system.progress import track
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel

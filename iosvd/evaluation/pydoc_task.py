@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from iosvd.pydoc_text import pydoc_documents
+from iosvd.data.pydoc import pydoc_documents
 
 NAME = "pydoc_continuation"
 ITEMS = 200

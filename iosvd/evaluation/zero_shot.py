@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from iosvd.errors import DataError, check_at_least, one_line
 from iosvd.evaluation import pydoc_task
-from iosvd.progress import bars_for_people
+from iosvd.system.progress import bars_for_people
 
 if TYPE_CHECKING:  # Both take seconds to import.
     from lm_eval.api.task import Task

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from iosvd.budget import Shape, SiteCost
-from iosvd.rows import SCALE_BITS, int8_row_bits
+from iosvd.layers.rows import SCALE_BITS, int8_row_bits
 
 
 class Axis(Enum):

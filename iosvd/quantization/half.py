@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from iosvd.budget import Shape, SiteCost
-from iosvd.int8 import Code
+from iosvd.layers.int8 import Code
 from iosvd.quantization.axis import Axis
-from iosvd.quantization.base import Quantization, Site, Stored
+from iosvd.quantization.base import Quantization
 from iosvd.quantization.stored import store_site
+from iosvd.types import Site, Stored
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,17 @@ from enum import Enum
 
 import torch
 
-from iosvd.allocation.first_order import ALL_WINDOWS
 from iosvd.budget import Budget, Shape, SiteCost
 from iosvd.errors import BudgetError, ConfigError, check_at_least
-from iosvd.progress import track
+from iosvd.layers.rows import restore, store_rows
 from iosvd.quantization.axis import Axis
-from iosvd.quantization.base import Matrix, Quantization, Site, Stored
+from iosvd.quantization.base import Quantization
 from iosvd.quantization.scores import Score, row_scores
 from iosvd.quantization.selection import ScoredRows, choose_int8
 from iosvd.quantization.stored import store_site
-from iosvd.rows import restore, store_rows
+from iosvd.statistics.needs import ALL_WINDOWS
+from iosvd.system.progress import track
+from iosvd.types import Matrix, Site, Stored
 
 SEARCHED = 6  # Rank budgets that a search compares.
 

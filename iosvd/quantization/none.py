@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from iosvd.budget import Shape, SiteCost, sixteen_bits
-from iosvd.quantization.base import Quantization, Site, Stored
+from iosvd.quantization.base import Quantization
+from iosvd.types import Site, Stored
 
 
 @dataclass(frozen=True)

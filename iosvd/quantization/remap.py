@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from iosvd.budget import ENTRY_BITS, Shape, SiteCost
-from iosvd.int8 import Code
+from iosvd.layers.int8 import Code
+from iosvd.layers.rows import SCALE_BITS
 from iosvd.quantization.axis import Axis
-from iosvd.quantization.base import Quantization, Site, Stored
+from iosvd.quantization.base import Quantization
 from iosvd.quantization.stored import store_site
-from iosvd.rows import SCALE_BITS
+from iosvd.types import Site, Stored
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from iosvd.budget import Shape, SiteCost
 from iosvd.errors import check_at_least
-from iosvd.four_bit import FourBitLinear, four_bit_bits, quantize_groups, restore_groups
-from iosvd.quantization.base import Quantization, Site, Stored
+from iosvd.layers.four_bit import FourBitLinear, four_bit_bits, quantize_groups, restore_groups
+from iosvd.layers.rows import restore
+from iosvd.quantization.base import Quantization
 from iosvd.quantization.scores import second_order
 from iosvd.quantization.selection import ScoredRows, choose_int8
 from iosvd.quantization.stored import StoredRows, store_site
-from iosvd.rows import restore
+from iosvd.types import Site, Stored
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from iosvd.quantization.base import Matrix
+from iosvd.types import Matrix
 
 
 class Score(Enum):

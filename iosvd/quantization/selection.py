@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from iosvd.budget import ENTRY_BITS
-from iosvd.rows import int8_row_bits, order_dtype
+from iosvd.layers.rows import int8_row_bits, order_dtype
 
 Key = TypeVar("Key")
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iosvd.int8 import Code
-from iosvd.modules import StoredLinear, empty_layer
-from iosvd.quantization.base import Matrix, Site
+from iosvd.layers.int8 import Code
+from iosvd.layers.modules import StoredLinear, empty_layer
+from iosvd.layers.rows import RowLayout, Rows, restore, store_rows
 from iosvd.quantization.scores import second_order
-from iosvd.rows import RowLayout, Rows, restore, store_rows
+from iosvd.types import Matrix, Site
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from iosvd.models import Dtype
-from iosvd.records import Record
-from iosvd.run import KL, Run
+from iosvd.figures import DENSE
+from iosvd.models.loading import Dtype
+from iosvd.runs.records import Record
+from iosvd.runs.run import KL, Run
 from iosvd.tables.spec import TableSpec
 from iosvd.tables.sweep import OnDisk, Sweep
-from iosvd.tables.table import DENSE, Table
+from iosvd.tables.table import Table
 from iosvd.tables.text import flags
 
 # Options that change how a run is carried out or logged, not what it measures.

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from omegaconf import OmegaConf
+
+from iosvd.errors import ConfigError, check_name
+from iosvd.runs.config import CONF, typed_group
+
 # Columns beside the metrics; those of BY_TEXT are one for each text.
 BY_TEXT = ("kl", "loss_change", "site_median", "sites_within_two")
 EXTRA = (
@@ -54,3 +59,23 @@ class TableSpec:
     spread: str | None = None  # An option over whose values rows show mean and spread.
     predictions: bool = False  # Draw predicted against measured divergence.
     shown_run: dict[str, float] = field(default_factory=dict)  # Label → ratio: ranks and spectra.
+
+
+def table_spec(name: str) -> TableSpec:
+    """Return what conf/table/<name>.yaml says a table shows.
+
+    Raises:
+        ConfigError: there is no such table, or it has an unknown option.
+    """
+    check_name("table", name)
+    path = CONF / "table" / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise ConfigError(f"there is no table {name}; tables: {known}")
+    written = OmegaConf.create({name: OmegaConf.load(path)})
+    spec = typed_group(TableSpec, written, name, f"table {name}")
+    if unknown := sorted(set(spec.extra) - set(EXTRA)):
+        raise ConfigError(
+            f"table {name}: no extra column {unknown[0]}; there are {', '.join(EXTRA)}"
+        )
+    return spec

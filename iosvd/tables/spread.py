@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas
 
-from iosvd.config import label
 from iosvd.errors import RecordError
 from iosvd.plan import plan_frame
-from iosvd.records import Record, read_plan, run_folder
+from iosvd.runs.config import label
+from iosvd.runs.records import Record, read_plan, run_folder
 from iosvd.tables.table import Found
 
 RANK_AGREEMENT = "rank_agreement"

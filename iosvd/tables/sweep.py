@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from iosvd.config import table_spec
 from iosvd.errors import ConfigError, RecordError, check_name
-from iosvd.fingerprints import digest
-from iosvd.records import Record, read_record, run_folder
-from iosvd.run import Run
-from iosvd.sweeps import baselines, expand
+from iosvd.runs.fingerprints import digest
+from iosvd.runs.records import Record, read_record, run_folder
+from iosvd.runs.run import Run
+from iosvd.sweeps.expansion import baselines, expand
 from iosvd.tables.published import read_published
-from iosvd.tables.spec import TableSpec
+from iosvd.tables.spec import TableSpec, table_spec
 from iosvd.tables.spread import merged_over
 from iosvd.tables.table import Found, Table, build_table
 

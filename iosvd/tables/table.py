@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from iosvd.config import PROTOCOL_LENGTH
-from iosvd.records import Record
-from iosvd.run import Run
+from iosvd.figures import DENSE
+from iosvd.runs.config import PROTOCOL_LENGTH
+from iosvd.runs.records import Record
+from iosvd.runs.run import Run
 from iosvd.tables.published import Library, Published, look_up
 from iosvd.tables.spec import BY_TEXT, RowSpec, TableSpec
 
 AVERAGE = "average_acc"
-DENSE = "dense"
 # METHODS 9: what the papers' average is over.
 SEVEN_TASKS = frozenset(
     ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa"]

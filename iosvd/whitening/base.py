@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.statistics.needs import Needs, SiteStatistics
+from iosvd.types import Whitener
 
 
 class Whitening(Protocol):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from iosvd.errors import ConfigError, check_at_least
 from iosvd.linalg import IdentityRoot, RootKind, damped, root_of, singular_root
-from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.statistics.needs import Needs, SiteStatistics
+from iosvd.types import Whitener
 from iosvd.whitening.base import Whitening
 
 

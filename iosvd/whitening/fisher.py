@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iosvd.errors import check_at_least
-from iosvd.fisher import FisherMetric, Labels
 from iosvd.linalg import RootKind, root_of
-from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.statistics.fisher import FisherMetric, Labels
+from iosvd.statistics.needs import Needs, SiteStatistics
+from iosvd.types import Whitener
 from iosvd.whitening.base import Whitening
 
 

@@ -8,7 +8,8 @@ import torch
 
 from iosvd.errors import NumericalError, check_at_least
 from iosvd.linalg import DiagonalRoot, IdentityRoot
-from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.statistics.needs import Needs, SiteStatistics
+from iosvd.types import Whitener
 from iosvd.whitening.base import Whitening
 
 

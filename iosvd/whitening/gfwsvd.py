@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from iosvd.errors import check_at_least
 from iosvd.linalg import RootKind, root_of
-from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.statistics.needs import Needs, SiteStatistics
+from iosvd.types import Whitener
 from iosvd.whitening.base import Whitening
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iosvd.linalg import IdentityRoot
-from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.statistics.needs import Needs, SiteStatistics
+from iosvd.types import Whitener
 from iosvd.whitening.base import Whitening
 
 

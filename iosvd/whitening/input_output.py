@@ -8,10 +8,11 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from iosvd.errors import check_at_least
-from iosvd.kl_metric import Estimator, KLMetric
 from iosvd.linalg import DiagonalRoot, Root, RootKind, root_of
-from iosvd.sites import layer_and_role
-from iosvd.types import Needs, SiteStatistics, Whitener
+from iosvd.models.sites import layer_and_role
+from iosvd.statistics.kl_metric import Estimator, KLMetric
+from iosvd.statistics.needs import Needs, SiteStatistics
+from iosvd.types import Whitener
 from iosvd.whitening.base import Whitening
 
 

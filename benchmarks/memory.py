@@ -1,0 +1,119 @@
+"""Peak memory of the statistics against the plan made before: part of make bench
+
+    python benchmarks/memory.py runtime.memory_gib=8
+
+A random Llama of the shape of a 1B model, two windows of 256 tokens, the statistics of IO-SVD, once
+with all activations kept and once block by block. Writes <results>/tables/memory-<device>.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from iosvd.cache.keys import Keys
+from iosvd.cache.spectra import passes_over
+from iosvd.cache.statistics import Gatherer
+from iosvd.cache.store import NoStore
+from iosvd.errors import exit_in_one_line
+from iosvd.factorization import Factorization
+from iosvd.models.sites import find_sites, shared_inputs
+from iosvd.runs.config import compose_run
+from iosvd.runs.run import Run
+from iosvd.runs.steps import device_for, loaded, memory_use, plan_statistics
+from iosvd.system.files import write_text
+from iosvd.system.machine import GIB
+from iosvd.system.timing import measured
+from iosvd.system.versions import commit
+
+SHAPE = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+)
+OPTIONS = (
+    *("model=local", "model.dtype=bfloat16", "model.seq_len=256", "calibration.windows=2"),
+    *("runtime.batch_tokens=512", "runtime.memory_gib=8"),
+)
+
+
+def benchmark(overrides: list[str]) -> str:
+    """Plan, measure, write and return the table."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        _write_model(Path(folder))
+        for blocks in ("false", "true"):
+            more = [f"model.path={folder}", f"runtime.checkpoint_blocks={blocks}", *overrides]
+            run = compose_run([*OPTIONS, *more])
+            # In a process of its own: what another left would count.
+            with get_context("spawn").Pool(1) as pool:
+                rows.append(pool.apply(measure, (run,)))
+    results, device = Path(run.runtime.results), device_for(run.runtime.device)
+    table = pandas.DataFrame(rows).to_markdown(index=False, floatfmt=".2f")
+    page = (
+        f"# Memory of the statistics, {device}\n\n{table}\n\nA random Llama of 1.24 B parameters in"
+        f" bfloat16, 2 windows of 256 tokens in one batch, {run.label}, GiB; the peak is the"
+        f" process's, the limit what the sums may take of runtime.memory_gib="
+        f"{run.runtime.memory_gib:g}. {torch.get_num_threads()} thread(s), commit {commit()},"
+        f" {time.strftime('%Y-%m-%d')}.\n"
+    )
+    (results / "tables").mkdir(parents=True, exist_ok=True)
+    write_text(results / "tables" / f"memory-{device}.md", page)
+    return page
+
+
+def measure(run: Run) -> dict[str, float | str]:
+    """Return one line: what was planned and what was measured."""
+    planned = plan_statistics(run, torch.device(device_for(run.runtime.device)))
+    model = loaded(run)
+    sites = find_sites(model, run.model.sites)
+    tokens = torch.randint(0, SHAPE.vocab_size, (run.calibration.windows, run.calibration.seq_len))
+    memory = memory_use(run, model, tokens)
+    keys = Keys.of("random", tokens, None, run.whitening, Factorization())
+    shared = shared_inputs(model, tokens, sites)
+    gather = Gatherer(
+        *(model, tokens, None, sites, shared, run.runtime.batch_tokens // tokens.shape[1]),
+        *(memory, NoStore(), keys),
+    )
+    peak, passes, seconds = 0, 0, 0.0
+    for group in passes_over(gather, sites, planned.needs):
+        with measured() as took:
+            gather(group, planned.needs)
+        peak, passes, seconds = max(peak, took().peak_bytes), passes + 1, seconds + took().seconds
+    return {
+        "activations kept": "of one block" if run.runtime.checkpoint_blocks else "all",
+        "weights": planned.outline.weight_bytes / GIB,
+        "activations": planned.activations / GIB,
+        "sums, all": sum(planned.passes) / GIB,
+        "sums, largest pass": planned.largest / GIB,
+        "passes planned": len(planned.passes),
+        "passes": passes,
+        "peak planned": planned.peak / GIB,
+        "peak measured": peak / GIB,
+        "measured / planned": peak / planned.peak,
+        "seconds": seconds,
+    }
+
+
+def _write_model(folder: Path) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(SHAPE, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    with exit_in_one_line():
+        print(benchmark(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What is computed once and kept on disk: tokens, statistics, spectra, scores, losses of trials."""

@@ -1,0 +1,319 @@
+"""What was computed, in a folder that all processes share: computed once, checked when read.
+
+    <folder>/CACHEDIR.TAG                       says whose folder it is; backups leave it out
+    <folder>/<kind>/<digest>/header.json        all that the entry depends on, its cost, a checksum
+    <folder>/<kind>/<digest>/tensors.safetensors
+    <folder>/locks/<digest>.lock                one writer at a time
+    <folder>/hashes/<digest>.json               of large files (fingerprints.py)
+    <folder>/set_aside/…                        entries that were not what their header says
+
+Nothing else in the folder is counted, renamed or removed, and no link is followed. Listing the
+entries takes about 60 µs each, which a run that wrote any pays once at its end.
+
+Tensors are mapped from their file, not read into memory: the system loads the pages that are used
+and may drop them again, so the spectra of a whole model need no memory of their own. An entry that
+is evicted while another process uses it stays with that process until it ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from iosvd.cache.store import KINDS, Entry, Key, Store
+from iosvd.errors import StorageError, one_line
+from iosvd.system.files import (
+    file_digest,
+    own_folder,
+    partial_of,
+    process_lock,
+    remove,
+    remove_abandoned,
+    write_failures_explained,
+    write_sealed,
+    write_text,
+    written_whole,
+)
+from iosvd.system.timing import Stage
+from iosvd.system.typed_json import DamagedError, read_sealed, typed
+from iosvd.system.versions import commit
+
+log = logging.getLogger(__name__)
+_commit = functools.cache(commit)  # It asks git.
+HEADER, TENSORS, MARK = "header.json", "tensors.safetensors", "CACHEDIR.TAG"
+HASHES, _LOCKS, _SET_ASIDE = "hashes", "locks", "set_aside"
+_MARK_TEXT = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"  # https://bford.info/cachedir
+    "# What iosvd computed (runtime.cache). Nothing is lost but time if the folder is removed.\n"
+)
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_SET_ASIDE_NAME = re.compile(rf"({'|'.join(KINDS)})-[0-9a-f]{{32}}-[0-9]+")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """header.json, but for the checksum of itself."""
+
+    kind: str
+    identity: Mapping[str, Any]
+    cost: Stage
+    numbers: Mapping[str, float | None]
+    tensors_sha256: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An entry as it lies in the cache."""
+
+    path: Path
+    kind: str
+    size_bytes: int
+    last_used: float  # Seconds since the epoch.
+
+
+@dataclass(frozen=True)
+class Cache(Store):
+    """A folder of entries, of which the least recently used are removed beyond a limit."""
+
+    folder: Path
+    limit_bytes: float = float("inf")
+    _written: list[Key] = field(default_factory=list, compare=False)  # By this object.
+
+    @property
+    def keeps(self) -> bool:
+        return True
+
+    @property
+    def has_written(self) -> bool:
+        """Whether anything was put: else nothing needs to be evicted."""
+        return bool(self._written)
+
+    def check(self) -> None:
+        """Raise StorageError if the folder holds something else than a cache."""
+        if self.folder.exists() and not self._is_marked():
+            self._check_empty()
+
+    def get(self, key: Key) -> Entry | None:
+        path = self._path(key)
+        if not _is_entry(path):
+            return None
+        try:
+            header = typed(_Header, read_sealed(path / HEADER), str(path / HEADER))
+            self._check(path, header, key)
+            entry = Entry(load_file(path / TENSORS), header.cost, header.numbers)
+        except FileNotFoundError:  # Or evicted just now.
+            return None
+        except PermissionError as error:
+            log.warning("%s belongs to somebody else (%s); computed again", path, error.strerror)
+            return None
+        except (DamagedError, SafetensorError) as error:
+            self._set_aside(path, error)
+            return None
+        with suppress(OSError):
+            os.utime(path / HEADER)  # Last used.
+        return entry
+
+    def put(self, key: Key, entry: Entry) -> Entry:
+        self.claim()
+        own_folder(self.folder, key.kind)
+        path, numbers = self._path(key), dict(entry.numbers)
+        header: dict[str, Any] = {
+            "kind": key.kind,
+            "identity": dict(key.identity),
+            "cost": asdict(entry.cost),
+            "numbers": numbers,
+            "commit": _commit(),
+        }
+        with written_whole(path) as temporary:
+            temporary.mkdir()
+            tensors = {n: t.detach().to("cpu").contiguous() for n, t in entry.tensors.items()}
+            save_file(tensors, temporary / TENSORS)
+            write_sealed(
+                temporary / HEADER,
+                {**header, "tensors_sha256": file_digest(temporary / TENSORS)},
+            )
+            remove(path)  # Of a header that was lost.
+        self._written.append(key)
+        # As every later reader has it, also in the place of its bytes: rounding may hang on that.
+        with suppress(FileNotFoundError):  # Evicted just now.
+            return Entry(load_file(path / TENSORS), entry.cost, numbers)
+        return entry
+
+    @contextmanager
+    def locked(self, keys: Iterable[Key]) -> Iterator[None]:
+        self.claim()
+        folder = own_folder(self.folder, _LOCKS)
+        names = {key.digest: key.kind for key in keys}
+        with ExitStack() as stack:
+            for name in sorted(names):  # In one order everywhere, or two could wait for each other.
+                lock = process_lock(folder / f"{name}.lock")
+                with write_failures_explained(folder):
+                    try:
+                        lock.acquire(timeout=0)
+                    except Timeout:
+                        log.info(
+                            "waiting for another process, which computes the same %s", names[name]
+                        )
+                        lock.acquire()
+                stack.callback(lock.release)
+            yield
+
+    def claim(self) -> None:
+        """Make the folder, and mark it as a cache.
+
+        Raises:
+            StorageError: it holds something else.
+        """
+        if self._is_marked():
+            return
+        try:
+            with write_failures_explained(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise StorageError(f"{self.folder} is no folder; set runtime.cache") from None
+        if self._check_empty():
+            write_text(self.folder / MARK, _MARK_TEXT)
+
+    def entries(self) -> list[Kept]:
+        """Return all entries, those set aside too, the least recently used first."""
+        if not self._is_marked():
+            return []
+        found = [
+            kept
+            for kind in (*KINDS, _SET_ASIDE)
+            for entry in _folders_in(self.folder / kind)
+            if (kept := _kept(Path(entry), kind)) is not None
+        ]
+        return sorted(found, key=lambda kept: kept.last_used)
+
+    def evict(self, used_before: float = float("inf")) -> list[Kept]:
+        """Remove the least recently used entries beyond the limit, and return them.
+
+        Args:
+            used_before: seconds since the epoch; what was used later stays.
+        """
+        entries = self.entries()
+        excess = sum(kept.size_bytes for kept in entries) - self.limit_bytes
+        removed = []
+        for kept in entries:
+            if excess <= 0 or kept.last_used >= used_before:
+                break
+            self.discard(kept)
+            excess -= kept.size_bytes
+            removed.append(kept)
+        if removed:
+            freed = sum(kept.size_bytes for kept in removed) / 2**30
+            log.info("cache: %d entries evicted, %.2f GiB", len(removed), freed)
+        if excess > 0:
+            log.warning(
+                "the cache exceeds runtime.cache_gib by %.2f GiB, all of it in use by this run;"
+                " raise it so that runs can share what they compute",
+                excess / 2**30,
+            )
+        self._forget_partial()
+        return removed
+
+    def discard(self, kept: Kept) -> None:
+        """Remove an entry at once for all who look for it."""
+        # A process that is killed here leaves no half entry under its name.
+        doomed = partial_of(kept.path)
+        with suppress(FileNotFoundError):
+            kept.path.rename(doomed)
+            remove(doomed)
+
+    def _forget_partial(self) -> None:
+        if self._is_marked():
+            remove_abandoned(self.folder)
+            for name in (*KINDS, _SET_ASIDE, HASHES):
+                if not (self.folder / name).is_symlink():
+                    remove_abandoned(self.folder / name)
+
+    def _is_marked(self) -> bool:
+        try:
+            return (self.folder / MARK).read_text(encoding="utf-8") == _MARK_TEXT
+        except (OSError, ValueError):
+            return False
+
+    def _check_empty(self) -> bool:
+        """Return whether the folder is empty; raise if what it holds is not a cache."""
+        # Another process may mark it at this moment.
+        names = sorted(path.name for path in self.folder.iterdir())
+        held = [name for name in names if not name.startswith(f".{MARK}.")]
+        if not held or self._is_marked():
+            return not held
+        raise StorageError(
+            f"{self.folder} is not a cache of this version: it holds {held[0]} and no mark of ours;"
+            " set runtime.cache to a new or an empty folder, or remove what it holds"
+        )
+
+    def _path(self, key: Key) -> Path:
+        return self.folder / key.kind / key.digest
+
+    def _check(self, path: Path, header: _Header, key: Key) -> None:
+        if Key(header.kind, header.identity).digest != key.digest:
+            raise DamagedError(f"{path} holds another entry")
+        if file_digest(path / TENSORS) != header.tensors_sha256:
+            raise DamagedError(f"{path / TENSORS} does not match its checksum")
+
+    def _set_aside(self, path: Path, error: Exception) -> None:
+        name = f"{path.parent.name}-{path.name}-{time.time_ns()}"
+        target = own_folder(self.folder, _SET_ASIDE) / name
+        with suppress(FileNotFoundError):
+            path.rename(target)
+        log.warning("%s; set aside as %s and computed again", one_line(error), target)
+
+
+def _folders_in(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the folders in a folder; links, also one in the folder's own place, are none."""
+    if folder.is_symlink():
+        return
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
+        yield from (entry for entry in found if entry.is_dir(follow_symlinks=False))
+
+
+def _is_entry(path: Path) -> bool:
+    """Whether a folder and its two files are there, and none of them is a link."""
+    if path.parent.is_symlink() or path.is_symlink():
+        return False
+    try:
+        return all(stat.S_ISREG((path / name).lstat().st_mode) for name in (HEADER, TENSORS))
+    except OSError:
+        return False
+
+
+def _kept(path: Path, kind: str) -> Kept | None:
+    """Return an entry as it lies in the cache, None for a folder that is none."""
+    if kind == _SET_ASIDE:
+        if _SET_ASIDE_NAME.fullmatch(path.name) is None:
+            return None
+    elif _DIGEST.fullmatch(path.name) is None or not _starts_as_header(path / HEADER, kind):
+        return None
+    try:
+        files = [file.stat(follow_symlinks=False) for file in os.scandir(path)]
+    except FileNotFoundError:  # Evicted just now.
+        return None
+    last = max((file.st_mtime for file in files), default=0.0)
+    return Kept(path, kind, sum(file.st_size for file in files), last)
+
+
+def _starts_as_header(path: Path, kind: str) -> bool:
+    """Whether a file begins as the headers of a kind do; whole, it is read when it is needed."""
+    start = f'{{\n "kind": "{kind}",'.encode()
+    try:
+        with path.open("rb") as stream:
+            return not path.is_symlink() and stream.read(len(start)) == start
+    except OSError:
+        return False

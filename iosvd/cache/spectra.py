@@ -1,0 +1,203 @@
+"""The spectra of all sites, each computed once, group by group as memory allows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from iosvd.budget import Shape, SiteCost
+from iosvd.cache.statistics import Gathered, Gatherer
+from iosvd.cache.store import Entry, Key, Store
+from iosvd.factorization import Factorization
+from iosvd.scoring import with_fisher_norm, with_loss_change
+from iosvd.statistics.memory import statistics_bytes
+from iosvd.statistics.needs import Needs, SiteStatistics
+from iosvd.system.logs import of_stage
+from iosvd.system.progress import track
+from iosvd.system.timing import Stage, StageClock, measured
+from iosvd.types import Spectrum
+from iosvd.whitening import Whitening
+
+log = logging.getLogger(__name__)
+_TENSORS = ("right", "sigma", "left_energy", "right_energy", "output_diagonal", "input_diagonal")
+_NUMBERS = ("damping_output", "damping_input")
+Found = dict[tuple[str, str], Entry]  # By kind, spectrum or score, and site.
+
+
+@dataclass(frozen=True)
+class Factorized:
+    """The spectra of all sites, and what they took; they serve every ratio."""
+
+    spectra: Mapping[str, Spectrum]
+    stages: Mapping[str, Stage]  # Whoever carried them out.
+    computed: frozenset[str] = frozenset()  # The stages that were carried out now, or in part.
+
+
+@dataclass(frozen=True)
+class SpectraOf:
+    """A method as far as spectra are concerned: how they are computed and what scores them."""
+
+    whitening: Whitening
+    scored: Needs  # What the allocation reads of the loss.
+    cost_of: Callable[[Shape], SiteCost]  # What the quantization stores a site with.
+    factorization: Factorization
+
+    def __call__(self, gather: Gatherer) -> Factorized:
+        """Return the spectra of all of a gatherer's sites, scored as the allocation asks."""
+        wanted, locks = self._keys(gather)
+        found: Found = {}
+        _load(gather.store, wanted, found)
+        computed: set[str] = set()
+        if len(found) < len(wanted):
+            with gather.store.locked(locks):
+                _load(gather.store, wanted, found)  # Others may have computed them meanwhile.
+                computed = self._compute(gather, wanted, found)
+        clock, spectra = StageClock(), {}
+        for name in gather.sites:
+            spectra[name] = _scored(name, found)
+        for entry in found.values():
+            seconds, peak = entry.numbers["statistics_seconds"], entry.numbers["statistics_peak"]
+            clock.add("statistics", Stage(seconds or 0.0, int(peak or 0)))
+            clock.add("factorization", entry.cost)
+        return Factorized(spectra, clock.stages, frozenset(computed))
+
+    def _keys(self, gather: Gatherer) -> tuple[dict[tuple[str, str], Key], list[Key]]:
+        """Return the keys of all entries, and those to be locked while they are computed."""
+        keys, whitened, scored = gather.keys, self.whitening.needs, self.scored
+        wanted = {("spectrum", name): keys.spectrum(whitened, name) for name in gather.sites}
+        if scored == Needs():
+            return wanted, [keys.spectrum(whitened)]
+        wanted |= {("score", name): keys.score(whitened, scored, name) for name in gather.sites}
+        return wanted, [keys.spectrum(whitened), keys.score(whitened, scored)]
+
+    def _compute(
+        self, gather: Gatherer, wanted: Mapping[tuple[str, str], Key], found: Found
+    ) -> set[str]:
+        """Compute what has not been found, and add it; return which stages were carried out."""
+        stages: set[str] = set()
+        lacking = {
+            kind: {n for k, n in wanted if k == kind and (k, n) not in found} for kind, _ in wanted
+        }
+        todo = [name for name in gather.sites if any(name in names for names in lacking.values())]
+        needs = self.scored | (self.whitening.needs if lacking["spectrum"] else Needs())
+        for group in passes_over(gather, todo, needs):
+            gathered = gather(group, needs)
+            stages |= {"factorization", *(["statistics"] if gathered.collected else [])}
+            with of_stage("factorization"):
+                log.info("%d sites", len(group))
+            for name in track(group, len(group), "factorization", "site"):
+                if name in lacking["spectrum"]:
+                    entry = self._spectrum(gather.sites[name], gathered, name)
+                    found["spectrum", name] = gather.store.put(wanted["spectrum", name], entry)
+                if name in lacking.get("score", ()):
+                    entry = self._score(gather.sites[name], gathered, found["spectrum", name], name)
+                    found["score", name] = gather.store.put(wanted["score", name], entry)
+                if not gather.store.keeps:
+                    found["spectrum", name] = self._cut(found["spectrum", name], gather.sites[name])
+                del gathered.statistics[name]
+        return stages
+
+    def _spectrum(self, site: nn.Linear, gathered: Gathered, name: str) -> Entry:
+        """Whiten and factorise one site."""
+        with measured() as took:
+            place = (site.weight.device, self.factorization.precision.dtype)
+            statistics = gathered.statistics[name].to(*place)
+            spectrum = self.factorization(site.weight, self.whitening(statistics), name)
+            keep = torch.promote_types(site.weight.dtype, torch.float32)
+            spectrum = spectrum.head(len(spectrum.sigma), keep)
+        tensors = {field: getattr(spectrum, field) for field in _TENSORS}
+        # Transposed, so that the first components lie together in the file.
+        tensors["left_transposed"] = spectrum.left.T.contiguous()
+        numbers = {field: getattr(spectrum, field) for field in _NUMBERS}
+        cost = gathered.cost(name, self.whitening.needs.parts())
+        return Entry(tensors, took(), {**numbers, **_cost_of_statistics(cost)})
+
+    def _score(self, site: nn.Linear, gathered: Gathered, kept: Entry, name: str) -> Entry:
+        """Score one site's spectrum, as it is kept: rounding is the same whoever does it when."""
+        place = (site.weight.device, self.factorization.precision.dtype)
+        with measured() as took:
+            statistics = gathered.statistics[name].to(*place)
+            tensors, numbers = self._scores(site, statistics, _spectrum_of(kept))
+        already = self.whitening.needs.parts()
+        apart = [part for part in self.scored.parts() if part not in already]
+        cost = gathered.cost(name, apart)
+        return Entry(tensors, took(), {**numbers, **_cost_of_statistics(cost)})
+
+    def _scores(
+        self, site: nn.Linear, statistics: SiteStatistics, spectrum: Spectrum
+    ) -> tuple[dict[str, Tensor], dict[str, float | None]]:
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, float | None] = {}
+        if self.scored.gradient_windows:
+            gradient = statistics.need("gradient")
+            left, right = spectrum.left.to(gradient), spectrum.right.to(gradient)
+            change = with_loss_change(
+                replace(spectrum, left=left, right=right), gradient
+            ).loss_change
+            assert change is not None
+            tensors["loss_change"] = change.cpu()
+        if self.scored.fisher_rows:
+            rows = statistics.need("fisher_rows")
+            numbers["fisher_norm"] = with_fisher_norm(spectrum, site.weight, rows).fisher_norm
+        return tensors, numbers
+
+    def _cut(self, entry: Entry, site: nn.Linear) -> Entry:
+        """Keep in memory what ranks can be planned for; what a store maps takes none."""
+        rank = self.cost_of(Shape(*site.weight.shape)).break_even_rank
+        # Copies: a view would keep the whole matrix.
+        cut = {name: entry.tensors[name][:rank].clone() for name in ("left_transposed", "right")}
+        return replace(entry, tensors={**entry.tensors, **cut})
+
+
+def passes_over(gather: Gatherer, names: Iterable[str], needs: Needs) -> list[list[str]]:
+    """Divide sites into those of each pass over the calibration set; log how many that takes."""
+    groups, limit = gather.groups(names, needs), gather.memory.limit_bytes
+    if needs == Needs() or not groups:
+        return groups
+    sums = [{name: Shape(*gather.sites[name].weight.shape) for name in group} for group in groups]
+    largest = max(statistics_bytes(group, needs, gather.shared) for group in sums)
+    log.info(
+        "statistics of %d sites: %d pass(es), sums of at most %.1f MiB",
+        *(sum(map(len, groups)), len(groups), largest / 2**20),
+    )
+    if largest > limit:
+        log.warning(
+            "the sums of one site take %.2f GiB, more than runtime.memory_gib leaves beside weights"
+            " and activations; raise it, lower runtime.batch_tokens, or set"
+            " runtime.metrics_on_cpu=true or runtime.checkpoint_blocks=true",
+            largest / 2**30,
+        )
+    return groups
+
+
+def _load(store: Store, wanted: Mapping[tuple[str, str], Key], found: Found) -> None:
+    for what, key in wanted.items():
+        if what not in found and (entry := store.get(key)) is not None:
+            found[what] = entry
+
+
+def _spectrum_of(entry: Entry) -> Spectrum:
+    tensors, numbers = dict(entry.tensors), entry.numbers
+    left = tensors.pop("left_transposed").T
+    damping = {field: float(numbers[field] or 0.0) for field in _NUMBERS}
+    return Spectrum(left=left, **tensors, **damping)  # type: ignore[arg-type]
+
+
+def _scored(name: str, found: Found) -> Spectrum:
+    spectrum = _spectrum_of(found["spectrum", name])
+    if ("score", name) not in found:
+        return spectrum
+    score = found["score", name]
+    return replace(
+        spectrum,
+        loss_change=score.tensors.get("loss_change"),
+        fisher_norm=score.numbers.get("fisher_norm"),
+    )
+
+
+def _cost_of_statistics(cost: Stage) -> dict[str, float]:
+    return {"statistics_seconds": cost.seconds, "statistics_peak": float(cost.peak_bytes)}

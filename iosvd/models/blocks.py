@@ -1,0 +1,262 @@
+"""Hidden states carried from one decoder block to the next.
+
+Whatever changes block by block is measured this way in a few forward passes altogether, with one
+block and the hidden states in memory, instead of one pass for every site.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from iosvd.models.sites import decoder_blocks
+from iosvd.system.machine import free_bytes
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel
+
+SHARE = 0.2  # Of what is free, the most that one set of hidden states may take there.
+
+
+class _ArrivedError(Exception):
+    """Ends a forward pass that has seen what it was for."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with beside the hidden states; it hangs on the batch's size alone."""
+
+    positional: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Return the block's output."""
+        found = block(hidden, *self.positional, **self.named)
+        return found[0] if isinstance(found, tuple) else found
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The hidden states of all calibration windows in front of one block, (windows, length, d)."""
+
+    states: Tensor  # On the model's device, in main memory, or mapped from a file.
+    batch_size: int
+    device: torch.device  # The model's.
+    limit_bytes: float | None = None
+
+    def batches(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the states batch by batch, on a device."""
+        for start in range(0, len(self.states), self.batch_size):
+            where = slice(start, start + self.batch_size)
+            yield where, self.states[where].to(device)
+
+    def pass_(
+        self, block: nn.Module, calls: Mapping[int, Call], names: Sequence[str] = ()
+    ) -> dict[str, Carried]:
+        """Replace the states by what a block makes of them.
+
+        Returns:
+            What reached the named layers of the block; the block itself is called "".
+        """
+        reached: dict[str, Carried] = {}
+        for where, hidden in self.batches(device_of(block)):
+            with ExitStack() as stack:
+                for name in names:
+                    see = partial(self._see, reached, name, where)
+                    hook = block.get_submodule(name).register_forward_pre_hook(see)
+                    stack.callback(hook.remove)
+                self.states[where] = calls[len(hidden)](block, hidden)
+        return reached
+
+    def _see(
+        self,
+        reached: dict[str, Carried],
+        name: str,
+        where: slice,
+        _: nn.Module,
+        given: tuple[Tensor, ...],
+    ) -> None:
+        if name not in reached:
+            reached[name] = self._beside(given[0].shape[-1])
+        states = reached[name].states
+        states[where] = given[0].reshape_as(states[where])
+
+    def _beside(self, width: int) -> Carried:
+        """Return room for what reaches a layer, beside the states."""
+        shape = (*self.states.shape[:2], width)
+        states = _room(shape, self.states.dtype, self.device, self.limit_bytes)
+        return replace(self, states=states)
+
+
+def carried_of(
+    model: PreTrainedModel, tokens: Tensor, batch_size: int, limit_bytes: float | None = None
+) -> Carried:
+    """Return what reaches the first block, kept where there is room for it.
+
+    Args:
+        model: a causal language model.
+        tokens: windows (windows, length).
+        batch_size: windows per forward pass.
+        limit_bytes: that may be taken of the model's device, and then of main memory; beyond, the
+            states are mapped from a temporary file. None: a fifth of what is free.
+    """
+    first = decoder_blocks(model)[0]
+    width = model.config.get_text_config().hidden_size
+    states = _room((*tokens.shape, width), model.dtype, model.device, limit_bytes)
+    for start in range(0, len(tokens), batch_size):
+        where = slice(start, start + batch_size)
+        with ExitStack() as stack:
+            seen: list[Tensor] = []
+            stack.callback(first.register_forward_pre_hook(_stopping(seen)).remove)
+            try:
+                model(input_ids=tokens[where].to(model.device), use_cache=False)
+            except _ArrivedError:
+                states[where] = seen[0]
+    return Carried(states, batch_size, model.device, limit_bytes)
+
+
+def calls_of(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> list[dict[int, Call]]:
+    """Return, by block, what it is called with, by the number of windows in a batch."""
+    blocks = decoder_blocks(model)
+    calls: list[dict[int, Call]] = [{} for _ in blocks]
+    for size in {min(batch_size, len(tokens)), len(tokens) % batch_size} - {0}:
+        with ExitStack() as stack:
+            for block, found in zip(blocks, calls, strict=True):
+
+                def see(
+                    _: nn.Module,
+                    given: tuple[Any, ...],
+                    named: dict[str, Any],
+                    found: dict[int, Call] = found,
+                    size: int = size,
+                ) -> None:
+                    found[size] = Call(given[1:], named)
+
+                stack.callback(block.register_forward_pre_hook(see, with_kwargs=True).remove)
+            model(input_ids=tokens[:size].to(model.device), use_cache=False)
+    return calls
+
+
+def arrive(
+    block: nn.Module, hidden: Tensor, call: Call, name: str, writers: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Run a block until one of its layers is reached.
+
+    Returns:
+        That layer's input, and the residual stream that its output would be added to: what entered
+        the block, and what the layers named in `writers` have added to it by then.
+    """
+    stream, seen = [hidden], list[Tensor]()
+    with ExitStack() as stack:
+        for writer in writers:
+            layer = block.get_submodule(writer)
+            hook = layer.register_forward_hook(
+                lambda *call: stream.append(stream[-1] + call[-1].reshape_as(hidden))
+            )
+            stack.callback(hook.remove)
+        layer = block.get_submodule(name)
+        stack.callback(layer.register_forward_pre_hook(_stopping(seen)).remove)
+        with suppress(_ArrivedError):
+            call(block, hidden)
+    return seen[0], stream[-1]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the sites of a block hang together."""
+
+    groups: tuple[tuple[str, ...], ...]  # In the order of their use; a group reads one tensor.
+    writers: tuple[str, ...]  # Sites whose output is added to the residual stream as it is.
+
+
+def layout_of(block: nn.Module, hidden: Tensor, call: Call, sites: Sequence[str]) -> Layout:
+    """Find out by running a block which sites share an input, and which write to the stream.
+
+    A site writes to the stream if, with all other sites silent, the block returns its input plus
+    what the site puts out. Blocks that normalise after the addition have no such site.
+    """
+    seen: dict[int, list[str]] = {}
+    inputs: list[Tensor] = []  # Kept, so that an id stays its own.
+    with ExitStack() as stack:
+        for name in sites:
+
+            def see(_: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
+                inputs.append(given[0])
+                seen.setdefault(id(given[0]), []).append(name)
+
+            hook = block.get_submodule(name).register_forward_pre_hook(see)
+            stack.callback(hook.remove)
+        call(block, hidden)
+    order = [name for group in seen.values() for name in group]
+    writers = tuple(name for name in order if _writes(block, hidden, call, name, order))
+    return Layout(tuple(map(tuple, seen.values())), writers)
+
+
+def _writes(block: nn.Module, hidden: Tensor, call: Call, name: str, sites: Sequence[str]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    loud = torch.randn(hidden.shape, generator=generator).to(hidden)
+
+    def answer(site: str, output: Tensor) -> Tensor:
+        return loud.reshape(output.shape) if site == name else torch.zeros_like(output)
+
+    if block.get_submodule(name).out_features != hidden.shape[-1]:
+        return False
+    with ExitStack() as stack:
+        for site in sites:
+            hook = block.get_submodule(site).register_forward_hook(
+                lambda *call, site=site: answer(site, call[-1])
+            )
+            stack.callback(hook.remove)
+        found = call(block, hidden)
+    return torch.allclose(found, hidden + loud, rtol=1e-2, atol=1e-2)
+
+
+def device_of(block: nn.Module) -> torch.device:
+    """Return where a block computes."""
+    return next(block.parameters()).device
+
+
+def _stopping(seen: list[Tensor]) -> Any:
+    def see(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        seen.append(given[0])
+        raise _ArrivedError
+
+    return see
+
+
+def _room(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, limit_bytes: float | None
+) -> Tensor:
+    """Return an empty tensor on the device, else in main memory, else mapped from a file."""
+    count = int(torch.Size(shape).numel())
+    for place in dict.fromkeys([device, torch.device("cpu")]):
+        limit = SHARE * free_bytes(place) if limit_bytes is None else limit_bytes
+        if count * dtype.itemsize <= limit:
+            return torch.empty(shape, dtype=dtype, device=place)
+    with tempfile.TemporaryDirectory(prefix="iosvd-") as folder:
+        # The file has no name any more when this ends; its bytes go with the tensor.
+        path = str(Path(folder) / "states")
+        return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Keep of each decoder block its input alone, and compute the rest again when it is needed."""
+    # Not transformers' own: it works in training mode only, where dropout would be on.
+    blocks = decoder_blocks(model) if wanted else []
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # What stood in front of the method of the class.

@@ -1,0 +1,127 @@
+"""Load any Hugging Face causal language model: from the hub, from a folder, or embedded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from iosvd.errors import ConfigError, IosvdError, ModelError, one_line
+from iosvd.models.sites import SiteSelection
+from iosvd.system.typed_json import read_json
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+class Dtype(Enum):
+    """Floating-point type the model is loaded and saved in."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+    @property
+    def torch(self) -> torch.dtype:
+        return {
+            Dtype.float16: torch.float16,
+            Dtype.bfloat16: torch.bfloat16,
+            Dtype.float32: torch.float32,
+        }[self]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model, in which precision, and which of its layers are targets."""
+
+    name: str
+    path: str | None = None  # A local folder, which takes precedence over the hub.
+    hub_id: str | None = None
+    revision: str | None = None
+    embedded: bool = False  # One of the models that come with the package.
+    dtype: Dtype = Dtype.float16
+    seq_len: int = 2048  # Default window length: the protocol's, or a shorter context's.
+    trust_remote_code: bool = False
+    sites: SiteSelection = field(default_factory=SiteSelection)
+
+
+def load_model(model: Model, device: str = "cpu", device_map: str | None = None) -> PreTrainedModel:
+    """Load the weights in the model's dtype, in evaluation mode.
+
+    Args:
+        device: where to put it, for instance "cuda:0"; unused with a device map.
+        device_map: transformers' own, for instance "auto" to spread it over the GPUs.
+
+    Raises:
+        ModelError: no such model, no network, or a damaged file; the text says what to set.
+    """
+    options: dict[str, Any] = {"dtype": model.dtype.torch}
+    if device_map is not None:
+        options["device_map"] = device_map
+    loaded = _load("AutoModelForCausalLM", model, options)
+    return (loaded if device_map is not None else loaded.to(device)).eval()
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer."""
+    return _load("AutoTokenizer", model, {})
+
+
+def load_config(model: Model) -> Any:
+    """Load the model's configuration alone."""
+    return _load("AutoConfig", model, {})
+
+
+def context_of(folder: str) -> int:
+    """Return how many tokens the model in a folder can read at once.
+
+    Raises:
+        ModelError: the folder has no readable config.json that says so.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        return int(read_json(path)["max_position_embeddings"])
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not a model folder: it has no config.json") from None
+    except PermissionError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}; ask its owner") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ModelError(f"{path} does not name the model's context; set model.seq_len") from None
+
+
+def folder_of(model: Model) -> Path | None:
+    """Return the model's local folder, or None if it is to come from the hub."""
+    if model.embedded:
+        return ASSETS / model.name
+    return Path(model.path) if model.path is not None else None
+
+
+def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
+    import transformers
+
+    folder = folder_of(model)
+    if folder is None and model.hub_id is None:
+        raise ConfigError(f"model {model.name} has no source; set model.path=FOLDER")
+    if folder is not None and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder: it has no config.json; set model.path")
+    options = {**options, "trust_remote_code": model.trust_remote_code}
+    if folder is None:
+        options["revision"] = model.revision or "main"
+    try:
+        return getattr(transformers, loader).from_pretrained(folder or model.hub_id, **options)
+    except IosvdError:
+        raise
+    # transformers, safetensors and the hub client raise many types for a model that cannot be had.
+    except Exception as error:
+        cause = one_line(error)[:300]
+        if folder is not None:
+            raise ModelError(f"cannot load the model in {folder}: {cause}") from error
+        raise ModelError(
+            f"cannot load {model.hub_id} from the hub: {cause};"
+            " to use a local copy set model.path=FOLDER"
+        ) from error

@@ -1,0 +1,64 @@
+"""The next-token loss of a causal language model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from iosvd.errors import NumericalError
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    windows: Tensor,
+    batch_size: int,
+    starts: Iterable[int] | None = None,
+    context: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> float:
+    """Return the mean negative log-likelihood, nats per predicted token.
+
+    Args:
+        model: a causal language model.
+        windows: (windows, length).
+        batch_size: windows per forward pass.
+        starts: the first window of each batch, for who wants to watch them pass.
+        context: of the forward pass that begins at a window.
+
+    Raises:
+        NumericalError: a loss is not finite; the windows are named.
+    """
+    total = 0.0
+    with torch.inference_mode():
+        for start in range(0, len(windows), batch_size) if starts is None else starts:
+            batch = windows[start : start + batch_size].to(model.device)
+            with context(start):
+                logits = model(input_ids=batch, use_cache=False).logits
+            loss = float(summed_loss(logits, batch[:, 1:]))
+            if not math.isfinite(loss):
+                raise NumericalError(
+                    f"the loss of windows {start} to {start + len(batch) - 1} is NaN or infinite;"
+                    " try model.dtype=float32 or bfloat16"
+                )
+            total += loss
+    return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed cross-entropy in nats, in float32 or better.
+
+    Args:
+        logits: (windows, length, vocabulary).
+        labels: (windows, length − 1), the tokens after all positions but the last.
+    """
+    accumulate = torch.promote_types(logits.dtype, torch.float32)
+    predictions = logits[:, :-1].flatten(0, 1).to(accumulate)
+    return cross_entropy(predictions, labels.flatten().to(logits.device), reduction="sum")

@@ -1,0 +1,217 @@
+"""Carry out one run: once, by one process, with nothing lost by a crash."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from filelock import Timeout
+from omegaconf import OmegaConf
+
+from iosvd.errors import IosvdError, one_line
+from iosvd.runs.fingerprints import digest
+from iosvd.runs.measurement import measure, save_checkpoint_of
+from iosvd.runs.partial_results import PARTS
+from iosvd.runs.records import (
+    FAILURE,
+    METRICS,
+    TRACKED,
+    check_inside,
+    has_checkpoint,
+    read_record,
+    run_folder,
+)
+from iosvd.runs.run import Run
+from iosvd.runs.tracking import tracked
+from iosvd.system.files import (
+    own_folder,
+    process_lock,
+    remove_partial,
+    write_failures_explained,
+    write_json,
+    write_sealed,
+    written_whole,
+)
+from iosvd.system.logs import of_run
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+_PATIENCE_SECONDS = 2.0  # Whoever only looks whether a run is locked lets go at once.
+
+
+class Outcome(Enum):
+    """How a run ended."""
+
+    complete = "complete"
+    skipped = "skipped"
+    failed = "failed"
+    elsewhere = "elsewhere"  # Another process carries it out.
+
+
+def execute(run: Run) -> Outcome:
+    """Carry out a run unless it is complete; a failure is recorded, never raised.
+
+    `metrics.json` is written last. A failure leaves `failure.json` with the traceback, and is
+    tried again on the next launch.
+    """
+    folder = run_folder(run)
+    if run.runtime.threads is not None:
+        torch.set_num_threads(run.runtime.threads)
+    try:
+        with of_run(folder.name.rpartition("-")[0]), locked(run):
+            return _execute(run)
+    except Timeout:
+        log.info("another process carries out %s", folder)
+        return Outcome.elsewhere
+    # Whatever one run dies of must not end a sweep of two hundred.
+    except Exception as error:  # noqa: BLE001
+        record_failure(run, error)
+        return Outcome.failed
+
+
+@contextmanager
+def locked(run: Run, patience: float = _PATIENCE_SECONDS) -> Iterator[None]:
+    """Let no other process carry out the run.
+
+    Raises:
+        Timeout: one does.
+    """
+    folder = own_folder(Path(run.runtime.results) / "runs", ".locks")
+    lock = process_lock(folder / f"{digest(run)}.lock", timeout=patience)
+    with write_failures_explained(folder):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _execute(run: Run) -> Outcome:
+    folder = run_folder(run)
+    check_inside(folder, run)
+    if not run.runtime.force and read_record(folder) is not None:
+        return _complete_already(run, folder)
+    log.info("begins: %s", folder)
+    with write_failures_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    remove_partial(folder)
+    stale = (METRICS, FAILURE, TRACKED, *([PARTS] if run.runtime.force else []))
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    with written_whole(folder / "config.yaml") as temporary:
+        OmegaConf.save(OmegaConf.create(run.config), temporary)
+    with tracked(run, folder):
+        measured, retried = _with_less_memory(run, partial(measure, folder=folder))
+        if retried is not None:
+            measured["out_of_memory"] = retried
+        write_sealed(folder / METRICS, measured)
+        (folder / PARTS).unlink(missing_ok=True)
+    log.info("complete: %s", folder)
+    return Outcome.complete
+
+
+def _complete_already(run: Run, folder: Path) -> Outcome:
+    """Add to a complete run what it was not asked for when it was measured."""
+    log.info("complete already: %s", folder)
+    remove_partial(folder)
+    without = run.runtime.save_checkpoint and not has_checkpoint(folder)
+    if without:
+        log.info("its checkpoint is made now; nothing is measured again")
+        (folder / FAILURE).unlink(missing_ok=True)
+        _with_less_memory(run, partial(save_checkpoint_of, folder=folder))
+        log.info("checkpoint: %s", folder)
+    if not (folder / TRACKED).exists():
+        with tracked(run, folder):  # Complete before it was to be tracked.
+            pass
+    return Outcome.complete if without else Outcome.skipped
+
+
+def _with_less_memory(
+    run: Run, work: Callable[[Run], Result]
+) -> tuple[Result, dict[str, Any] | None]:
+    """Return what the work returns; if memory runs out, try once more with half the batch.
+
+    Returns:
+        The result, and how it was tried again, if it was.
+    """
+    try:
+        return work(run), None
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = one_line(error)[:300]
+    # Outside of the handler, whose traceback holds all that was allocated.
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    smaller = with_half_the_batch(run)
+    log.warning(
+        "out of memory; tried once more with batches of %d tokens and %d requests%s",
+        smaller.runtime.batch_tokens,
+        smaller.runtime.batch_requests,
+        ", block by block" if smaller.runtime.checkpoint_blocks else "",
+    )
+    retried = {
+        "error": reason,
+        "batch_tokens": smaller.runtime.batch_tokens,
+        "batch_requests": smaller.runtime.batch_requests,
+        "checkpoint_blocks": smaller.runtime.checkpoint_blocks,
+    }
+    return work(smaller), retried
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a GPU, in main memory, or of what the process may address."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's allocator for the CPU, the system, safetensors, C++.
+    signs = ("can't allocate memory", "Cannot allocate memory", "os error 12", "bad_alloc")
+    return any(sign in str(error) for sign in signs)
+
+
+def with_half_the_batch(run: Run) -> Run:
+    """Return a run with half the batch; one window is not divided, but its blocks are."""
+    runtime, length = run.runtime, max(run.calibration.seq_len, run.eval.seq_len)
+    whole = runtime.batch_tokens // length <= 1
+    return replace(
+        run,
+        runtime=replace(
+            runtime,
+            batch_tokens=max(1, runtime.batch_tokens // 2),
+            batch_requests=max(1, runtime.batch_requests // 2),
+            checkpoint_blocks=runtime.checkpoint_blocks or whole,
+        ),
+    )
+
+
+def record_failure(run: Run, error: Exception) -> None:
+    """Leave the reason and the traceback in the run's folder, and say so."""
+    folder, known = run_folder(run), isinstance(error, IosvdError)
+    line = str(error) if known else f"{type(error).__name__}: {one_line(error)}"
+    if not known and out_of_memory(error):
+        line = (
+            f"out of memory ({line}); lower runtime.batch_tokens, runtime.memory_gib or"
+            " runtime.workers, or raise the limit of the process (ulimit -v)"
+        )
+    try:
+        check_inside(folder, run)
+        folder.mkdir(parents=True, exist_ok=True)
+        trace = traceback.format_exception(error)
+        write_json(folder / FAILURE, {"error": line, "traceback": "".join(trace)})
+        where = "" if known else f" (traceback in {folder / FAILURE})"
+    except (OSError, IosvdError) as second:
+        reason = one_line(second)
+        where = "" if reason == line else f" (and failure.json could not be written: {reason})"
+    log.error("failed: %s%s", line, where)

@@ -1,0 +1,177 @@
+"""What a run's inputs are, independent of where they lie on this machine."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from iosvd.cache.disk import HASHES, Cache
+from iosvd.data.texts import Dataset, Split, local_file
+from iosvd.errors import DataError, ModelError
+from iosvd.evaluation import pydoc_task
+from iosvd.evaluation.zero_shot import ZeroShot, task_folder
+from iosvd.models.loading import folder_of
+from iosvd.runs.run import Run
+from iosvd.system.files import blocks_of, own_folder, write_sealed
+from iosvd.system.typed_json import DamagedError, read_sealed
+
+_LARGE_BYTES = 2**28  # A second to read.
+
+
+def digest(run: Run) -> str:
+    """Return the identity of a run: a hash of everything that its result depends on.
+
+    Local folders count by their content, not their path; `runtime`, `wandb` and the label do not
+    count.
+    """
+    apart = ("runtime", "eval", "wandb")
+    identity: dict[str, Any] = {k: v for k, v in run.config.items() if k not in apart}
+    # 1 and 1.0 are the same ratio.
+    identity["ratio"] = int(run.ratio) if run.ratio == 1 else run.ratio
+    identity |= _sources(run)
+    tasks = _tasks(run.config["eval"]["zero_shot"], run.eval.zero_shot)
+    identity["eval"] = {**run.config["eval"], "texts": _texts(run), "zero_shot": tasks}
+    return _hash_of(identity)[:12]
+
+
+def model_identity(run: Run, revision: str | None) -> str:
+    """Return what tells the weights of a run's model, in its dtype, from all others.
+
+    Args:
+        run: whose model is meant.
+        revision: of the hub that it was loaded from, however the run names it.
+    """
+    content = _model_content(run)
+    source = content or [run.model.hub_id, revision or run.model.revision]
+    return _hash_of({"source": source, "dtype": run.model.dtype.value})
+
+
+def tokens_identity(
+    run: Run, dataset: Dataset, split: Split, options: dict[str, Any], revision: str | None
+) -> dict[str, Any]:
+    """Return what windows of a text depend on: text, tokenizer, and how they are cut.
+
+    Args:
+        run: whose tokenizer is meant.
+        dataset, split: the text.
+        options: how windows are cut.
+        revision: of the hub that the tokenizer was loaded from.
+    """
+    return {
+        "model": model_identity(run, revision),
+        "dataset": _dataset(json.loads(json.dumps(asdict(dataset))), dataset, split),
+        "split": asdict(split),
+        **options,
+    }
+
+
+def _hash_of(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _sources(run: Run) -> dict[str, Any]:
+    return {
+        "model": _without_place(run.config["model"]) | {"content": _model_content(run)},
+        "dataset": _dataset(run.config["dataset"], run.dataset, run.dataset.calibration),
+    }
+
+
+def _texts(run: Run) -> dict[str, Any]:
+    return {
+        name: _dataset(run.config["eval"]["texts"][name], text, text.evaluation)
+        for name, text in run.eval.texts.items()
+    }
+
+
+def _without_place(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "path"}
+
+
+def _model_content(run: Run) -> str | None:
+    folder = folder_of(run.model)
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a model folder; set model.path")
+    try:
+        return _hash_files(*_files(folder), cache=Path(run.runtime.cache))
+    except OSError as error:
+        raise ModelError(
+            f"cannot read the model in {folder}: {error.strerror}: {error.filename}; ask its owner"
+            " for permission, or set model.path to a copy"
+        ) from error
+
+
+def _dataset(options: dict[str, Any], dataset: Dataset, split: Split) -> dict[str, Any]:
+    content = None
+    if dataset.path is not None:
+        content = _hash_text(local_file(dataset, split))
+    elif dataset.builtin:
+        content = platform.python_version()  # The text is that of this Python's library.
+    return _without_place(options) | {"content": content}
+
+
+def _tasks(options: dict[str, Any], zero_shot: ZeroShot) -> dict[str, Any]:
+    content: dict[str, str] = {}
+    for name in zero_shot.tasks:
+        if name == pydoc_task.NAME:
+            content[name] = platform.python_version()
+        elif zero_shot.path is not None:
+            content[name] = _hash_text(*_files(task_folder(zero_shot, name)))
+    return _without_place(options) | {"content": content}
+
+
+def _hash_text(*paths: Path) -> str:
+    try:
+        return _hash_files(*paths)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename}: {error.strerror}; ask its owner for permission, or set"
+            " the path of its data set or tasks to a copy"
+        ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
+
+
+def _hash_files(*paths: Path, cache: Path | None = None) -> str:
+    """Return a hash of the files' names and bytes.
+
+    Where size and time are those of before, so is the content: large files are not read again by
+    the same process, nor by another that finds the hash in the cache.
+    """
+    stats = [path.stat() for path in paths]
+    return _hash(
+        tuple((p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)),
+        cache if sum(s.st_size for s in stats) > _LARGE_BYTES else None,
+    )
+
+
+@functools.cache
+def _hash(files: tuple[tuple[Path, int, int], ...], cache: Path | None) -> str:
+    if cache is None:
+        return _hash_bytes(files)
+    Cache(cache).claim()
+    known = [[str(path.resolve()), size, time] for path, size, time in files]
+    place = own_folder(cache, HASHES) / f"{_hash_of({'files': known})[:32]}.json"
+    try:
+        return str(read_sealed(place)["hash"])
+    except (OSError, DamagedError, KeyError):
+        found = _hash_bytes(files)
+    write_sealed(place, {"files": known, "hash": found})
+    return found
+
+
+def _hash_bytes(files: tuple[tuple[Path, int, int], ...]) -> str:
+    total = hashlib.sha256()
+    for path, size, _ in files:
+        total.update(f"{path.name} {size} ".encode())
+        for block in blocks_of(path):
+            total.update(block)
+    return total.hexdigest()[:16]

@@ -1,0 +1,255 @@
+"""One run from beginning to end: load, compress, evaluate; nothing of it twice."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from iosvd.cache.spectra import Factorized
+from iosvd.data.windows import check_vocabulary
+from iosvd.errors import ModelError, RecordError
+from iosvd.evaluation.divergence import Context, divergences
+from iosvd.evaluation.perplexity import perplexity
+from iosvd.evaluation.zero_shot import TaskScore, ZeroShotResult, load_tasks, zero_shot
+from iosvd.layers.replacement import stored_bytes, truncated_weights
+from iosvd.models.loading import load_config, load_tokenizer
+from iosvd.models.sites import find_sites
+from iosvd.pipeline import Compressed, feasible_budget
+from iosvd.plan import Plan
+from iosvd.runs.fingerprints import digest
+from iosvd.runs.partial_results import Parts
+from iosvd.runs.records import ANSWERS, CHECKPOINT, PLAN, SPECTRA, read_plan
+from iosvd.runs.run import KL, Run
+from iosvd.runs.steps import batch_size, cache_of, compress_as, factorize_as, loaded
+from iosvd.runs.tokens import calibration_tokens, evaluation_tokens
+from iosvd.system.files import remove, write_json, written_whole
+from iosvd.system.timing import Stage, StageClock
+from iosvd.system.versions import commit, library_versions
+
+if TYPE_CHECKING:  # Both take seconds to import.
+    from lm_eval.api.task import Task
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WHOLE = "the compressed model"  # Beside the names of sites.
+
+
+def measure(run: Run, folder: Path) -> dict[str, Any]:
+    """Compress and evaluate; return what metrics.json will hold.
+
+    Args:
+        run: what is measured.
+        folder: the run's, which no other process writes to.
+    """
+    started, cache = datetime.now(timezone.utc), cache_of(run)
+    clock = StageClock()
+    parts = Parts(folder, f"{digest(run)} {commit()}", clock)
+    with clock.stage("data"):
+        _check_context(run)
+        tokenizer = load_tokenizer(run.model)
+        revision = getattr(load_config(run.model), "_commit_hash", None)
+        tokens = calibration_tokens(run, tokenizer, cache, revision)
+        texts = evaluation_tokens(run, tokenizer, cache, revision)
+        tasks = dict(zip(run.eval.zero_shot.tasks, load_tasks(run.eval.zero_shot), strict=True))
+    with clock.stage("load"):
+        model = loaded(run)
+        for windows in (tokens, *texts.values()):
+            check_vocabulary(windows, model.config.get_text_config().vocab_size)
+    # Before the work: an impossible budget should not cost a pass over the calibration set.
+    sites = find_sites(model, run.model.sites)
+    feasible_budget(sites, run.ratio, run.quantization, run.min_rank_fraction, run.correction)
+    del sites  # They would keep the dense weights.
+    factorized = factorize_as(run, model, tokens, cache)
+    compressed = compress_as(run, model, tokens, factorized, cache)
+    if cache.has_written:
+        cache.evict(used_before=started.timestamp())
+    _write_plan(compressed, folder)
+    if run.runtime.save_checkpoint:
+        _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, tokenizer)
+    evaluated = _evaluation(run, model, tokenizer, tasks, texts, parts)
+    write_json(folder / ANSWERS, evaluated.pop("answers"))
+    divergence = {}
+    if run.eval.kl is not KL.none:
+        divergence = _divergence(run, compressed, factorized, texts, parts)
+    stages = {**clock.stages, **compressed.stages}
+    return {
+        "digest": digest(run),
+        "label": run.label,
+        "model": run.model.name,
+        "model_revision": getattr(model.config, "_commit_hash", None),
+        "ratio": compressed.plan.ratio_asked,
+        "target_kl": run.target_kl,
+        **_plan_summary(compressed.plan),
+        "target_bytes": stored_bytes(model, compressed.plan.sites),
+        **evaluated,
+        **divergence,
+        "windows": {name: list(windows.shape) for name, windows in texts.items()},
+        "compression_seconds": sum(stage.seconds for stage in compressed.stages.values()),
+        # Of those that another run paid for, the seconds are what it took that one.
+        "computed_here": sorted(factorized.computed),
+        "stages": {name: _stage_summary(stage) for name, stage in stages.items()},
+        "device": _device_name(model),
+        "started": started.isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": library_versions(),
+        "config": run.config,
+    }
+
+
+def save_checkpoint_of(run: Run, folder: Path) -> None:
+    """Compress once more, from the cache where it can, and save what a complete run did not.
+
+    Args:
+        run: complete.
+        folder: the run's, which no other process writes to.
+
+    Raises:
+        RecordError: this version chooses other ranks than those that were measured.
+    """
+    cache, tokenizer = cache_of(run), load_tokenizer(run.model)
+    revision = getattr(load_config(run.model), "_commit_hash", None)
+    tokens, model = calibration_tokens(run, tokenizer, cache, revision), loaded(run)
+    compressed = compress_as(run, model, tokens, store=cache)
+    measured = read_plan(folder)["sites"]
+    now = {name: asdict(site) for name, site in compressed.plan.sites.items()}
+    stored = ("rank", "dense", "bits", "rounded_rows")
+    for name, site in now.items():
+        if any(site[key] != measured.get(name, {}).get(key) for key in stored):
+            raise RecordError(
+                f"{name} would not be stored as it was when {folder} was measured, by another"
+                " version or device; measure it anew with runtime.force=true"
+            )
+    _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, tokenizer)
+
+
+def _evaluation(
+    run: Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, Task],
+    texts: Mapping[str, Tensor],
+    parts: Parts,
+) -> dict[str, Any]:
+    """Measure perplexity on every text and accuracy on every task; each is kept at once."""
+
+    def text_perplexity(name: str) -> float:
+        return perplexity(model, texts[name], batch_size(run, texts[name]))
+
+    def task_scores(name: str) -> dict[str, Any]:
+        limit, requests = run.eval.zero_shot.limit, run.runtime.batch_requests
+        found = zero_shot(model, tokenizer, [tasks[name]], limit, requests)
+        return {"score": asdict(found.scores[name]), "correct": list(found.correct[name])}
+
+    perplexities = parts.of("evaluation", texts, text_perplexity)
+    answered = parts.of("zero_shot", tasks, task_scores)
+    scores = {name: found["score"] for name, found in answered.items()}
+    answers = {name: found["correct"] for name, found in answered.items()}
+    typed = {name: TaskScore(**score) for name, score in scores.items()}
+    return {
+        "perplexity": perplexities,
+        "zero_shot": scores,
+        "average_acc": ZeroShotResult(typed, answers).average,
+        "answers": answers,
+    }
+
+
+def _write_plan(compressed: Compressed, folder: Path) -> None:
+    compressed.plan.write(folder / PLAN, library_versions())
+    sigma = {name: s.float().contiguous() for name, s in compressed.sigma.items()}
+    with written_whole(folder / SPECTRA) as temporary:
+        save_file(sigma, temporary)
+
+
+def _divergence(
+    run: Run,
+    compressed: Compressed,
+    factorized: Factorized,
+    texts: Mapping[str, Tensor],
+    parts: Parts,
+) -> dict[str, Any]:
+    """Measure the exact divergence from the dense model, as `eval.kl` asks for it."""
+    ranks = compressed.plan.ranks
+    dense_model = functools.cache(lambda: loaded(run))
+
+    def of_text(name: str) -> dict[str, Any]:
+        dense = dense_model()
+        sites = find_sites(dense, run.model.sites)
+        variants: dict[str, tuple[PreTrainedModel, Context]]
+        variants = {WHOLE: (compressed.model, nullcontext)}
+        if run.eval.kl is KL.sites:
+            for site, rank in ranks.items():
+                alone = partial(truncated_weights, sites, factorized.spectra, {site: rank})
+                variants[site] = (dense, alone)
+        windows = _first(texts[name], run)
+        found = divergences(dense, variants, windows, batch_size(run, windows))
+        return {variant: asdict(value) for variant, value in found.items()}
+
+    found = parts.of("divergence", texts, of_text)
+    whole = {name: of_text.pop(WHOLE) for name, of_text in found.items()}
+    kl = run.whitening.predicts_kl
+    planned = {
+        site: {
+            "predicted_kl": plan.dropped_energy / 2 if kl else None,
+            "predicted_loss_change": plan.loss_change,
+        }
+        for site, plan in compressed.plan.sites.items()
+    }
+    by_site = {
+        name: {site: measured | planned[site] for site, measured in sites.items()}
+        for name, sites in found.items()
+    }
+    return {"divergence": whole, "site_divergence": by_site}
+
+
+def _first(windows: Tensor, run: Run) -> Tensor:
+    return windows[: run.eval.kl_windows] if run.eval.kl_windows else windows
+
+
+def _plan_summary(plan: Plan) -> dict[str, Any]:
+    return {
+        "ratio_achieved": plan.ratio_achieved,
+        "bits_kept": plan.bits_kept,
+        "bits_total": plan.bits_total,
+        "parameters_kept": plan.parameters_kept,
+        "parameters_total": plan.parameters_total,
+        "predicted_kl": plan.predicted_kl,
+        "predicted_loss_change": plan.predicted_loss_change,
+    }
+
+
+def _stage_summary(stage: Stage) -> dict[str, float]:
+    return {"seconds": round(stage.seconds, 3), "peak_bytes": stage.peak_bytes}
+
+
+def _save_checkpoint(
+    model: PreTrainedModel, folder: Path, plan: Plan, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    from iosvd.layers.checkpoint import save  # Imports much of transformers.
+
+    remove(folder)  # Left by a run that ended before its metrics were written.
+    save(model, folder, plan, tokenizer)
+
+
+def _check_context(run: Run) -> None:
+    """Fail before loading where windows are longer than the model's context."""
+    context = getattr(load_config(run.model), "max_position_embeddings", None)
+    longest = max(run.calibration.seq_len, run.eval.seq_len)
+    if context is not None and longest > context:
+        raise ModelError(
+            f"windows of {longest} tokens exceed the context of {context} of {run.model.name};"
+            f" set model.seq_len={context}"
+        )
+
+
+def _device_name(model: PreTrainedModel) -> str:
+    device = model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)

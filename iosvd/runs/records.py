@@ -1,0 +1,338 @@
+"""A run's folder: its config, its plan, and metrics.json, whose presence means complete."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from iosvd.errors import RecordError, one_line, plain, shortened
+from iosvd.plan import SitePlan
+from iosvd.runs.fingerprints import digest
+from iosvd.runs.run import Run
+from iosvd.system.typed_json import DamagedError, read_json, read_sealed, typed
+
+METRICS = "metrics.json"  # Written last, with a checksum.
+FAILURE = "failure.json"
+PLAN = "plan.json"
+SPECTRA = "spectra.safetensors"  # All singular values of every site.
+CHECKPOINT = "checkpoint"
+TRACKED = "wandb.json"  # Where the run was logged.
+ANSWERS = "answers.json"  # Which items of each zero-shot task were answered rightly.
+
+
+_LONGEST_LABEL = 100  # Characters of a folder's name; the digest tells it from all others.
+_LONGEST_NAME = 1000  # Of a site.
+
+
+def run_folder(run: Run) -> Path:
+    """Return `<results>/runs/<model>/<label>-<ratio>-<digest>`, unique to what the run measures.
+
+    Where the run has a target instead of a ratio, that is in its place.
+    A run that exists already keeps its folder, whatever its row was called when it was made: two
+    tables that name it differently share it.
+    """
+    folder, identity = Path(run.runtime.results) / "runs" / run.model.name, digest(run)
+    if found := sorted(folder.glob(f"*-{identity}")):
+        return found[0]
+    label = re.sub(r"[^\w.=]+", "_", run.label).strip("_")[:_LONGEST_LABEL]
+    goal = f"kl{run.target_kl:g}" if run.ratio is None else f"{run.ratio:g}"
+    return folder / f"{label}-{goal}-{identity}"
+
+
+def check_inside(folder: Path, run: Run) -> None:
+    """Raise RecordError where a link leads from the results to a folder that is not theirs."""
+    runs = (Path(run.runtime.results) / "runs").resolve()
+    if not folder.resolve().is_relative_to(runs):
+        raise RecordError(
+            f"{folder} is a link out of the results, to {folder.resolve()}; nothing is written"
+            " there: remove the link"
+        )
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Exact KL divergence from the dense model and change of the loss, nats per token."""
+
+    kl: float
+    loss_change: float
+
+
+@dataclass(frozen=True)
+class SiteDivergence(Divergence):
+    """Of one site truncated alone, with what was predicted for it."""
+
+    predicted_kl: float | None
+    predicted_loss_change: float | None
+
+
+@dataclass(frozen=True)
+class _Named:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Windows:
+    windows: int
+    seq_len: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    tasks: list[str]
+    limit: int
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    texts: dict[str, _Named]
+    seq_len: int
+    windows: int
+    zero_shot: _Tasks
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What readers need of the composed options."""
+
+    model: _Named
+    dataset: _Named
+    calibration: _Windows
+    eval: _Evaluation
+
+
+@dataclass(frozen=True)
+class _Accuracy:
+    acc: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What readers need of metrics.json, which holds more."""
+
+    digest: str
+    label: str
+    ratio: float
+    ratio_achieved: float
+    target_bytes: int
+    predicted_kl: float | None
+    predicted_loss_change: float | None
+    perplexity: dict[str, float]
+    zero_shot: dict[str, _Accuracy]
+    average_acc: float | None
+    compression_seconds: float
+    started: str
+    device: str
+    model_revision: str | None
+    commit: str
+    config: _Config
+    divergence: dict[str, Divergence] = field(default_factory=dict)
+    site_divergence: dict[str, dict[str, SiteDivergence]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        positive = {"ratio": self.ratio, **self.perplexity}
+        for name, value in positive.items():
+            if not value > 0:
+                raise DamagedError(f"{name} is {value:g}, not above 0")
+        texts = {*self.perplexity, *self.divergence, *self.site_divergence}
+        if unknown := sorted(texts - set(self.config.eval.texts)):
+            raise DamagedError(f"it measures {unknown[0]}, which is no text of its config")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """failure.json."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class _SitePlans:
+    """plan.json, as far as readers need it."""
+
+    sites: dict[str, SitePlan]
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise DamagedError(f"{PLAN} has no site")
+        for name, site in self.sites.items():
+            sizes = (site.out_features, site.in_features, site.rank, site.bits)
+            if len(name) > _LONGEST_NAME or not all(0 < size < 2**50 for size in sizes):
+                raise DamagedError(f"{PLAN} gives {shortened(name, 80)} impossible sizes")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a complete run measured, as tables and figures need it."""
+
+    digest: str  # Of the run that wrote it: what it measured.
+    label: str
+    ratio: float
+    ratio_achieved: float
+    target_bytes: int  # That the weights of the target layers take.
+    perplexity: Mapping[str, float]  # By the name of the data set.
+    accuracy: Mapping[str, float]  # `acc`, by task.
+    average_acc: float | None
+    extra: Mapping[str, float]  # Predictions and divergences, by the name of their column.
+    spread: Mapping[str, float]  # Standard deviation by column, where it is a mean over runs.
+    seconds: float  # Of the compression: statistics to replacement.
+    started: str
+    device: str
+    model_revision: str | None
+    commit: str
+
+    def value(self, metric: str) -> float | None:
+        """Return a metric by the name of its column, None if it was not measured."""
+        if metric.endswith("_ppl"):
+            return self.perplexity.get(metric.removesuffix("_ppl"))
+        numbers = {
+            "average_acc": self.average_acc,
+            "ratio_achieved": self.ratio_achieved,
+            "target_bytes": self.target_bytes,
+            "seconds": self.seconds,
+        }
+        if metric in numbers:
+            return numbers[metric]
+        return self.accuracy.get(metric, self.extra.get(metric))
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run's folder holds its compressed model."""
+    return (folder / CHECKPOINT / "config.json").is_file()
+
+
+def read_record(folder: Path) -> Record | None:
+    """Read the metrics of a run, None if it is not complete.
+
+    Raises:
+        RecordError: metrics.json is damaged, or somebody else's.
+    """
+    return _record(typed_metrics(folder)) if (folder / METRICS).exists() else None
+
+
+def typed_metrics(folder: Path) -> Metrics:
+    """Return what readers need of a complete run's metrics.
+
+    Raises:
+        RecordError: it cannot be read, or a value is of another type than it should be.
+    """
+    return typed(Metrics, read_metrics(folder), METRICS)
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Return all that a complete run measured, as it was written.
+
+    Raises:
+        RecordError: it cannot be read, or what readers need of it is of another type.
+    """
+    path = folder / METRICS
+    try:
+        written = read_sealed(path)
+        typed(Metrics, written, METRICS)
+        return written
+    except (OSError, DamagedError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """Return the plan of a complete run, as it was written.
+
+    Raises:
+        RecordError: it is absent, damaged or of another version.
+    """
+    path = folder / PLAN
+    try:
+        plan = read_json(path)
+        typed(_SitePlans, plan, PLAN)
+        return plan
+    except (OSError, DamagedError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_failure(folder: Path) -> str | None:
+    """Return the line that a failed run left, None if it left none."""
+    path = folder / FAILURE
+    try:
+        lines = typed(_Failure, read_json(path), FAILURE).error.splitlines()
+        return shortened(plain(lines[0] if lines else "no reason was recorded"), 300)
+    except FileNotFoundError:
+        return None
+    except (OSError, DamagedError) as error:
+        return f"cannot read {path}: {_cause(error)}; run it again"
+
+
+def _unreadable(path: Path, error: Exception) -> RecordError:
+    return RecordError(f"cannot read {path}: {_cause(error)}; remove it and run again")
+
+
+def _cause(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+
+
+def _record(metrics: Metrics) -> Record:
+    # The text's name, not its key: the data set that calibrates is "own" in every run.
+    names = {key: text.name for key, text in metrics.config.eval.texts.items()}
+    return Record(
+        digest=metrics.digest,
+        label=plain(metrics.label),
+        ratio=metrics.ratio,
+        ratio_achieved=metrics.ratio_achieved,
+        target_bytes=metrics.target_bytes,
+        perplexity={names[key]: value for key, value in metrics.perplexity.items()},
+        accuracy={name: task.acc for name, task in metrics.zero_shot.items()},
+        average_acc=metrics.average_acc,
+        extra=dict(_extra(metrics, names)),
+        spread={},
+        seconds=metrics.compression_seconds,
+        started=plain(metrics.started),
+        device=plain(metrics.device),
+        model_revision=None if metrics.model_revision is None else plain(metrics.model_revision),
+        commit=plain(metrics.commit),
+    )
+
+
+def _extra(metrics: Metrics, names: Mapping[str, str]) -> Iterator[tuple[str, float]]:
+    if metrics.predicted_kl is not None:
+        yield "predicted_kl", metrics.predicted_kl
+    if metrics.predicted_loss_change is not None:
+        yield "predicted_loss_change", metrics.predicted_loss_change
+    for text, measured in metrics.divergence.items():
+        yield f"{names[text]}_kl", measured.kl
+        yield f"{names[text]}_loss_change", measured.loss_change
+    for text, sites in metrics.site_divergence.items():
+        # A truncation that changes nothing at all was predicted neither well nor badly.
+        predicted = [(s.predicted_kl, s.kl) for s in sites.values() if s.kl > 0]
+        if ratios := [guess / kl for guess, kl in predicted if guess is not None]:
+            yield f"{names[text]}_site_median", statistics.median(ratios)
+            within = [0.5 <= ratio <= 2 for ratio in ratios]
+            yield f"{names[text]}_sites_within_two", sum(within) / len(within)
+
+
+def read_plan_and_spectra(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the plan of a complete run, and all singular values of every site.
+
+    Raises:
+        RecordError: one of them is absent or damaged.
+    """
+    plan = read_plan(folder)
+    try:
+        sigma = load_file(folder / SPECTRA)
+    except (OSError, SafetensorError) as error:
+        raise RecordError(
+            f"cannot read the spectra in {folder} ({one_line(error)}); remove it and run again"
+        ) from error
+    for name, values in sigma.items():
+        if values.ndim != 1 or not values.is_floating_point() or not values.isfinite().all():
+            raise RecordError(
+                f"the spectrum of {name} in {folder} is not a list of finite numbers;"
+                " remove the folder and run again"
+            )
+    return plan, sigma

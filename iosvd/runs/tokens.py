@@ -1,0 +1,57 @@
+"""The windows of tokens that a run reads, from the cache where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from iosvd.cache.keys import tokens_key
+from iosvd.cache.store import Key, Store, get_or_compute
+from iosvd.data.windows import calibration_windows, evaluation_windows
+from iosvd.runs.fingerprints import tokens_identity
+from iosvd.runs.run import Run
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedTokenizerBase
+
+
+def calibration_tokens(
+    run: Run, tokenizer: PreTrainedTokenizerBase, store: Store, revision: str | None
+) -> Tensor:
+    """Return the windows that calibrate, (windows, length).
+
+    Args:
+        run: what is measured.
+        tokenizer: the run's.
+        store: where they are kept.
+        revision: of the hub that the tokenizer was loaded from.
+    """
+    c, text = run.calibration, run.dataset
+    options = {"windows": c.windows, "length": c.seq_len, "seed": c.seed, "use": "calibration"}
+    key = tokens_key(tokens_identity(run, text, text.calibration, options, revision))
+    return _kept(
+        store, key, lambda: calibration_windows(tokenizer, text, c.windows, c.seq_len, c.seed)
+    )
+
+
+def evaluation_tokens(
+    run: Run, tokenizer: PreTrainedTokenizerBase, store: Store, revision: str | None
+) -> dict[str, Tensor]:
+    """Return the windows of each evaluation text, (windows, length)."""
+    found = {}
+    for name, text in run.eval.texts.items():
+        options: dict[str, Any] = {"windows": run.eval.windows, "length": run.eval.seq_len}
+        key = tokens_key(tokens_identity(run, text, text.evaluation, options, revision))
+
+        def compute(text: Any = text) -> Tensor:
+            return evaluation_windows(tokenizer, text, run.eval.seq_len, run.eval.windows)
+
+        found[name] = _kept(store, key, compute)
+    return found
+
+
+def _kept(store: Store, key: Key, compute: Callable[[], Tensor]) -> Tensor:
+    entry, _ = get_or_compute(store, key, key, lambda: {"windows": compute()})
+    return entry.tensors["windows"]

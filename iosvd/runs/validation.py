@@ -1,0 +1,79 @@
+"""Options that contradict each other, found before a model is loaded."""
+
+from __future__ import annotations
+
+from iosvd.budget import check_fraction, check_ratio
+from iosvd.errors import ConfigError
+from iosvd.factorization import Algorithm, Precision
+from iosvd.runs.run import Halves, Run
+from iosvd.statistics.needs import ALL_WINDOWS
+from iosvd.target import check_target
+
+_NEARLY = 0.95  # Of the dense size, at the break-even rank of a layer of 40 × 40 or more.
+
+
+def check_combination(run: Run) -> None:
+    """Raise ConfigError or BudgetError for options that make no sense together."""
+    _check_goal(run)
+    _check_floor(run)
+    _check_gradient(run)
+    _check_trials(run)
+    f = run.factorization
+    if f.precision is Precision.float32 and f.algorithm is Algorithm.gram:
+        raise ConfigError(
+            "factorization.precision=float32 needs factorization.algorithm=svd: a Gram matrix in"
+            " float32 loses the smaller half of the spectrum"
+        )
+
+
+def _check_goal(run: Run) -> None:
+    if run.target_kl is None:
+        if run.ratio is None:
+            raise ConfigError("ratio is not set; set ratio=0.8 or target_kl=0.05")
+        check_ratio(run.ratio)
+        return
+    if run.ratio is not None:
+        raise ConfigError(
+            f"target_kl chooses the ratio; leave out ratio={run.ratio:g} or target_kl"
+        )
+    check_target(run.target_kl, run.whitening, run.quantization)
+
+
+def _check_floor(run: Run) -> None:
+    fraction = run.min_rank_fraction
+    check_fraction(fraction)
+    # At its break-even rank a site costs nearly as much as dense; what exactly it costs is known
+    # when the model is.
+    if not run.quantization.rounds and run.ratio is not None and _NEARLY * fraction > run.ratio:
+        raise ConfigError(
+            f"min_rank_fraction={fraction:g} keeps more than ratio={run.ratio:g} allows;"
+            " lower it, or raise ratio"
+        )
+
+
+def _check_trials(run: Run) -> None:
+    """Windows of a trial are the first ones of those that whiten."""
+    if (windows := run.allocation.trial_windows) is not None:
+        _check_windows("allocation.windows", windows, run)
+
+
+def _check_gradient(run: Run) -> None:
+    asked, calibration = run.allocation.needs.gradient_windows, run.calibration
+    if calibration.windows_each < 1:
+        raise ConfigError(f"calibration.halves={calibration.halves.value} needs 2 windows at least")
+    if calibration.halves is Halves.other and not asked:
+        raise ConfigError(
+            "calibration.halves=other scores with windows of its own, but this allocation needs no"
+            " gradient; choose allocation=loss_aware or zero_sum, or calibration.halves=same"
+        )
+    if asked != ALL_WINDOWS:
+        _check_windows("allocation.gradient_windows", asked, run)
+
+
+def _check_windows(option: str, asked: int, run: Run) -> None:
+    there = run.calibration.windows_each
+    if asked > there:
+        raise ConfigError(
+            f"{option}={asked}, but only {there} windows are there for it; set it to 0 for all,"
+            " or raise calibration.windows"
+        )

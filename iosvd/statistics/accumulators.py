@@ -1,0 +1,170 @@
+"""Running sums over the calibration set: what the hooks of `statistics` add to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from iosvd.errors import NumericalError
+from iosvd.linalg import add_lower_gram_, add_product_, mirror_
+from iosvd.statistics.kronecker import KroneckerSums
+from iosvd.statistics.needs import Needs, SiteStatistics
+
+
+class Phase(Enum):
+    """What arrives at the hooks."""
+
+    INPUTS = auto()
+    KL = auto()
+    LOSS = auto()  # Of the true next tokens.
+    SAMPLED_LOSS = auto()
+
+
+@dataclass
+class Sums:
+    """Sums by site, in float32 or better."""
+
+    needs: Needs
+    shared: Mapping[str, str]  # Site to the first site that reads the same tensor.
+    on_cpu: bool = False  # Rather than on the site's device.
+    phase: Phase = Phase.INPUTS
+    first_window: int = 0  # Of the batch that passes.
+    windows: int = 0  # In that batch.
+    only_kronecker: bool = False  # In the passes after the first.
+    input_metric: dict[str, Tensor] = field(default_factory=dict)
+    input_magnitude: dict[str, Tensor] = field(default_factory=dict)
+    kl_metric: dict[str, Tensor] = field(default_factory=dict)
+    fisher_metric: dict[str, Tensor] = field(default_factory=dict)
+    fisher_rows: dict[str, Tensor] = field(default_factory=dict)
+    gradient: dict[str, Tensor] = field(default_factory=dict)
+    kronecker: KroneckerSums = field(default_factory=KroneckerSums)
+
+    def see_output(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        """Add a site's inputs, and watch for the cotangents of its output."""
+        if self.phase is not Phase.INPUTS:  # A checkpointed block computes its activations again.
+            return
+        x = inputs[0].detach()
+        if self.shared[name] == name and not self.only_kronecker:
+            rows = _rows(x)
+            if self.needs.input_metric:
+                self._add_gram(self.input_metric, name, rows)
+            if self.needs.input_magnitude:
+                self._add(self.input_magnitude, name, rows.abs().sum(0))
+        if self.needs.backward:
+            weighs = self.needs.gradient_windows > 0 or self.needs.every_gradient
+            y.register_hook(partial(self.see_cotangent, name, x if weighs else None))
+
+    def see_cotangent(self, name: str, x: Tensor | None, cotangent: Tensor) -> None:
+        """Add what was back-propagated to a site's output."""
+        rows = _rows(cotangent)
+        if self.phase is Phase.KL:
+            self._add_gram(self.kl_metric, name, rows)
+        elif self.phase is Phase.SAMPLED_LOSS:
+            self._add_gram(self.fisher_metric, name, rows)
+        elif self.phase is Phase.LOSS:
+            self._see_loss(name, x, rows)
+
+    def _see_loss(self, name: str, x: Tensor | None, rows: Tensor) -> None:
+        metric = self.needs.fisher_metric
+        if metric is not None and not metric.sampled and not self.only_kronecker:
+            self._add_gram(self.fisher_metric, name, rows)
+        if x is None:
+            return
+        inputs, length = _rows(x), len(rows) // self.windows
+        scored = max(0, min(self.windows, self.needs.gradient_windows - self.first_window))
+        if scored and not self.only_kronecker:
+            kept = scored * length
+            self._add_product(self.gradient, name, rows[:kept], inputs[:kept])
+        if self.needs.every_gradient:
+            for g, seen in zip(rows.split(length), inputs.split(length), strict=True):
+                self._see_window(name, g.T @ seen)
+
+    def _see_window(self, name: str, gradient: Tensor) -> None:
+        if self.needs.fisher_rows and not self.only_kronecker:
+            self._add(self.fisher_rows, name, gradient.square().sum(1))
+        if self.needs.kronecker_passes:
+            self.kronecker.add(name, gradient)
+
+    def _add(self, sums: dict[str, Tensor], name: str, term: Tensor) -> None:
+        sums[name] = (
+            sums[name].add_(term.to(sums[name].device)) if name in sums else self._own(term)
+        )
+
+    def _add_gram(self, sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
+        """Add rowsᵀ rows, of which only the lower triangle's blocks are computed."""
+        width = rows.shape[1]
+        if name not in sums:
+            sums[name] = rows.new_zeros(width, width, device="cpu" if self.on_cpu else None)
+        add_lower_gram_(sums[name], rows)
+
+    def _add_product(self, sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
+        """Add aᵀ b."""
+        if name not in sums:
+            shape = (a.shape[1], b.shape[1])
+            sums[name] = a.new_zeros(shape, device="cpu" if self.on_cpu else None)
+        add_product_(sums[name], a, b)
+
+    def _own(self, term: Tensor) -> Tensor:
+        return term.cpu() if self.on_cpu else term
+
+    def check(self) -> None:
+        """Raise for the first site, in the order of the model, whose sums are not finite."""
+        for name in self.shared:
+            for what, sums in self._named():
+                if name in sums and not torch.isfinite(sums[name]).all():
+                    raise NumericalError(
+                        f"the {what} of {name} have NaN or infinity on the calibration set;"
+                        " try model.dtype=float32 or bfloat16"
+                    )
+
+    def _named(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        yield "inputs", self.input_metric
+        yield "inputs", self.input_magnitude
+        yield "output cotangents", self.kl_metric
+        yield "output gradients", self.fisher_metric
+        yield "squared gradients", self.fisher_rows
+        yield "gradient", self.gradient
+        yield "Kronecker factor", self.kronecker.sums
+
+    def finish(self, windows: int, length: int) -> None:
+        """Turn the sums into means, in place: sites that share a metric share its memory."""
+        estimates = self.needs.kl_metric.estimates if self.needs.kl_metric else 1
+        predictions = length - 1  # In a window; its loss is their mean.
+        for sums, count in (
+            (self.input_metric, windows * length),
+            (self.input_magnitude, windows * length),
+            (self.kl_metric, windows * length * estimates),
+            (self.fisher_metric, windows * predictions),
+            (self.fisher_rows, windows * predictions**2),
+            (self.gradient, min(self.needs.gradient_windows, windows) * predictions),
+        ):
+            for total in sums.values():
+                total.div_(count)
+        symmetric = (self.input_metric, self.kl_metric, self.fisher_metric)
+        for total in (total for sums in symmetric for total in sums.values()):
+            mirror_(total)
+
+    def statistics(self, name: str) -> SiteStatistics:
+        """Return the finished means of a site."""
+        leader = self.shared[name]
+        return SiteStatistics(
+            site=name,
+            input_metric=self.input_metric.get(leader),
+            input_magnitude=self.input_magnitude.get(leader),
+            kl_metric=self.kl_metric.get(name),
+            fisher_metric=self.fisher_metric.get(name),
+            fisher_rows=self.fisher_rows.get(name),
+            kronecker_left=self.kronecker.left.get(name),
+            kronecker_right=self.kronecker.right.get(name),
+            gradient=self.gradient.get(name),
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Flatten (windows, length, width) to (tokens, width) in float32 or better."""
+    return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,134 @@
+"""How much memory there is, and what a pass of statistics takes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from iosvd.budget import Shape
+from iosvd.statistics.needs import Needs
+from iosvd.system.machine import GIB, free_bytes, taken_bytes
+
+SPARE = 0.1  # Of what is free: allocators and libraries take some too.
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """How statistics share the memory; it changes their values by rounding only."""
+
+    limit_bytes: float = math.inf  # Of the sums of one pass over the calibration set.
+    metrics_on_cpu: bool = False  # The sums are in main memory, wherever the model is.
+    checkpoint_blocks: bool = (
+        False  # Activations of one decoder block at a time, and a forward more.
+    )
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one batch of windows takes beside weights and sums, in bytes, by shapes alone.
+
+    Counted for blocks of linear layers whose weights ask for no gradient: the output of every
+    layer, the activation function's result, both norms in float32, and for a weight's gradient
+    each layer's input; logits and what the cotangents are made of. Measured within 10 % of the
+    whole peak (make bench), of which it is the smaller part.
+    """
+
+    shapes: tuple[tuple[Shape, ...], ...]  # Of the linear layers, by decoder block.
+    hidden: int
+    vocabulary: int
+    tokens: int  # Of a batch.
+    entry_bytes: int  # Of the model's dtype.
+
+    def bytes(self, needs: Needs, checkpoint_blocks: bool) -> int:
+        """Return the bytes at the most crowded moment of a forward and backward pass."""
+        blocks = [self._block(shapes, needs) for shapes in self.shapes]
+        logits = self.tokens * self.vocabulary
+        if not needs.backward:
+            return max(blocks) + logits * self.entry_bytes
+        kept = sum(blocks)
+        if checkpoint_blocks:
+            kept = len(blocks) * self.tokens * self.hidden * self.entry_bytes + max(blocks)
+        # Logits and their gradient in the model's dtype, probabilities or the like in float32.
+        return kept + logits * (2 * self.entry_bytes + 4 * (2 + needs.true_loss))
+
+    def _block(self, shapes: Iterable[Shape], needs: Needs) -> int:
+        shapes = list(shapes)
+        per_token = sum(shape.m for shape in shapes) + max(shape.m for shape in shapes)
+        if needs.gradient_windows or needs.every_gradient:
+            per_token += sum({shape.n for shape in shapes}) + self.hidden
+        return self.tokens * (per_token * self.entry_bytes + 2 * 4 * self.hidden)
+
+
+def sums_limit(
+    memory_gib: float | None,
+    devices: Collection[torch.device],
+    beside: int,
+    workers: int = 1,
+) -> float:
+    """Return how many bytes the sums of a pass may take.
+
+    Args:
+        memory_gib: that this process may take of the devices' memory; None: what is free.
+        devices: where the sums are kept.
+        beside: bytes that are still to be taken there: by activations, or weights.
+        workers: processes that share main memory alike.
+    """
+    if memory_gib is not None:
+        return memory_gib * GIB - sum(map(taken_bytes, devices)) - beside
+    free = sum(free_bytes(d) / (1 if d.type == "cuda" else workers) for d in devices)
+    return (1 - SPARE) * free - beside
+
+
+def statistics_bytes(shapes: Mapping[str, Shape], needs: Needs, shared: Mapping[str, str]) -> int:
+    """Return the bytes of the sums of these sites, in float32.
+
+    Args:
+        shapes: of the sites' weights.
+        needs: what is collected.
+        shared: what `shared_inputs` returned, of these sites or more.
+    """
+    entries = 0
+    readers: set[str] = set()
+    for name, shape in shapes.items():
+        m, n = shape.m, shape.n
+        if shared[name] not in readers:  # It pays for those that read the same.
+            readers.add(shared[name])
+            entries += n * n * needs.input_metric + n * needs.input_magnitude
+        entries += m * m * ((needs.kl_metric is not None) + (needs.fisher_metric is not None))
+        entries += m * needs.fisher_rows + m * n * (needs.gradient_windows > 0)
+        # Both factors, and the sum of the one that is being updated.
+        entries += (m * m + n * n + max(m, n) ** 2) * (needs.kronecker_passes > 0)
+    return 4 * entries
+
+
+def groups_within(
+    shapes: Mapping[str, Shape], needs: Needs, shared: Mapping[str, str], limit_bytes: float
+) -> list[list[str]]:
+    """Divide sites, in their order, so that the sums of a group are within a limit."""
+
+    def size(group: list[str]) -> int:
+        return statistics_bytes({name: shapes[name] for name in group}, needs, shared)
+
+    return in_groups(shapes, size, limit_bytes)
+
+
+def in_groups(
+    sites: Iterable[str], size_bytes: Callable[[list[str]], int], limit_bytes: float
+) -> list[list[str]]:
+    """Divide sites, in their order, into as few groups as a limit allows, one site at least each.
+
+    Args:
+        sites: qualified names.
+        size_bytes: of a group.
+        limit_bytes: of every group.
+    """
+    groups: list[list[str]] = []
+    for site in sites:
+        if groups and size_bytes([*groups[-1], site]) <= limit_bytes:
+            groups[-1].append(site)
+        else:
+            groups.append([site])
+    return groups

@@ -1,0 +1,135 @@
+"""What a run will take, from the shapes of its model alone: bytes, passes, multiplications."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from iosvd.budget import Shape
+from iosvd.linalg import GRAM_SHARE
+from iosvd.models.loading import Model, load_config
+from iosvd.models.sites import SiteSelection, decoder_blocks, find_linears, shared_inputs
+from iosvd.statistics.kl_metric import Estimator
+from iosvd.statistics.memory import Activations, groups_within, statistics_bytes
+from iosvd.statistics.needs import Needs
+
+if TYPE_CHECKING:  # transformers' models take seconds to import.
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiplications per token."""
+
+    model: float  # Forward and backward through the layers, in the model's dtype.
+    sums: float  # The products that the statistics are sums of, in float32.
+
+    @property
+    def total(self) -> float:
+        return self.model + self.sums
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's shapes, without its weights."""
+
+    sites: Mapping[str, Shape]
+    shared: Mapping[str, str]  # Site to the first site that reads the same tensor.
+    activations: Activations
+    weight_bytes: int
+
+    def passes(self, needs: Needs, limit_bytes: float) -> list[int]:
+        """Return the bytes of the sums in each pass over the calibration set."""
+        if needs == Needs():
+            return []
+        groups = groups_within(self.sites, needs, self.shared, limit_bytes)
+        shapes = ({name: self.sites[name] for name in group} for group in groups)
+        return [statistics_bytes(group, needs, self.shared) for group in shapes]
+
+    @property
+    def forward(self) -> int:
+        """Multiplications of a forward pass through the linear layers, per token."""
+        head = self.activations.hidden * self.activations.vocabulary
+        return head + sum(shape.entries for shape in self.sites.values())
+
+    def statistics(self, needs: Needs, length: int) -> Work:
+        """Return what one collection of all statistics takes, per token.
+
+        Attention, norms and the softmax are left out.
+
+        Args:
+            needs: what is collected.
+            length: of a calibration window.
+        """
+        if needs == Needs():
+            return Work(0, 0)
+        passes, kl = max(1, needs.kronecker_passes), needs.kl_metric
+        sampled = needs.fisher_metric is not None and needs.fisher_metric.sampled
+        # One backward pass and one product a probe, or for each of the K tokens.
+        probes = 0 if kl is None else kl.probes if kl.estimator is Estimator.probe else kl.top_k
+        backward = probes + sampled + needs.true_loss * passes
+        weighed = (needs.gradient_windows > 0) + needs.every_gradient * passes
+        shapes = self.sites.values()
+        products = float(weighed * sum(shape.entries for shape in shapes))
+        grams = needs.input_metric * sum(self.sites[x].n ** 2 for x in set(self.shared.values()))
+        grams += (probes + (needs.fisher_metric is not None)) * sum(s.m**2 for s in shapes)
+        products += GRAM_SHARE * grams
+        if needs.kronecker_passes:  # G A Gᵀ or Gᵀ B G, once a window.
+            products += passes * sum(s.m * s.n * (s.m + s.n) for s in shapes) / length
+        return Work((passes + backward) * self.forward, products)
+
+    @property
+    def spectra_bytes(self) -> int:
+        """Bytes of all components of all sites in float32, in the cache."""
+        return sum(4 * s.full_rank * (s.m + s.n) for s in self.sites.values())
+
+
+def outline(model: Model, tokens: int) -> Outline:
+    """Return the shapes of a model from its configuration; no weight is loaded.
+
+    Args:
+        model: which.
+        tokens: of a batch.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(
+            load_config(model),
+            dtype=model.dtype.torch,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation="eager",  # The others look at values, and these have none.
+        )
+    return outline_of(empty.eval(), model.sites, tokens)
+
+
+def outline_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) -> Outline:
+    """Return the shapes of a model that is there, on the meta device perhaps."""
+    sites = find_linears(model, selection)
+    few = torch.zeros(1, 8, dtype=torch.long)
+    return Outline(
+        sites={name: Shape(*site.weight.shape) for name, site in sites.items()},
+        shared=shared_inputs(model, few, sites),
+        activations=activations_of(model, selection, tokens),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+    )
+
+
+def activations_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) -> Activations:
+    """Return what decides how much memory a batch of so many tokens takes."""
+    linears = set(find_linears(model, selection).values())
+    blocks = [
+        tuple(Shape(*m.weight.shape) for m in block.modules() if m in linears)
+        for block in decoder_blocks(model)
+    ]
+    config = model.config.get_text_config()
+    return Activations(
+        shapes=tuple(block for block in blocks if block),
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        tokens=tokens,
+        entry_bytes=model.dtype.itemsize,
+    )

@@ -1,0 +1,162 @@
+"""From the overrides of a sweep to its runs, as Hydra would launch them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from iosvd.errors import ConfigError, one_line
+from iosvd.runs.config import (
+    METHOD_GROUPS,
+    compose,
+    compose_run,
+    group_of,
+    label,
+    method_options,
+    number,
+    refers_to_ratio,
+    run_of,
+)
+from iosvd.runs.fingerprints import digest
+from iosvd.runs.run import Run
+from iosvd.runs.validation import check_combination
+from iosvd.sweeps.hydra_internals import split_sweep
+
+# A row says these by itself.
+_SHOWN_APART = frozenset({"method", "ratio", "model", "model.path", "model.hub_id", "model.name"})
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, and the overrides that make it: what Hydra's launcher is given."""
+
+    run: Run
+    overrides: tuple[str, ...]
+
+
+def expand(overrides: Sequence[str], sweep: bool) -> list[Run]:
+    """Compose and check the run of these overrides, or every run of the sweep they describe.
+
+    A run of a sweep is named after its method and what distinguishes it from the others; what the
+    command line fixes for all of them names none.
+
+    Raises:
+        ConfigError: one line that names the option and what it may be.
+    """
+    return [job.run for job in _cells(overrides)] if sweep else [compose_run(overrides)]
+
+
+def baselines(overrides: Sequence[str]) -> list[Run]:
+    """Return the dense runs that the rows of a sweep are to be compared with, one for each model.
+
+    They have one ratio and no method's options, so they cannot be cells of the sweep itself.
+    """
+    return [job.run for job in _baselines(overrides)]
+
+
+def sweep_jobs(overrides: Sequence[str]) -> list[Job]:
+    """Return the jobs of a sweep, baselines first, each run once.
+
+    Those that differ in the ratio alone lie apart: side by side they would wait for each other's
+    statistics.
+
+    Raises:
+        ConfigError: one line that names the option and what it may be.
+    """
+    cells = _cells(overrides)
+    ratios = list(dict.fromkeys(job.run.ratio for job in cells))
+    ordered = [*_baselines(overrides), *sorted(cells, key=lambda job: ratios.index(job.run.ratio))]
+    return list({digest(job.run): job for job in reversed(ordered)}.values())[::-1]
+
+
+def _cells(overrides: Sequence[str]) -> list[Job]:
+    jobs = _jobs(overrides)
+    common = set.intersection(*map(set, jobs))
+    fixed = {line for line in common if _key(line) in {_key(given) for given in overrides}}
+    return [
+        Job(dataclasses.replace(run, label=_label(run, job, common, fixed)), tuple(job))
+        for run, job in zip(_composed_once(jobs), jobs, strict=True)
+    ]
+
+
+def _baselines(overrides: Sequence[str]) -> list[Job]:
+    dropped = {*METHOD_GROUPS, "method", "ratio", "target_kl", "min_rank_fraction"}
+    jobs = [
+        (
+            *(
+                line
+                for line in job
+                if group_of(line) not in dropped and _key(line) != "calibration.halves"
+            ),
+            *("method=dense", "ratio=1"),
+        )
+        for job in _jobs(overrides)
+    ]
+    found = [Job(compose_run(job), job) for job in dict.fromkeys(jobs)]
+    # What calibrates does not change the dense model.
+    measured = {
+        json.dumps([job.run.config["model"], job.run.config["eval"]]): job
+        for job in reversed(found)
+    }
+    return list(reversed(measured.values()))
+
+
+def _jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """Split a sweep into the overrides of its runs, as Hydra's launcher does."""
+    experiment = [line for line in overrides if _key(line) == "experiment"]
+    # Only an experiment can bring sweep parameters; the rest may hold values of a sweep.
+    parameters = compose(experiment).hydra.sweeper.params or {}
+    lines = [f"{key}={value}" for key, value in parameters.items()] + list(overrides)
+    try:
+        jobs = split_sweep(lines)
+    except HydraException as error:
+        raise ConfigError(one_line(error)) from None
+    # How they are launched is not theirs.
+    return [[line for line in job if not _key(line).startswith("hydra")] for job in jobs]
+
+
+def _composed_once(jobs: Sequence[Sequence[str]]) -> list[Run]:
+    """Compose the runs; those that differ in the ratio alone, at once if nothing refers to it.
+
+    A composition takes Hydra a tenth of a second, and a table has dozens of runs.
+    """
+    composed: dict[tuple[str, ...], Run | None] = {}  # None: something refers to the ratio.
+    runs = []
+    for job in jobs:
+        rest = tuple(line for line in job if group_of(line) != "ratio")
+        if rest not in composed:
+            # With this job's own ratio: with the default one it might not be a legal run.
+            found = compose(job)
+            composed[rest] = None if refers_to_ratio(found) else run_of(found, job)
+        if (run := composed[rest]) is None:
+            run = compose_run(job)
+        else:
+            for line in job:
+                if group_of(line) == "ratio":
+                    run = _at_ratio(run, line)
+        runs.append(run)
+    return runs
+
+
+def _at_ratio(run: Run, override: str) -> Run:
+    (parsed,) = OverridesParser.create().parse_overrides([override])
+    ratio = number(parsed.value(), "ratio")
+    changed = dataclasses.replace(run, ratio=ratio, config={**run.config, "ratio": parsed.value()})
+    check_combination(changed)
+    return changed
+
+
+def _label(run: Run, job: Sequence[str], common: set[str], fixed: set[str]) -> str:
+    method = run.label.partition("[")[0]
+    changed = [line for line in method_options(job) if line not in fixed]
+    other = [x for x in job if x not in common and x not in changed and _key(x) not in _SHOWN_APART]
+    return label(method, changed + other)
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=")[0]

@@ -1,0 +1,159 @@
+"""Hand a sweep's runs to Hydra's launcher, watch them, and go on where workers die.
+
+Which launcher is conf/launcher's choice; this file schedules nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from iosvd.errors import WorkerError, one_line
+from iosvd.runs.config import CONF, label, method_options, to_run
+from iosvd.runs.execution import execute, locked, record_failure
+from iosvd.runs.records import METRICS, TRACKED, run_folder
+from iosvd.runs.run import Run, TrackingMode
+from iosvd.sweeps.expansion import Job
+from iosvd.sweeps.gpus import COUNT_ONLY, take_gpu
+from iosvd.sweeps.hydra_internals import launcher
+from iosvd.sweeps.status import Standing, State, standing
+from iosvd.system.files import remove_abandoned
+from iosvd.system.interrupts import end_with, raise_if_asked, shield_workers
+from iosvd.system.progress import quiet_libraries
+
+log = logging.getLogger(__name__)
+_LOOK_SECONDS = 2.0
+_LAUNCHER = "IOSVD_LAUNCHER"  # The process that launches, for its workers.
+_WAITING_WORKERS = "hydra_plugins.hydra_joblib_launcher"  # Their processes wait for more jobs.
+
+
+def carry_out_one(composed: DictConfig) -> None:
+    """Carry out one run of Hydra's; in a worker's process, if the launcher has workers."""
+    hydra_config = HydraConfig.get()
+    if str(hydra_config.launcher._target_).startswith(_WAITING_WORKERS):
+        parent = int(os.environ.get(_LAUNCHER, os.getpid()))
+        if parent != os.getpid():
+            end_with(parent)
+    options = method_options(hydra_config.overrides.task)
+    run = to_run(composed, label(hydra_config.runtime.choices.get("method"), options))
+    if run.runtime.gpu_per_worker:
+        take_gpu()
+    quiet_libraries()
+    execute(run)
+
+
+def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[Standing]:
+    """Carry out the runs of a sweep that are not complete, and return where all of them stand.
+
+    A run that another sweep carries out is waited for. Where workers die, what they were at is
+    tried once more by itself; a run that dies again is recorded as failed, and the others go on.
+
+    Args:
+        jobs: of the sweep.
+        overrides: of its command line.
+    """
+    for job in jobs:
+        remove_abandoned(run_folder(job.run))  # Also where the run is complete.
+    pending = [job for job in jobs if _has_work(job.run)]
+    log.info("%d runs, %d of them complete", len(jobs), len(jobs) - len(pending))
+    with watched([job.run for job in jobs]) if pending else nullcontext():
+        while pending:
+            _launch(pending, overrides)
+            raise_if_asked()
+            left = _left(pending)
+            for died in (job for job in left if standing(job.run).state is State.interrupted):
+                _try_alone(died, overrides)
+            left = [job for job in left if standing(job.run).state is State.missing]
+            if len(left) == len(pending):  # Nothing was even begun: so it would be again.
+                break
+            pending = left
+    return [standing(job.run) for job in jobs]
+
+
+def _left(launched: Sequence[Job]) -> list[Job]:
+    """Return the runs that have neither ended nor failed, once nobody carries them out."""
+    for job in launched:
+        if standing(job.run).state is State.running:
+            log.info("waiting for another process, which carries out %s", run_folder(job.run))
+            with locked(job.run, patience=-1):
+                pass
+    ended = (State.done, State.failed)
+    return [job for job in launched if standing(job.run).state not in ended]
+
+
+def _try_alone(died: Job, overrides: Sequence[str]) -> None:
+    """Go on with a run whose process was killed; nobody else's worker is to die of it again."""
+    log.warning("%s was killed with its process; tried once more", run_folder(died.run).name)
+    _launch([died], overrides)
+    if standing(died.run).state is State.interrupted:
+        reason = "its process was killed twice, perhaps for want of memory; launch again to go on"
+        record_failure(died.run, WorkerError(reason))
+
+
+def _has_work(run: Run) -> bool:
+    if run.runtime.force or standing(run).state is not State.done:
+        return True
+    untracked = not (run_folder(run) / TRACKED).exists()
+    return run.wandb.mode is not TrackingMode.disabled and untracked
+
+
+def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
+    """Give these runs to the launcher that the overrides choose, and wait until they have ended."""
+    shield_workers()
+    os.environ[_LAUNCHER] = str(os.getpid())
+    if any(each.run.runtime.gpu_per_worker for each in jobs):
+        os.environ[COUNT_ONLY] = "1"  # For the workers.
+    try:
+        with launcher(str(CONF), overrides, carry_out_one) as launch:
+            results = launch.launch([list(each.overrides) for each in jobs], initial_job_idx=0)
+            for result in results:
+                _ = result.return_value  # Raises what a job raised: nothing that belongs to a run.
+    # Launchers raise types of their own where a worker dies.
+    except Exception as error:  # noqa: BLE001
+        log.error("a worker ended: %s", one_line(error)[:300])
+
+
+@contextmanager
+def watched(runs: Sequence[Run]) -> Iterator[None]:
+    """Show how a sweep goes: a bar for people, in logs a line for each run that is done."""
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(runs, stop), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def _watch(runs: Sequence[Run], stop: threading.Event) -> None:
+    started, before = time.monotonic(), _done(runs)
+    last, total = before, len(runs)
+    with tqdm(total=total, initial=before, desc="sweep", unit="run", disable=None) as bar:
+        while not stop.wait(_LOOK_SECONDS):
+            done = _done(runs)
+            bar.update(done - bar.n)
+            # A record is checked when it is read: not again and again those that are there.
+            others = [run for run in runs if not (run_folder(run) / METRICS).exists()]
+            running = sum(standing(run).state is State.running for run in others)
+            bar.set_postfix(running=running)
+            if done > last and not sys.stderr.isatty():
+                left = (time.monotonic() - started) / (done - before) * (total - done)
+                log.info(
+                    "sweep: %d of %d runs done, %d running, about %.0f min left",
+                    *(done, total, running, left / 60),
+                )
+            last = done
+
+
+def _done(runs: Sequence[Run]) -> int:
+    return sum((run_folder(run) / METRICS).exists() for run in runs)

@@ -1,0 +1,80 @@
+"""A static page that compares all complete runs of a results folder, without server or network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from iosvd.errors import RecordError, one_line, plain
+from iosvd.models.loading import ASSETS
+from iosvd.plan import plan_frame
+from iosvd.runs.config import METHOD_GROUPS
+from iosvd.runs.records import METRICS, read_metrics, read_plan, read_record, typed_metrics
+
+log = logging.getLogger(__name__)
+_PLACE = "__RUNS__"
+
+
+def read_runs(results: Path) -> list[dict[str, Any]]:
+    """Return what the page shows of every complete run, in the order of models, labels, ratios.
+
+    Runs that cannot be read are named in the log and left out.
+    """
+    found = []
+    for path in sorted((results / "runs").glob(f"*/*/{METRICS}")):
+        try:
+            found.append(_run(path.parent))
+        except (RecordError, RecursionError) as error:  # A config may be nested deeply.
+            log.warning("left out: %s (%s)", plain(str(path.parent)), one_line(error))
+    return sorted(found, key=lambda run: (run["setting"], run["label"] != "dense", run["label"]))
+
+
+def to_page(runs: list[dict[str, Any]]) -> str:
+    """Return the page with the runs inside."""
+    page = (ASSETS / "dashboard" / "page.html").read_text(encoding="utf-8")
+    # Inside a script "</script" would end it, and "<!--<script" would swallow the rest of the page.
+    return page.replace(_PLACE, json.dumps(runs, allow_nan=False).replace("<", "\\u003c"))
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    record, plan = read_record(folder), read_plan(folder)
+    assert record is not None
+    measures = {f"{name}_ppl": value for name, value in record.perplexity.items()}
+    measures |= record.accuracy
+    if record.average_acc is not None and len(record.accuracy) > 1:
+        measures["average_acc"] = record.average_acc
+    return {
+        "folder": folder.name,
+        "setting": plain(_setting(folder)),
+        "label": record.label,
+        "ratio": record.ratio,
+        "target_bytes": record.target_bytes,
+        "measures": measures,
+        "started": record.started,
+        "device": record.device,
+        "commit": record.commit,
+        "ranks": plan_frame(plan["sites"]).to_dict("records"),
+    }
+
+
+def _setting(folder: Path) -> str:
+    """Say what runs must share to be compared: the model, what calibrates, what is measured.
+
+    A code stands for the options that it does not spell out, such as dtype and joins.
+    """
+    apart = (*METHOD_GROUPS, "ratio", "runtime", "wandb")
+    config = read_metrics(folder)["config"]
+    shared = {key: value for key, value in config.items() if key not in apart}
+    code = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:4]
+    c = typed_metrics(folder).config
+    windows = f", first {c.eval.windows} windows" if c.eval.windows else ""
+    items = f", first {c.eval.zero_shot.limit} items" if c.eval.zero_shot.limit else ""
+    measured = [text.name for text in c.eval.texts.values()] + c.eval.zero_shot.tasks
+    return (
+        f"{c.model.name}: {c.calibration.windows} × {c.calibration.seq_len} tokens of"
+        f" {c.dataset.name}, seed {c.calibration.seed}; windows of"
+        f" {c.eval.seq_len}{windows}{items}: {', '.join(measured)} [{code}]"
+    )

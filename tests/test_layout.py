@@ -1,0 +1,80 @@
+"""Imports run one way, and every part of the house is where the README says."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each may import what stands on lines above its own; on one line, only its own package.
+ORDER = (
+    ("errors",),
+    ("system",),
+    ("data", "models", "linalg", "budget"),
+    ("statistics", "evaluation"),
+    ("types",),
+    ("whitening", "factorization", "scoring", "plan"),
+    ("allocation", "layers"),
+    ("cache",),
+    ("trials", "quantization"),
+    ("truncation", "target"),
+    ("correction",),
+    ("pipeline", "figures"),
+    ("runs",),
+    ("sweeps",),
+    ("tables",),
+)
+LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
+MODULES = sorted((ROOT / "iosvd").rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the modules of the package that a file names in an import, for types alone too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("iosvd"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("iosvd"):
+            assert node.module is not None
+            inner = node.module == "iosvd"
+            yield from (f"iosvd.{a.name}" for a in node.names) if inner else [node.module]
+
+
+def parts() -> list[Path]:
+    return [p for p in MODULES if p.relative_to(ROOT / "iosvd") != Path("__init__.py")]
+
+
+@pytest.mark.parametrize("path", parts(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downwards(path: Path) -> None:
+    mine = path.relative_to(ROOT / "iosvd").with_suffix("").parts[0]
+    for name in imported(path):
+        other = name.split(".")[1]
+        below = LEVELS[other] < LEVELS[mine]
+        assert below or other == mine, f"{path.name} imports {name}, which is not below it"
+
+
+def test_no_module_imports_itself_round_about() -> None:
+    graph = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): set(
+            imported(p)
+        )
+        for p in parts()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " → ".join((*way, name))
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_packages_that_are_only_a_place_import_nothing() -> None:
+    for name in ("cache", "data", "layers", "models", "runs", "statistics", "sweeps", "system"):
+        assert list(imported(ROOT / "iosvd" / name / "__init__.py")) == []
