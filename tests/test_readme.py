@@ -98,9 +98,8 @@ def test_a_whitening_is_added_by_one_file_and_one_yaml(monkeypatch: pytest.Monke
 
 
 def test_every_section_that_is_cited_is_there() -> None:
-    sections = set(
-        re.findall(r"^#+ ([0-9.]+?)\.? ", (ROOT / "docs" / "methods.md").read_text(), re.M)
-    )
+    page = (ROOT / "docs" / "methods.md").read_text()
+    sections = set(re.findall(r"^#+ ([0-9.]+?)\.? ", page, flags=re.MULTILINE))
     places = ("iosvd", "experiments", "benchmarks", "conf", "tests")
     files = [p for name in places for s in ("py", "yaml") for p in (ROOT / name).rglob(f"*.{s}")]
     cited = {m for p in files for m in re.findall(r"METHODS ([0-9]+(?:\.[0-9]+)?)", p.read_text())}
