@@ -35,7 +35,7 @@ def interruptible(main: Callable[[], int]) -> int:
 
 
 def raise_if_asked() -> None:
-    """Raise KeyboardInterrupt where a library has taken the one that a signal raised for its own."""
+    """Raise KeyboardInterrupt where a library has swallowed the one that a signal raised."""
     if _asked:
         raise KeyboardInterrupt(_asked[0])
 
