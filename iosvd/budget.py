@@ -129,6 +129,16 @@ class Budget:
         # Rounded first: 0.8 * 45 is 36.00000000000001, but 0.7 * 10 is 6.999999999999999.
         return math.floor(round(self.ratio * self.total, 6))
 
+    @cached_property
+    def full_ranks(self) -> dict[str, int]:
+        """The full rank of every site, at which it is dense."""
+        return {site: shape.full_rank for site, shape in self.shapes.items()}
+
+    @property
+    def fits_dense(self) -> bool:
+        """Whether every site may stay dense, so that nothing has to be dropped."""
+        return self.cost(self.full_ranks) <= self.limit
+
     def cost(self, ranks: Mapping[str, int]) -> int:
         """Bits kept under these ranks."""
         return sum(cost.at(ranks[site]) for site, cost in self.costs.items())

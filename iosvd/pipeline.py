@@ -12,7 +12,7 @@ from iosvd.allocation import Allocation
 from iosvd.budget import Budget, Shape
 from iosvd.cache.keys import Keys
 from iosvd.cache.losses import KeptLosses
-from iosvd.cache.spectra import Factorized, SpectraOf
+from iosvd.cache.spectra import Factorized, SpectraOf, without_components
 from iosvd.cache.statistics import Gatherer
 from iosvd.cache.store import NoStore, Store
 from iosvd.correction import Correction, Given, NoCorrection
@@ -104,6 +104,7 @@ def compress(
     factorized = factorized or factorize(
         model,
         tokens,
+        ratio=ratio,
         whitening=whitening,
         allocation=allocation,
         quantization=quantization,
@@ -123,7 +124,10 @@ def compress(
         if target_kl is not None:
             budget = budget_for_kl(target_kl, allocation, spectra, budget, trial)
             rank_budgets = quantization.rank_budgets(budget)
-        candidates = [allocation(spectra, rank_budget, trial) for rank_budget in rank_budgets]
+        candidates = [
+            under.full_ranks if under.fits_dense else allocation(spectra, under, trial)
+            for under in rank_budgets
+        ]
         ranks = best_ranks(candidates, sites, spectra, budget, quantization)
     for cost in kept.elsewhere:
         clock.add("allocation", cost)
@@ -194,6 +198,7 @@ def factorize(
     model: PreTrainedModel,
     tokens: Tensor,
     *,
+    ratio: float | None = None,
     whitening: Whitening,
     allocation: Allocation,
     quantization: Quantization = NoQuantization(),  # noqa: B008 (frozen)
@@ -208,12 +213,18 @@ def factorize(
     """Return the spectra of all sites, scored as the allocation needs; the model is not changed.
 
     They hold for every ratio, and for every allocation and quantisation that needs no other
-    statistics and, without a store, plans no higher ranks than this one. Arguments are those of
+    statistics and, without a store, plans no higher ranks than this one. But where a ratio is
+    given at which every site stays dense, and the method reads no statistics, nothing is computed
+    and the spectra have no components. Arguments are those of
     `compress`.
     """
     _check_store(store, identity)
     sites = _sites(model, selection)
     needs = whitening.needs | allocation.needs
+    if ratio is not None and needs == Needs():
+        budget = feasible_budget(sites, ratio, quantization, 0.0)
+        if all(under.fits_dense for under in quantization.rank_budgets(budget)):
+            return without_components(sites)
     if needs != Needs():
         warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
     keys = Keys.of(identity, tokens, gradient_tokens, whitening, factorization)

@@ -23,7 +23,13 @@ from iosvd.linalg import IdentityRoot
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import Compressed, compress, factorize
 from iosvd.plan import make_plan
-from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization, Remap
+from iosvd.quantization import (
+    LossAwareRemap,
+    NoQuantization,
+    Quantization,
+    Remap,
+    RoundToNearest,
+)
 from iosvd.statistics.collect import collect
 from iosvd.statistics.memory import MemoryUse, in_groups
 from iosvd.truncation import TruncatedSites
@@ -266,6 +272,26 @@ def test_dead_channels_and_weights_of_zeros_are_compressed(whitening: Whitening)
     assert all(site.rank > 2 and not site.dense for site in result.plan.sites.values())
     with torch.no_grad():
         assert_close(model(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "ratio"), [(NoQuantization(), 1.0), (RoundToNearest(), 0.6)], ids=["16", "8"]
+)
+def test_what_stays_dense_is_not_factorised(
+    quantization: Quantization, ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = {"whitening": Identity(), "allocation": Uniform(), "quantization": quantization}
+    whole = factorize(build("llama"), TOKENS, **method)  # type: ignore[arg-type]
+    assert all(len(spectrum.sigma) for spectrum in whole.spectra.values())
+    usual = run("llama", ratio, factorized=whole, **method)
+    monkeypatch.setattr(Factorization, "__call__", lambda *_: pytest.fail("factorised"))
+    direct = run("llama", ratio, **method)
+    assert direct.plan == usual.plan
+    assert all(site.dense for site in direct.plan.sites.values())
+    for (name, one), (_, two) in zip(
+        direct.model.state_dict().items(), usual.model.state_dict().items(), strict=True
+    ):
+        assert torch.equal(one, two), name
 
 
 def test_a_weight_of_zeros_is_not_called_a_site_without_tokens() -> None:

@@ -153,6 +153,28 @@ class SpectraOf:
         return replace(entry, tensors={**entry.tensors, **cut})
 
 
+def without_components(sites: Mapping[str, nn.Linear]) -> Factorized:
+    """Return spectra without components, in plain metrics: of sites that will all stay dense."""
+    nothing = torch.zeros(0)
+    return Factorized(
+        spectra={
+            name: Spectrum(
+                left=torch.zeros(site.out_features, 0),
+                right=torch.zeros(0, site.in_features),
+                sigma=nothing,
+                left_energy=nothing,
+                right_energy=nothing,
+                output_diagonal=torch.ones(site.out_features),
+                input_diagonal=torch.ones(site.in_features),
+                damping_output=0.0,
+                damping_input=0.0,
+            )
+            for name, site in sites.items()
+        },
+        stages={},
+    )
+
+
 def passes_over(gather: Gatherer, names: Iterable[str], needs: Needs) -> list[list[str]]:
     """Divide sites into those of each pass over the calibration set; log how many that takes."""
     groups, limit = gather.groups(names, needs), gather.memory.limit_bytes

@@ -44,6 +44,7 @@ def factorize_as(
     return factorize(
         model,
         whitening_tokens,
+        ratio=run.ratio,
         whitening=run.whitening,
         allocation=run.allocation,
         quantization=run.quantization,
