@@ -85,8 +85,15 @@ def measure(run: Run) -> dict[str, float | str]:
     keys = Keys.of("random", tokens, None, run.whitening, Factorization())
     shared = shared_inputs(model, tokens, sites)
     gather = Gatherer(
-        *(model, tokens, None, sites, shared, run.runtime.batch_tokens // tokens.shape[1]),
-        *(memory, NoStore(), keys),
+        model=model,
+        tokens=tokens,
+        gradient_tokens=None,
+        sites=sites,
+        shared=shared,
+        batch_size=run.runtime.batch_tokens // tokens.shape[1],
+        memory=memory,
+        store=NoStore(),
+        keys=keys,
     )
     peak, passes, seconds = 0, 0, 0.0
     for group in passes_over(gather, sites, planned.needs):

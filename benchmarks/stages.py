@@ -27,7 +27,7 @@ from iosvd.cache.disk import Cache
 from iosvd.data.windows import calibration_windows
 from iosvd.errors import ConfigError, check_at_least, exit_in_one_line
 from iosvd.models.loading import load_tokenizer
-from iosvd.runs.config import compose_run
+from iosvd.runs.config import compose_run, own_option
 from iosvd.runs.run import Run
 from iosvd.runs.steps import batch_size, compress_as, loaded
 from iosvd.statistics.planning import Outline, outline
@@ -79,11 +79,10 @@ def arithmetic_limit(run: Run, shapes: Outline, length: int) -> float:
 
 def benchmark(overrides: list[str]) -> None:
     """Measure, print and write the table."""
-    asked = [o.partition("=")[2] for o in overrides if o.startswith("repetitions=")]
-    overrides = [o for o in overrides if not o.startswith("repetitions=")]
-    if asked and not asked[-1].isdecimal():
-        raise ConfigError(f"repetitions={asked[-1]} is no number; for instance repetitions=3")
-    repetitions = int(asked[-1]) if asked else REPETITIONS
+    asked, overrides = own_option(overrides, "repetitions")
+    if asked is not None and not asked.isdecimal():
+        raise ConfigError(f"repetitions={asked} is no number; for instance repetitions=3")
+    repetitions = REPETITIONS if asked is None else int(asked)
     check_at_least(1, repetitions=repetitions)
     runs = {method: compose_run([*overrides, f"method={method}"]) for method in METHODS}
     base = runs[METHODS[0]]

@@ -18,20 +18,20 @@ import pandas
 
 from iosvd.cache.disk import Cache
 from iosvd.errors import ConfigError, exit_in_one_line
-from iosvd.runs.config import compose_run
+from iosvd.runs.config import compose_run, own_option
 from iosvd.runs.steps import cache_of
 from iosvd.system.machine import GIB
 
 
 def main(overrides: list[str]) -> str:
     """Prune where asked, and return the list."""
-    asked = [o.partition("=")[2] for o in overrides if o.startswith("keep_gib=")]
-    cache = cache_of(compose_run([o for o in overrides if not o.startswith("keep_gib=")]))
+    keep, rest = own_option(overrides, "keep_gib")
+    cache = cache_of(compose_run(rest))
     cache.check()
-    removed = replace(cache, limit_bytes=_gib(asked[-1])).evict() if asked else []
+    removed = [] if keep is None else replace(cache, limit_bytes=_gib(keep)).evict()
     freed = sum(kept.size_bytes for kept in removed) / GIB
     lines = [listing(cache)]
-    if asked:
+    if keep is not None:
         lines.append(f"removed: {len(removed)} entries, {freed:.3f} GiB")
     return "\n".join(lines)
 

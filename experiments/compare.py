@@ -14,19 +14,20 @@ import sys
 from pathlib import Path
 
 from iosvd.errors import RecordError, exit_in_one_line
+from iosvd.runs.config import own_option
 from iosvd.tables.comparison import compare_with_published, compare_with_table, outside
 from iosvd.tables.sweep import read_table
 
 
 def compare(overrides: list[str]) -> bool:
     """Print the cells outside tolerance; return whether there is none."""
-    references = [o.split("=", 1)[1] for o in overrides if o.startswith("reference=")]
-    read = read_table([o for o in overrides if not o.startswith("reference=")])
+    reference, rest = own_option(overrides, "reference")
+    read = read_table(rest)
     sweep, tolerance = read.sweep, read.spec.tolerance
     compared = (
-        compare_with_table(read.table, Path(references[-1]), tolerance)
-        if references
-        else compare_with_published(read.table, tolerance)
+        compare_with_published(read.table, tolerance)
+        if reference is None
+        else compare_with_table(read.table, Path(reference), tolerance)
     )
     if not compared:
         models = ", ".join(dict.fromkeys(run.model.name for run in sweep.runs))

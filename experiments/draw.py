@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from iosvd import figures
 from iosvd.errors import ConfigError, RecordError, exit_in_one_line
 from iosvd.figures import DENSE
-from iosvd.runs.config import METHOD_GROUPS
+from iosvd.runs.config import METHOD_GROUPS, own_option
 from iosvd.runs.records import read_metrics, read_plan_and_spectra, run_folder
 from iosvd.runs.run import Run
 from iosvd.runs.tracking import log_sweep
@@ -40,10 +40,11 @@ FORMATS = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Da
 
 def draw(overrides: list[str]) -> list[Path]:
     """Draw every figure of a table's preset; return where they were written."""
-    form = next((o.split("=")[1] for o in overrides if o.startswith("format=")), "png")
+    given, rest = own_option(overrides, "format")
+    form = "png" if given is None else given
     if form not in FORMATS:
         raise ConfigError(f"format={form} is unknown; formats: {', '.join(FORMATS)}")
-    read = read_table([o for o in overrides if not o.startswith("format=")])
+    read = read_table(rest)
     sweep = read.sweep
     drawn = _curves(read) | _predictions(read) | _runs(read.spec, read.on_disk)
     folder = made(sweep.results / "figures")

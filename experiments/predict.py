@@ -33,7 +33,7 @@ from iosvd.factorization import dropped_energy
 from iosvd.models.loading import load_tokenizer
 from iosvd.models.sites import find_sites
 from iosvd.pipeline import feasible_budget
-from iosvd.runs.config import compose_run
+from iosvd.runs.config import compose_run, own_option
 from iosvd.runs.run import Run
 from iosvd.runs.steps import batch_size, compress_as, factorize_as, loaded
 from iosvd.system.files import made, write_text, written_whole
@@ -50,12 +50,11 @@ GOOD = 1.5  # A prediction within this factor of the measured divergence is call
 
 def predict(overrides: list[str]) -> str:
     """Predict, measure where asked, write and return the page."""
-    asked = [o.partition("=")[2] for o in overrides if o.startswith("measure=")]
-    rest = [o for o in overrides if not o.startswith("measure=")]
+    asked, rest = own_option(overrides, "measure")
     run = compose_run([*METHOD, *rest])
     check_target(GOOD, run.whitening, run.quantization)  # What can have a target can be predicted.
     default = MEASURED if run.model.embedded else ()
-    measured = _ratios(asked[-1]) if asked else list(default)
+    measured = list(default) if asked is None else _ratios(asked)
     tokenizer, c = load_tokenizer(run.model), run.calibration
     tokens = calibration_windows(tokenizer, run.dataset, c.windows, c.seq_len, c.seed)
     text = next(iter(run.eval.texts.values()))

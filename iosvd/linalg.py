@@ -192,6 +192,11 @@ def _eigen(matrix: Tensor, damping: float) -> Root | None:
     return EigenRoot(vectors, values.sqrt(), damping) if values[0] > 0 else None
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """Flatten (windows, length, width) to (tokens, width), in float32 or better."""
+    return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+
+
 def add_lower_gram_(total: Tensor, rows: Tensor) -> None:
     """Add rowsᵀ rows to the lower triangle of `total`; `mirror_` completes it once at the end.
 

@@ -134,8 +134,16 @@ def compress(
     with clock.stage("correction"):
         statistics: Mapping[str, SiteStatistics] = {}
         if correction.needs_metrics:
-            gather = _gatherer(
-                *(model, tokens, gradient_tokens, sites, batch_size, memory, store, keys)
+            gather = Gatherer(
+                model=model,
+                tokens=tokens,
+                gradient_tokens=gradient_tokens,
+                sites=sites,
+                shared=shared_inputs(model, tokens, sites),
+                batch_size=batch_size,
+                memory=memory,
+                store=store,
+                keys=keys,
             )
             statistics = gather.in_passes(whitening.needs)  # Before the model is changed.
         corrected = correction(
@@ -228,24 +236,18 @@ def factorize(
     if needs != Needs():
         warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
     keys = Keys.of(identity, tokens, gradient_tokens, whitening, factorization)
-    gather = _gatherer(model, tokens, gradient_tokens, sites, batch_size, memory, store, keys)
-    return SpectraOf(whitening, allocation.needs, quantization.cost, factorization)(gather)
-
-
-def _gatherer(
-    model: PreTrainedModel,
-    tokens: Tensor,
-    gradient_tokens: Tensor | None,
-    sites: Mapping[str, nn.Linear],
-    batch_size: int,
-    memory: MemoryUse,
-    store: Store,
-    keys: Keys,
-) -> Gatherer:
-    shared = shared_inputs(model, tokens, sites)
-    return Gatherer(
-        *(model, tokens, gradient_tokens, sites, shared, batch_size, memory, store, keys)
+    gather = Gatherer(
+        model=model,
+        tokens=tokens,
+        gradient_tokens=gradient_tokens,
+        sites=sites,
+        shared=shared_inputs(model, tokens, sites),
+        batch_size=batch_size,
+        memory=memory,
+        store=store,
+        keys=keys,
     )
+    return SpectraOf(whitening, allocation.needs, quantization.cost, factorization)(gather)
 
 
 def _check_store(store: Store, identity: str) -> None:

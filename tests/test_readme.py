@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pandas
 import pytest
@@ -14,12 +15,30 @@ from conftest import build, random_statistics
 from transformers import AutoModelForCausalLM
 
 from iosvd.factorization import Factorization
+from iosvd.layers.replacement import low_rank_layers
 from iosvd.models.loading import ASSETS
+from iosvd.models.sites import SiteSelection, find_sites
+from iosvd.pipeline import compress
 from iosvd.runs.config import compose, to_run
+from iosvd.whitening import Identity
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text()
+
+
+def examples(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of every table row, without markup."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and "--" not in line]
+    return [[re.sub(r"</?u>|[*`]", "", c).strip() for c in x.strip("|").split("|")] for x in lines]
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +50,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / "FOLDER" / name).write_bytes((ASSETS / "tiny" / name).read_bytes())
     (tmp_path / "TEXTS").mkdir()
     (tmp_path / "TEXTS" / "train.txt").write_text("Some text that is long enough.\n" * 400)
-    (example,) = [code for code in EXAMPLES if "import iosvd" in code]
+    (example,) = examples(README)
     shorter = example.replace("length=2048", "length=16")
     assert shorter != example
     monkeypatch.chdir(tmp_path)
@@ -57,7 +76,7 @@ def test_the_table_of_corrections_is_the_measured_one() -> None:
         ("babyllama-1.0M-tok361", "tinystories"),
         *(("books-6M", text) for text in ("wikitext2", "ptb", "c4")),
     ]
-    rows = re.findall(r"^\| (dense|0\.\d `\w+`) \|(.*)\|$", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (dense|0\.\d `\w+`) \|(.*)\|$", page("beyond"), flags=re.MULTILINE)
     rows = [(name, cells.split("|")) for name, cells in rows if cells.count("|") == 4]
     assert len(rows) == 18
     for model, text in columns:
@@ -70,10 +89,10 @@ def test_the_table_of_corrections_is_the_measured_one() -> None:
 
 
 def test_a_whitening_is_added_by_one_file_and_one_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the README shows it, with the imports that its file would have."""
-    (example,) = [code for code in EXAMPLES if "class Rms" in code]
+    """As docs/extending.md shows it, with the imports that its file would have."""
+    (example,) = [code for code in examples(page("extending")) if "class Rms" in code]
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
-    target = re.search(r"_target_: (iosvd\.whitening\.rms\.Rms)", README)
+    target = re.search(r"_target_: (iosvd\.whitening\.rms\.Rms)", page("extending"))
     assert target is not None
     module = ModuleType("iosvd.whitening.rms")
     imports = "from dataclasses import dataclass\n" + "".join(
@@ -104,3 +123,102 @@ def test_every_section_that_is_cited_is_there() -> None:
     files = [p for name in places for s in ("py", "yaml") for p in (ROOT / name).rglob(f"*.{s}")]
     cited = {m for p in files for m in re.findall(r"METHODS ([0-9]+(?:\.[0-9]+)?)", p.read_text())}
     assert len(cited) >= 10 and cited <= sections
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS], ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    assert links or path.name != "README.md"
+    for link in links:
+        assert link.startswith("https://") or (path.parent / link).exists(), link
+
+
+def test_the_readme_is_one_that_is_read_whole() -> None:
+    assert len(README.splitlines()) <= 185
+    assert all(path.name in README for path in DOCS)
+    presets = [path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")]
+    assert f"all {len(presets)} with" in README and f"{len(presets)} method presets" in README
+    family = re.compile(r"^io_svd_(k|k_all|k[0-9]+|uniform|zero_sum|renormalized|exact|not_qk)$")
+    for name in presets:
+        assert f"`{name}`" in page("presets") or family.match(name) or name.endswith(("_5", "_10"))
+
+
+def test_every_command_has_its_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z0-9-]+):", makefile, flags=re.MULTILINE))
+    targets |= {f"table-{path.stem}" for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
+    targets |= {name.replace("table-", "render-") for name in targets}
+    for path in (ROOT / "README.md", *DOCS):
+        text = path.read_text()
+        code = re.findall(r"`([^`]+)`", text) + re.findall(r"^make .*$", text, flags=re.MULTILINE)
+        for command in (line for line in code if line.startswith("make ")):
+            assert command.split()[1] in targets, (path.name, command)
+
+
+def test_the_demo_is_the_committed_one() -> None:
+    rendered = rows_of((ROOT / "results" / "tables" / "demo-tiny.md").read_text())
+    shown = [row for row in rows_of(README) if len(row) == 6]
+    assert len(shown) == 17 and shown == rendered
+
+
+def test_int8_at_the_same_bytes_is_the_rendered_table() -> None:
+    frame = pandas.read_csv(ROOT / "results" / "tables" / "remapping-tiny.csv")
+    measured = frame.set_index(["label", "ratio"])["pydoc_ppl"]
+    labels = ["io_svd", "io_svd_remap", "io_svd_plus", "dense_rtn"]
+    shown = [row for row in rows_of(page("int8")) if len(row) == 4][1:]
+    assert len(shown) == len(labels)
+    for label, (_, *cells) in zip(labels, shown, strict=True):
+        assert cells == [f"{measured[label, ratio]:.2f}" for ratio in (0.8, 0.6, 0.4)], label
+
+
+def test_predictions_are_those_of_the_rendered_tables() -> None:
+    names = {"tiny": "tiny", "babyllama-1.0M": "babyllama-1.0M-tok361", "books-6M": "books-6M"}
+    head, *shown = [row for row in rows_of(page("prediction")) if len(row) == 7]
+    assert [row[0] for row in shown] == list(names)
+    for name, *cells in shown:
+        path = ROOT / "results" / "tables" / f"predict-{names[name]}.csv"
+        frame = pandas.read_csv(path).set_index("ratio")
+        for ratio, cell in zip(head[1:], cells, strict=True):
+            row = frame.loc[float(ratio)]
+            assert cell == f"{row['kl'] / row['predicted_kl']:.1f}", (name, ratio)
+
+
+def test_speeds_are_those_of_the_benchmark() -> None:
+    head, *rendered = rows_of((ROOT / "results" / "tables" / "benchmark-tiny.md").read_text())
+    columns = [head.index(n) for n in ("whole / svd_llm", "whole / step", "statistics / step")]
+    measured = {row[0]: [row[i] for i in (*columns, head.index("its limit"))] for row in rendered}
+    five = [row for row in rows_of(page("speed")) if len(row) == 5]
+    shown = {name: cells for name, *cells in five if name in measured}
+    assert len(shown) == 13
+    assert all(measured[name] == cells for name, cells in shown.items())
+
+
+def test_the_allocation_and_the_correction_of_the_example_work() -> None:
+    imports = """
+from collections.abc import Mapping
+from dataclasses import dataclass
+from iosvd.allocation import Allocation, Trial
+from iosvd.budget import Budget
+from iosvd.correction import Corrected, Correction, Given
+from iosvd.layers.replacement import low_rank_layers, replace_
+from iosvd.types import Spectrum
+"""
+    written: dict[str, Any] = {}
+    for example in examples(page("extending")):
+        if "class Rms" not in example:
+            exec(imports + example, written)
+    dense = build("llama")
+    norms = {name: site.weight.norm() for name, site in find_sites(dense, SiteSelection()).items()}
+    tokens = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
+    result = compress(
+        dense,
+        tokens,
+        ratio=0.5,
+        whitening=Identity(),
+        allocation=written["Equal"](),
+        correction=written["SameNorm"](),
+    )
+    ranks = set(result.plan.ranks.values())
+    assert result.plan.ratio_achieved <= 0.5 and len(ranks) == 1
+    for name, layer in low_rank_layers(result.model).items():
+        torch.testing.assert_close(layer.product().norm(), norms[name], rtol=1e-5, atol=0)

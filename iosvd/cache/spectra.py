@@ -184,7 +184,9 @@ def passes_over(gather: Gatherer, names: Iterable[str], needs: Needs) -> list[li
     largest = max(statistics_bytes(group, needs, gather.shared) for group in sums)
     log.info(
         "statistics of %d sites: %d pass(es), sums of at most %.1f MiB",
-        *(sum(map(len, groups)), len(groups), largest / 2**20),
+        sum(map(len, groups)),
+        len(groups),
+        largest / 2**20,
     )
     if largest > limit:
         log.warning(

@@ -79,8 +79,13 @@ class Distilled(Correction):
             factors = [f"{name}.{factor}" for name in pairs for factor in FACTORS]
             whole = [name for name in given.sites if name not in pairs]
             self._training().train_and_merge(
-                *(model, [*factors, *whole], fitted, partial(kl_from, dense)),
-                *(given.batch_size, given.memory, accept),
+                model=model,
+                layers=[*factors, *whole],
+                tokens=fitted,
+                loss=partial(kl_from, dense),
+                batch_size=given.batch_size,
+                memory=given.memory,
+                accept=accept,
             )
         return Corrected(Updated(refitted.sites, model), refitted.ranks)
 
@@ -92,7 +97,11 @@ class Distilled(Correction):
 
     def _training(self) -> Training:
         return Training(
-            *(self.rank, self.alpha, self.learning_rate, self.epochs, self.batch_windows)
+            rank=self.rank,
+            alpha=self.alpha,
+            learning_rate=self.learning_rate,
+            epochs=self.epochs,
+            batch_windows=self.batch_windows,
         )
 
 

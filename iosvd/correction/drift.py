@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from iosvd.errors import NumericalError
-from iosvd.linalg import Root, add_lower_gram_, damped, mirror_
+from iosvd.linalg import Root, add_lower_gram_, damped, mirror_, rows_of
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,11 @@ class Drift:
         mean, stream = self.mean_input, self.stream
         if stream is not None and self.mean_stream is not None:
             stream = stream - torch.outer(self.mean_stream, mean)
-        return Drift(
-            self.inputs - torch.outer(mean, mean),
-            self.shift - torch.outer(self.mean_shift, mean),
-            stream,
-            *(mean, self.mean_shift, self.mean_stream),
-            self.tokens,
+        return replace(
+            self,
+            inputs=self.inputs - torch.outer(mean, mean),
+            shift=self.shift - torch.outer(self.mean_shift, mean),
+            stream=stream,
         )
 
     def mixed(self, other: Drift) -> Drift:
@@ -112,7 +111,7 @@ class DriftSums:
 
     def add(self, dense: Tensor, compressed: Tensor, lacking: Tensor | None) -> None:
         """Add a batch of inputs x_d and x_c (…, n), and of s_d − s_c (…, m)."""
-        x, shift = _rows(compressed), _rows(dense) - _rows(compressed)
+        x, shift = rows_of(compressed), rows_of(dense) - rows_of(compressed)
         if not self._sums:
             self._begin(x, lacking)
         sums = self._sums
@@ -121,7 +120,7 @@ class DriftSums:
         sums["mean_input"] += x.sum(0)
         sums["mean_shift"] += shift.sum(0)
         if lacking is not None:
-            rows = _rows(lacking)
+            rows = rows_of(lacking)
             sums["stream"].addmm_(rows.T, x)
             sums["mean_stream"] += rows.sum(0)
         self.tokens += len(x)
@@ -139,11 +138,11 @@ class DriftSums:
         mirror_(self._sums["inputs"])
         sums = self._sums
         return Drift(
-            *(sums["inputs"], sums["shift"], sums.get("stream")),
-            *(sums["mean_input"], sums["mean_shift"], sums.get("mean_stream")),
-            self.tokens,
+            inputs=sums["inputs"],
+            shift=sums["shift"],
+            stream=sums.get("stream"),
+            mean_input=sums["mean_input"],
+            mean_shift=sums["mean_shift"],
+            mean_stream=sums.get("mean_stream"),
+            tokens=self.tokens,
         )
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))

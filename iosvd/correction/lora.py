@@ -39,14 +39,22 @@ class Lora(Correction):
             for factor in FACTORS:
                 layers = [f"{name}.{factor}" for name in pairs]
                 training.train_and_merge(
-                    *(given.model, layers, given.tokens, next_token_loss),
-                    *(given.batch_size, given.memory),
+                    model=given.model,
+                    layers=layers,
+                    tokens=given.tokens,
+                    loss=next_token_loss,
+                    batch_size=given.batch_size,
+                    memory=given.memory,
                 )
         return Corrected(Updated(given.sites, given.model), given.sites.ranks)
 
     def _training(self) -> Training:
         return Training(
-            *(self.rank, self.alpha, self.learning_rate, self.epochs, self.batch_windows)
+            rank=self.rank,
+            alpha=self.alpha,
+            learning_rate=self.learning_rate,
+            epochs=self.epochs,
+            batch_windows=self.batch_windows,
         )
 
 

@@ -41,7 +41,10 @@ def calibration_windows(
     if len(tokens) < windows * length:
         log.warning(
             "%d windows of %d tokens overlap: %s has only %d tokens",
-            *(windows, length, dataset.name, len(tokens)),
+            windows,
+            length,
+            dataset.name,
+            len(tokens),
         )
     starts = torch.randperm(places, generator=generator)[:windows]
     return tokens[starts[:, None] + torch.arange(length)]
@@ -88,7 +91,10 @@ def warn_if_few(tokens: Tensor, widths: Mapping[str, int]) -> None:
         log.warning(
             "calibration gives %s tokens for inputs of width %s (%s); at least %s (4 × width) are"
             " advised, or raise whitening.damping_input",
-            *(f"{tokens.numel():,}", f"{width:,}", site, f"{4 * width:,}"),
+            f"{tokens.numel():,}",
+            f"{width:,}",
+            site,
+            f"{4 * width:,}",
         )
 
 

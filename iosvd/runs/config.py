@@ -77,6 +77,18 @@ def method_options(overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if group_of(override) in METHOD_GROUPS]
 
 
+def own_option(overrides: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Return the value of a command's own option, written as the others are, and the others.
+
+    Args:
+        overrides: of the command line.
+        name: of the option; its last value counts, None if it is not given.
+    """
+    given = [line.partition("=")[2] for line in overrides if line.startswith(f"{name}=")]
+    rest = [line for line in overrides if not line.startswith(f"{name}=")]
+    return (given[-1] if given else None), rest
+
+
 def group_of(override: str) -> str:
     """Return the group of options that an override belongs to."""
     return re.split(r"[.=]", override.lstrip("+~"))[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.errors import NumericalError
-from iosvd.linalg import add_lower_gram_, add_product_, mirror_
+from iosvd.linalg import add_lower_gram_, add_product_, mirror_, rows_of
 from iosvd.statistics.kronecker import KroneckerSums
 from iosvd.statistics.needs import Needs, SiteStatistics
 
@@ -50,7 +50,7 @@ class Sums:
             return
         x = inputs[0].detach()
         if self.shared[name] == name and not self.only_kronecker:
-            rows = _rows(x)
+            rows = rows_of(x)
             if self.needs.input_metric:
                 self._add_gram(self.input_metric, name, rows)
             if self.needs.input_magnitude:
@@ -61,7 +61,7 @@ class Sums:
 
     def see_cotangent(self, name: str, x: Tensor | None, cotangent: Tensor) -> None:
         """Add what was back-propagated to a site's output."""
-        rows = _rows(cotangent)
+        rows = rows_of(cotangent)
         if self.phase is Phase.KL:
             self._add_gram(self.kl_metric, name, rows)
         elif self.phase is Phase.SAMPLED_LOSS:
@@ -75,7 +75,7 @@ class Sums:
             self._add_gram(self.fisher_metric, name, rows)
         if x is None:
             return
-        inputs, length = _rows(x), len(rows) // self.windows
+        inputs, length = rows_of(x), len(rows) // self.windows
         scored = max(0, min(self.windows, self.needs.gradient_windows - self.first_window))
         if scored and not self.only_kronecker:
             kept = scored * length
@@ -163,8 +163,3 @@ class Sums:
             kronecker_right=self.kronecker.right.get(name),
             gradient=self.gradient.get(name),
         )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Flatten (windows, length, width) to (tokens, width) in float32 or better."""
-    return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))

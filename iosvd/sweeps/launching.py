@@ -150,7 +150,10 @@ def _watch(runs: Sequence[Run], stop: threading.Event) -> None:
                 left = (time.monotonic() - started) / (done - before) * (total - done)
                 log.info(
                     "sweep: %d of %d runs done, %d running, about %.0f min left",
-                    *(done, total, running, left / 60),
+                    done,
+                    total,
+                    running,
+                    left / 60,
                 )
             last = done
 

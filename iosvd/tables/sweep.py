@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iosvd.errors import ConfigError, RecordError, check_name
+from iosvd.runs.config import own_option
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.records import Record, read_record, run_folder
 from iosvd.runs.run import Run
@@ -33,13 +34,12 @@ class Sweep:
         Raises:
             ConfigError: none does, or another option is wrong.
         """
-        named = [o.split("=", 1)[1] for o in overrides if o.startswith("experiment=")]
-        if not named:
+        named, rest = own_option(overrides, "experiment")
+        if named is None:
             raise ConfigError("no experiment given; for instance experiment=main")
-        check_name("experiment", named[-1])
+        check_name("experiment", named)
         runs = (*baselines(overrides), *expand(overrides, sweep=True))
-        rest = tuple(o for o in overrides if not o.startswith("experiment="))
-        return cls(named[-1], rest, runs)
+        return cls(named, tuple(rest), runs)
 
     @property
     def results(self) -> Path:
