@@ -12,12 +12,13 @@ stops no other; the exit status is 1 if any is missing at the end, 2 if the comm
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 
-if __name__ == "__main__":  # The imports below take seconds; Ctrl-C in them is no traceback.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
+    # Until `interruptible` waits for it: the imports take seconds, and their threads must not get
+    # Ctrl-C either.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 import hydra
 
@@ -29,7 +30,7 @@ from iosvd.runs.tracking import check_tracking
 from iosvd.sweeps.expansion import sweep_jobs
 from iosvd.sweeps.hydra_internals import command_line
 from iosvd.sweeps.launching import carry_out, carry_out_one
-from iosvd.sweeps.status import State, standing
+from iosvd.sweeps.status import Stamps, State
 from iosvd.system.interrupts import interruptible
 from iosvd.system.logs import log_to_console
 
@@ -53,9 +54,14 @@ def main() -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     if not arguments.multirun:
+        before = Stamps.of([run])
         _hydra()
-        return 0 if standing(run).state is State.done else 1
-    ended = carry_out(jobs, arguments.overrides)
+        return 0 if before.standing(run).state is State.done else 1
+    try:
+        ended = carry_out(jobs, arguments.overrides)
+    except (IosvdError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
     missing = [found for found in ended if found.state is not State.done]
     for found in missing:
         log.error("%s: %s %s", found.folder.name, found.state.value, found.reason)

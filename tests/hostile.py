@@ -256,6 +256,8 @@ def run_changes(outside: Path) -> Iterator[Change]:
         for raw in ("NaN", "[]"):
             change = changed_json("metrics.json", path, Raw(raw), sealed=True)
             yield Change(f"{path} is {raw}", change)
+    change = changed_json("metrics.json", "target_bytes", 10**400, sealed=True)
+    yield Change("target_bytes is huge", change)
     for path in ("digest", "label", "config", "config/eval/texts", "zero_shot", "started"):
         for value in (..., [1]):
             change = changed_json("metrics.json", path, value, sealed=True)

@@ -230,6 +230,16 @@ def test_links_are_not_followed(cache: Cache, photos: Path) -> None:
     assert tree(photos) == before
 
 
+def test_what_a_killed_eviction_left_does_not_stop_the_next_one(cache: Cache) -> None:
+    cache.put(key(), Entry(tensors(), COST))
+    (kept,) = cache.entries()
+    left = partial_of(kept.path)
+    left.mkdir()
+    (left / "tensors.safetensors").write_bytes(b"half")
+    assert Cache(cache.folder, 0).evict() == [kept]
+    assert cache.entries() == [] and not left.exists()
+
+
 def test_the_command_that_prunes_leaves_other_folders_alone(photos: Path) -> None:
     before = tree(photos)
     with pytest.raises(StorageError, match="is not a cache"):

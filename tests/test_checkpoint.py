@@ -319,3 +319,12 @@ print(light)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert first != "iosvd" or done.stdout == "True\n"
+
+
+def test_a_link_to_an_empty_folder_can_be_saved_to(tmp_path: Path) -> None:
+    result = compressed()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    iosvd.save(result.model, tmp_path / "link", result.plan)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").exists()

@@ -31,11 +31,11 @@ from iosvd.models.loading import ASSETS, load_tokenizer
 from iosvd.runs.config import compose_run
 from iosvd.runs.execution import Outcome, execute, locked
 from iosvd.runs.fingerprints import digest
-from iosvd.runs.records import read_metrics, read_record, run_folder
+from iosvd.runs.records import has_checkpoint, read_metrics, read_record, run_folder
 from iosvd.runs.run import Run
 from iosvd.runs.steps import cache_of
 from iosvd.sweeps.expansion import expand
-from iosvd.sweeps.status import State, standing
+from iosvd.sweeps.status import Stamps, State, standing
 from iosvd.system.files import write_json
 from iosvd.tables.table import Column, Table
 
@@ -553,6 +553,25 @@ def test_a_checkpoint_that_would_be_another_model_is_not_made(
     assert execute(kept) is Outcome.failed
     assert "would not be stored as it was" in caplog.text and "runtime.force=true" in caplog.text
     assert standing(kept).state is State.failed and standing(asked).state is State.done
+
+
+def test_a_new_measurement_leaves_no_checkpoint_of_an_old_one(source: Path) -> None:
+    settings = ("method=svd", "ratio=0.5")
+    kept = run(source, *settings, "runtime.save_checkpoint=true")
+    assert execute(kept) is Outcome.complete
+    assert has_checkpoint(run_folder(kept))
+    assert execute(run(source, *settings, "runtime.force=true")) is Outcome.complete
+    assert not has_checkpoint(run_folder(kept))
+
+
+def test_what_is_to_be_measured_again_is_done_when_it_was(source: Path) -> None:
+    asked = run(source, "method=svd", "runtime.force=true")
+    assert execute(asked) is Outcome.complete
+    before = Stamps.of([asked])
+    assert standing(asked).state is State.done
+    assert before.standing(asked).state is State.missing
+    assert execute(asked) is Outcome.complete
+    assert before.standing(asked).state is State.done
 
 
 needs_root = pytest.mark.skipif(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hostile import sentinels, tree
 from safetensors import SafetensorError
@@ -166,6 +167,34 @@ def test_only_what_writers_that_ended_have_left_is_abandoned(tmp_path: Path) -> 
     remove_abandoned(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([ours, there])
     remove_abandoned(tmp_path / "no such folder")
+
+
+def test_only_partials_of_ours_are_removed_and_none_behind_a_link(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    machine = partial_of(mine / "x").name.split(".")[-3]
+    names = (".film.mp4.partial", f".x.{machine}.99999999999999999999.partial", ".partial")
+    for name in names:
+        (mine / name).write_text("half")
+        os.utime(mine / name, (0, 0))
+    remove_abandoned(mine)
+    (tmp_path / "link").symlink_to(mine)
+    dead = mine / f".x.{machine}.4194999.partial"
+    dead.write_text("half")
+    remove_abandoned(tmp_path / "link")
+    assert dead.exists() and all((mine / name).exists() for name in names)
+    remove_abandoned(mine)
+    assert not dead.exists() and all((mine / name).exists() for name in names)
+
+
+def test_a_process_with_the_number_of_a_dead_one_does_not_keep_its_partials(tmp_path: Path) -> None:
+    """As in a container, where the first process always has the same number."""
+    left = partial_of(tmp_path / "x")
+    left.write_text("half")
+    long_ago = psutil.Process().create_time() - 100
+    os.utime(left, (long_ago, long_ago))
+    remove_abandoned(tmp_path)
+    assert not left.exists()
 
 
 def test_a_number_that_json_does_not_know_is_not_written(tmp_path: Path) -> None:

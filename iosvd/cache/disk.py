@@ -20,8 +20,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,6 +31,7 @@ from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from iosvd.cache.entries import HEADER, SET_ASIDE, TENSORS, Kept, folders_in, is_entry, kept_in
 from iosvd.cache.store import KINDS, Entry, Key, Store
 from iosvd.errors import StorageError, one_line
 from iosvd.system.files import (
@@ -53,14 +52,12 @@ from iosvd.system.versions import commit
 
 log = logging.getLogger(__name__)
 _commit = functools.cache(commit)  # It asks git.
-HEADER, TENSORS, MARK = "header.json", "tensors.safetensors", "CACHEDIR.TAG"
-HASHES, _LOCKS, _SET_ASIDE = "hashes", "locks", "set_aside"
+MARK = "CACHEDIR.TAG"
+HASHES, _LOCKS = "hashes", "locks"
 _MARK_TEXT = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"  # https://bford.info/cachedir
     "# What iosvd computed (runtime.cache). Nothing is lost but time if the folder is removed.\n"
 )
-_DIGEST = re.compile(r"[0-9a-f]{32}")
-_SET_ASIDE_NAME = re.compile(rf"({'|'.join(KINDS)})-[0-9a-f]{{32}}-[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -72,16 +69,6 @@ class _Header:
     cost: Stage
     numbers: Mapping[str, float | None]
     tensors_sha256: str
-
-
-@dataclass(frozen=True)
-class Kept:
-    """An entry as it lies in the cache."""
-
-    path: Path
-    kind: str
-    size_bytes: int
-    last_used: float  # Seconds since the epoch.
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ class Cache(Store):
 
     def get(self, key: Key) -> Entry | None:
         path = self._path(key)
-        if not _is_entry(path):
+        if not is_entry(path):
             return None
         try:
             header = typed(_Header, read_sealed(path / HEADER), str(path / HEADER))
@@ -193,9 +180,9 @@ class Cache(Store):
             return []
         found = [
             kept
-            for kind in (*KINDS, _SET_ASIDE)
-            for entry in _folders_in(self.folder / kind)
-            if (kept := _kept(Path(entry), kind)) is not None
+            for kind in (*KINDS, SET_ASIDE)
+            for entry in folders_in(self.folder / kind)
+            if (kept := kept_in(Path(entry), kind)) is not None
         ]
         return sorted(found, key=lambda kept: kept.last_used)
 
@@ -211,9 +198,9 @@ class Cache(Store):
         for kept in entries:
             if excess <= 0 or kept.last_used >= used_before:
                 break
-            self.discard(kept)
-            excess -= kept.size_bytes
-            removed.append(kept)
+            if self.discard(kept):
+                excess -= kept.size_bytes
+                removed.append(kept)
         if removed:
             freed = sum(kept.size_bytes for kept in removed) / 2**30
             log.info("cache: %d entries evicted, %.2f GiB", len(removed), freed)
@@ -226,18 +213,25 @@ class Cache(Store):
         self._forget_partial()
         return removed
 
-    def discard(self, kept: Kept) -> None:
-        """Remove an entry at once for all who look for it."""
+    def discard(self, kept: Kept) -> bool:
+        """Remove an entry at once for all who look for it; return whether that could be done."""
         # A process that is killed here leaves no half entry under its name.
         doomed = partial_of(kept.path)
-        with suppress(FileNotFoundError):
+        try:
+            remove(doomed)
             kept.path.rename(doomed)
             remove(doomed)
+        except FileNotFoundError:
+            return False  # Evicted just now.
+        except OSError as error:
+            log.warning("%s cannot be evicted: %s", kept.path, error.strerror)
+            return False
+        return True
 
     def _forget_partial(self) -> None:
         if self._is_marked():
             remove_abandoned(self.folder)
-            for name in (*KINDS, _SET_ASIDE, HASHES):
+            for name in (*KINDS, SET_ASIDE, HASHES):
                 if not (self.folder / name).is_symlink():
                     remove_abandoned(self.folder / name)
 
@@ -270,50 +264,7 @@ class Cache(Store):
 
     def _set_aside(self, path: Path, error: Exception) -> None:
         name = f"{path.parent.name}-{path.name}-{time.time_ns()}"
-        target = own_folder(self.folder, _SET_ASIDE) / name
-        with suppress(FileNotFoundError):
+        target = own_folder(self.folder, SET_ASIDE) / name
+        with suppress(OSError):  # Set aside just now, or somebody else's.
             path.rename(target)
         log.warning("%s; set aside as %s and computed again", one_line(error), target)
-
-
-def _folders_in(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield the folders in a folder; links, also one in the folder's own place, are none."""
-    if folder.is_symlink():
-        return
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
-        yield from (entry for entry in found if entry.is_dir(follow_symlinks=False))
-
-
-def _is_entry(path: Path) -> bool:
-    """Whether a folder and its two files are there, and none of them is a link."""
-    if path.parent.is_symlink() or path.is_symlink():
-        return False
-    try:
-        return all(stat.S_ISREG((path / name).lstat().st_mode) for name in (HEADER, TENSORS))
-    except OSError:
-        return False
-
-
-def _kept(path: Path, kind: str) -> Kept | None:
-    """Return an entry as it lies in the cache, None for a folder that is none."""
-    if kind == _SET_ASIDE:
-        if _SET_ASIDE_NAME.fullmatch(path.name) is None:
-            return None
-    elif _DIGEST.fullmatch(path.name) is None or not _starts_as_header(path / HEADER, kind):
-        return None
-    try:
-        files = [file.stat(follow_symlinks=False) for file in os.scandir(path)]
-    except FileNotFoundError:  # Evicted just now.
-        return None
-    last = max((file.st_mtime for file in files), default=0.0)
-    return Kept(path, kind, sum(file.st_size for file in files), last)
-
-
-def _starts_as_header(path: Path, kind: str) -> bool:
-    """Whether a file begins as the headers of a kind do; whole, it is read when it is needed."""
-    start = f'{{\n "kind": "{kind}",'.encode()
-    try:
-        with path.open("rb") as stream:
-            return not path.is_symlink() and stream.read(len(start)) == start
-    except OSError:
-        return False

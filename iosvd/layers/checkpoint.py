@@ -236,15 +236,15 @@ def _complete_folder(folder: Path) -> Iterator[Path]:
     """Yield a partial folder beside the target; it gets the target's name when all was written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists already; choose another folder or remove it")
+    target = folder.resolve()  # Whoever names a link means the folder that it leads to.
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(folder.resolve().parent, folder.resolve().name)
-        # Whoever names a link means the folder that it leads to.
-        with written_whole(folder.resolve()) as partial:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(target.parent, target.name)
+        with written_whole(target) as partial:
             partial.mkdir()
             yield partial
-            if folder.exists():
-                folder.rmdir()  # It is empty.
+            if target.exists():
+                target.rmdir()  # It is empty.
     except BaseException as error:
         if _is_write_failure(error):
             raise CheckpointError(

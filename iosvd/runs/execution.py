@@ -23,6 +23,7 @@ from iosvd.runs.fingerprints import digest
 from iosvd.runs.measurement import measure, save_checkpoint_of
 from iosvd.runs.partial_results import PARTS
 from iosvd.runs.records import (
+    CHECKPOINT,
     FAILURE,
     METRICS,
     TRACKED,
@@ -36,6 +37,7 @@ from iosvd.runs.tracking import tracked
 from iosvd.system.files import (
     own_folder,
     process_lock,
+    remove,
     remove_partial,
     write_failures_explained,
     write_json,
@@ -108,6 +110,7 @@ def _execute(run: Run) -> Outcome:
     stale = (METRICS, FAILURE, TRACKED, *([PARTS] if run.runtime.force else []))
     for name in stale:
         (folder / name).unlink(missing_ok=True)
+    remove(folder / CHECKPOINT)  # Of a measurement that this one replaces.
     with written_whole(folder / "config.yaml") as temporary:
         OmegaConf.save(OmegaConf.create(run.config), temporary)
     with tracked(run, folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from iosvd.errors import RecordError, one_line, plain, shortened
-from iosvd.plan import SitePlan
 from iosvd.runs.fingerprints import digest
+from iosvd.runs.metrics import Failure, Metrics, SitePlans
 from iosvd.runs.run import Run
 from iosvd.system.typed_json import DamagedError, read_json, read_sealed, typed
 
@@ -29,7 +29,6 @@ ANSWERS = "answers.json"  # Which items of each zero-shot task were answered rig
 
 
 _LONGEST_LABEL = 100  # Characters of a folder's name; the digest tells it from all others.
-_LONGEST_NAME = 1000  # Of a site.
 
 
 def run_folder(run: Run) -> Path:
@@ -55,118 +54,6 @@ def check_inside(folder: Path, run: Run) -> None:
             f"{folder} is a link out of the results, to {folder.resolve()}; nothing is written"
             " there: remove the link"
         )
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Exact KL divergence from the dense model and change of the loss, nats per token."""
-
-    kl: float
-    loss_change: float
-
-
-@dataclass(frozen=True)
-class SiteDivergence(Divergence):
-    """Of one site truncated alone, with what was predicted for it."""
-
-    predicted_kl: float | None
-    predicted_loss_change: float | None
-
-
-@dataclass(frozen=True)
-class _Named:
-    name: str
-
-
-@dataclass(frozen=True)
-class _Windows:
-    windows: int
-    seq_len: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class _Tasks:
-    tasks: list[str]
-    limit: int
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    texts: dict[str, _Named]
-    seq_len: int
-    windows: int
-    zero_shot: _Tasks
-
-
-@dataclass(frozen=True)
-class _Config:
-    """What readers need of the composed options."""
-
-    model: _Named
-    dataset: _Named
-    calibration: _Windows
-    eval: _Evaluation
-
-
-@dataclass(frozen=True)
-class _Accuracy:
-    acc: float
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What readers need of metrics.json, which holds more."""
-
-    digest: str
-    label: str
-    ratio: float
-    ratio_achieved: float
-    target_bytes: int
-    predicted_kl: float | None
-    predicted_loss_change: float | None
-    perplexity: dict[str, float]
-    zero_shot: dict[str, _Accuracy]
-    average_acc: float | None
-    compression_seconds: float
-    started: str
-    device: str
-    model_revision: str | None
-    commit: str
-    config: _Config
-    divergence: dict[str, Divergence] = field(default_factory=dict)
-    site_divergence: dict[str, dict[str, SiteDivergence]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        positive = {"ratio": self.ratio, **self.perplexity}
-        for name, value in positive.items():
-            if not value > 0:
-                raise DamagedError(f"{name} is {value:g}, not above 0")
-        texts = {*self.perplexity, *self.divergence, *self.site_divergence}
-        if unknown := sorted(texts - set(self.config.eval.texts)):
-            raise DamagedError(f"it measures {unknown[0]}, which is no text of its config")
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """failure.json."""
-
-    error: str
-
-
-@dataclass(frozen=True)
-class _SitePlans:
-    """plan.json, as far as readers need it."""
-
-    sites: dict[str, SitePlan]
-
-    def __post_init__(self) -> None:
-        if not self.sites:
-            raise DamagedError(f"{PLAN} has no site")
-        for name, site in self.sites.items():
-            sizes = (site.out_features, site.in_features, site.rank, site.bits)
-            if len(name) > _LONGEST_NAME or not all(0 < size < 2**50 for size in sizes):
-                raise DamagedError(f"{PLAN} gives {shortened(name, 80)} impossible sizes")
 
 
 @dataclass(frozen=True)
@@ -215,7 +102,11 @@ def read_record(folder: Path) -> Record | None:
     Raises:
         RecordError: metrics.json is damaged, or somebody else's.
     """
-    return _record(typed_metrics(folder)) if (folder / METRICS).exists() else None
+    try:
+        there = (folder / METRICS).exists()
+    except OSError as error:  # A folder that this user may not enter.
+        raise _unreadable(folder / METRICS, error) from error
+    return _record(typed_metrics(folder)) if there else None
 
 
 def typed_metrics(folder: Path) -> Metrics:
@@ -251,7 +142,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
     path = folder / PLAN
     try:
         plan = read_json(path)
-        typed(_SitePlans, plan, PLAN)
+        typed(SitePlans, plan, PLAN)
         return plan
     except (OSError, DamagedError) as error:
         raise _unreadable(path, error) from error
@@ -261,7 +152,7 @@ def read_failure(folder: Path) -> str | None:
     """Return the line that a failed run left, None if it left none."""
     path = folder / FAILURE
     try:
-        lines = typed(_Failure, read_json(path), FAILURE).error.splitlines()
+        lines = typed(Failure, read_json(path), FAILURE).error.splitlines()
         return shortened(plain(lines[0] if lines else "no reason was recorded"), 300)
     except FileNotFoundError:
         return None

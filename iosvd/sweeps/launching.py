@@ -11,27 +11,29 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from iosvd.errors import WorkerError, one_line
+from iosvd.errors import IosvdError, RecordError, WorkerError, one_line
 from iosvd.runs.config import CONF, label, method_options, to_run
 from iosvd.runs.execution import execute, locked, record_failure
-from iosvd.runs.records import METRICS, TRACKED, run_folder
+from iosvd.runs.records import METRICS, TRACKED, check_inside, run_folder
 from iosvd.runs.run import Run, TrackingMode
 from iosvd.sweeps.expansion import Job
 from iosvd.sweeps.gpus import COUNT_ONLY, take_gpu
 from iosvd.sweeps.hydra_internals import launcher
-from iosvd.sweeps.status import Standing, State, standing
+from iosvd.sweeps.status import Stamps, Standing, State, standing
 from iosvd.system.files import remove_abandoned
 from iosvd.system.interrupts import end_with, raise_if_asked, shield_workers
 from iosvd.system.progress import quiet_libraries
 
 log = logging.getLogger(__name__)
 _LOOK_SECONDS = 2.0
+_PATIENCE_SECONDS = 0.2  # Others look at a lock for a moment.
 _LAUNCHER = "IOSVD_LAUNCHER"  # The process that launches, for its workers.
 _WAITING_WORKERS = "hydra_plugins.hydra_joblib_launcher"  # Their processes wait for more jobs.
 
@@ -61,42 +63,67 @@ def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[Standing]:
         jobs: of the sweep.
         overrides: of its command line.
     """
-    for job in jobs:
-        remove_abandoned(run_folder(job.run))  # Also where the run is complete.
-    pending = [job for job in jobs if _has_work(job.run)]
+    runs = [job.run for job in jobs]
+    for run in runs:
+        _tidy(run)  # Also where it is complete.
+    before, pending = Stamps.of(runs), [job for job in jobs if _has_work(job.run)]
     log.info("%d runs, %d of them complete", len(jobs), len(jobs) - len(pending))
-    with watched([job.run for job in jobs]) if pending else nullcontext():
+    with watched(runs) if pending else nullcontext():
         while pending:
             _launch(pending, overrides)
-            raise_if_asked()
-            left = _left(pending)
-            for died in (job for job in left if standing(job.run).state is State.interrupted):
+            left = _left(pending, before)
+            for died in (job for job in left if _state(job, before) is State.interrupted):
                 _try_alone(died, overrides)
-            left = [job for job in left if standing(job.run).state is State.missing]
+            left = [job for job in left if _state(job, before) is State.missing]
             if len(left) == len(pending):  # Nothing was even begun: so it would be again.
+                _one_by_one([job for job in left if _record_of(job.run).exists()], overrides)
                 break
             pending = left
-    return [standing(job.run) for job in jobs]
+    return [before.standing(run, _PATIENCE_SECONDS) for run in runs]
 
 
-def _left(launched: Sequence[Job]) -> list[Job]:
+def _record_of(run: Run) -> Path:
+    return run_folder(run) / METRICS
+
+
+def _tidy(run: Run) -> None:
+    """Remove what killed writers left in a run's folder, unless that is somebody else's."""
+    folder = run_folder(run)
+    with suppress(RecordError):
+        check_inside(folder, run)
+        remove_abandoned(folder)
+
+
+def _state(job: Job, before: Stamps) -> State:
+    return before.standing(job.run, _PATIENCE_SECONDS).state
+
+
+def _left(launched: Sequence[Job], before: Stamps) -> list[Job]:
     """Return the runs that have neither ended nor failed, once nobody carries them out."""
     for job in launched:
-        if standing(job.run).state is State.running:
+        if _state(job, before) is State.running:
             log.info("waiting for another process, which carries out %s", run_folder(job.run))
             with locked(job.run, patience=-1):
                 pass
     ended = (State.done, State.failed)
-    return [job for job in launched if standing(job.run).state not in ended]
+    return [job for job in launched if _state(job, before) not in ended]
 
 
 def _try_alone(died: Job, overrides: Sequence[str]) -> None:
     """Go on with a run whose process was killed; nobody else's worker is to die of it again."""
     log.warning("%s was killed with its process; tried once more", run_folder(died.run).name)
-    _launch([died], overrides)
-    if standing(died.run).state is State.interrupted:
+    error = _launch([died], overrides)
+    if standing(died.run, _PATIENCE_SECONDS).state is State.interrupted:
         reason = "its process was killed twice, perhaps for want of memory; launch again to go on"
+        if isinstance(error, IosvdError):  # It was not even begun.
+            reason = str(error)
         record_failure(died.run, WorkerError(reason))
+
+
+def _one_by_one(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
+    """Launch runs that lack their checkpoint alone: one whose worker dies must not stop others."""
+    for job in jobs if len(jobs) > 1 else ():
+        _launch([job], overrides)
 
 
 def _has_work(run: Run) -> bool:
@@ -106,8 +133,12 @@ def _has_work(run: Run) -> bool:
     return run.wandb.mode is not TrackingMode.disabled and untracked
 
 
-def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
-    """Give these runs to the launcher that the overrides choose, and wait until they have ended."""
+def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> Exception | None:
+    """Give these runs to the launcher that the overrides choose, and wait until they have ended.
+
+    Returns:
+        What the launcher died of, if it did.
+    """
     shield_workers()
     os.environ[_LAUNCHER] = str(os.getpid())
     if any(each.run.runtime.gpu_per_worker for each in jobs):
@@ -120,6 +151,10 @@ def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
     # Launchers raise types of their own where a worker dies.
     except Exception as error:  # noqa: BLE001
         log.error("a worker ended: %s", one_line(error)[:300])
+        return error
+    finally:
+        raise_if_asked()
+    return None
 
 
 @contextmanager

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
 from filelock import Timeout
 
-from iosvd.errors import RecordError
+from iosvd.errors import RecordError, StorageError, one_line
 from iosvd.runs.execution import locked
-from iosvd.runs.records import check_inside, has_checkpoint, read_failure, read_record, run_folder
+from iosvd.runs.records import (
+    METRICS,
+    check_inside,
+    has_checkpoint,
+    read_failure,
+    read_record,
+    run_folder,
+)
 from iosvd.runs.run import Run
 
 
@@ -34,8 +42,42 @@ class Standing:
     reason: str = ""
 
 
-def standing(run: Run) -> Standing:
-    """Look where a run stands. It is done when all that is asked of it is there."""
+@dataclass(frozen=True)
+class Stamps:
+    """When the records of some runs were written, before the runs are launched."""
+
+    times: Mapping[Path, int | None]
+
+    @classmethod
+    def of(cls, runs: Iterable[Run]) -> Stamps:
+        """Remember the runs as they are now."""
+        return cls({folder: _written(folder) for folder in map(run_folder, runs)})
+
+    def standing(self, run: Run, patience: float = 0.0) -> Standing:
+        """Look where a run stands; one that is to be measured again counts once it has been."""
+        found = standing(run, patience)
+        again = run.runtime.force and found.state is State.done
+        if not again or _written(found.folder) != self.times.get(found.folder):
+            return found
+        if (reason := read_failure(found.folder)) is not None:
+            return replace(found, state=State.failed, reason=reason)
+        return replace(found, state=State.missing, reason="not measured again")
+
+
+def _written(folder: Path) -> int | None:
+    try:
+        return (folder / METRICS).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def standing(run: Run, patience: float = 0.0) -> Standing:
+    """Look where a run stands. It is done when all that is asked of it is there.
+
+    Args:
+        run: the run.
+        patience: seconds to wait for its lock, which others hold for a moment when they look.
+    """
     folder = run_folder(run)
     try:
         check_inside(folder, run)
@@ -47,10 +89,12 @@ def standing(run: Run) -> Standing:
     if not folder.exists():
         return Standing(run, State.missing, folder)
     try:
-        with locked(run, patience=0):
+        with locked(run, patience=patience):
             pass
     except Timeout:
         return Standing(run, State.running, folder)
+    except (StorageError, OSError) as error:
+        return Standing(run, State.failed, folder, one_line(error))
     if (reason := read_failure(folder)) is not None:
         return Standing(run, State.failed, folder, reason)
     if complete:

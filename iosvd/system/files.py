@@ -30,11 +30,20 @@ PARTIAL = ".partial"
 _BLOCK_BYTES = 2**22
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-_OWNER = re.compile(r"\..*\.([0-9a-f]{8})\.([0-9]+)" + re.escape(PARTIAL), flags=re.DOTALL)
+_OWNER = re.compile(r"\..*\.([0-9a-f]{8})\.([0-9]{1,9})" + re.escape(PARTIAL), flags=re.DOTALL)
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # Asking for it sets it.
 _ABANDONED_SECONDS = 86_400.0  # Of a writer that cannot be asked, on another machine.
+
+
+def _machine() -> str:
+    """Return a code of this machine; containers number their processes apart."""
+    numbering = Path("/proc/self/ns/pid")
+    apart = numbering.stat().st_ino if numbering.exists() else 0
+    return hashlib.sha256(f"{platform.node()} {apart}".encode()).hexdigest()[:8]
+
+
+_MACHINE = _machine()
 
 
 @contextmanager
@@ -196,16 +205,24 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
         folder: to look in.
         name: of the file or folder that was to be written; None: any.
     """
+    if folder.is_symlink():
+        return
     start = "." if name is None else f".{name}."
-    with suppress(OSError):  # A folder that cannot be read, or somebody else's partial.
+    with suppress(OSError):  # A folder that is not there, or cannot be read.
         found = [entry.name for entry in os.scandir(folder) if entry.name.startswith(start)]
         for path in (folder / partial for partial in found if partial.endswith(PARTIAL)):
-            if _abandoned(path):
-                remove(path)
+            with suppress(OSError):  # Somebody else's, or removed just now.
+                if _abandoned(path):
+                    remove(path)
 
 
 def _abandoned(path: Path) -> bool:
-    owner = _OWNER.fullmatch(path.name)
-    if owner is not None and owner[1] == _MACHINE:
-        return not psutil.pid_exists(int(owner[2]))
-    return time.time() - path.lstat().st_mtime > _ABANDONED_SECONDS
+    owner, written = _OWNER.fullmatch(path.name), path.lstat().st_mtime
+    if owner is None:
+        return False  # Not ours.
+    if owner[1] != _MACHINE:
+        return time.time() - written > _ABANDONED_SECONDS
+    try:  # A number is given again, in a container soon.
+        return psutil.Process(int(owner[2])).create_time() > written + 1
+    except psutil.NoSuchProcess:
+        return True

@@ -56,13 +56,14 @@ def shield_workers() -> None:
 
 
 def _raise(number: int, _: FrameType | None) -> None:
+    if _asked:
+        _end(number, None)  # Whoever asks twice does not want to wait.
     _asked.append(number)
     raise KeyboardInterrupt(number)
 
 
 def _await_interrupt() -> None:
     signal.sigwait([signal.SIGINT])
-    _asked.append(signal.SIGINT)
     _thread.interrupt_main()
     signal.sigwait([signal.SIGINT])  # Whoever asks twice does not want to wait.
     _end(signal.SIGINT, None)

@@ -15,9 +15,9 @@ from iosvd.whitening.base import Whitening
 class Gfwsvd(Whitening):
     """M = L_Bᵀ W L_A, where the product of B (m, m) and A (n, n) is nearest to the Fisher of W.
 
-    The factors are found by alternating power iterations (iosvd/kronecker.py) on the gradients of
-    single windows; the paper runs Lanczos' method on the same rearranged matrix. Each pass over the
-    calibration set is one half of an iteration.
+    The factors are found by alternating power iterations (iosvd/statistics/kronecker.py) on the
+    gradients of single windows; the paper runs Lanczos' method on the same rearranged matrix. Each
+    pass over the calibration set is one half of an iteration.
     """
 
     passes: int = 4
