@@ -249,7 +249,7 @@ def run_changes(outside: Path) -> Iterator[Change]:
     Args:
         outside: a folder of somebody's own files.
     """
-    for value in map(Raw, NOT_NUMBERS):
+    for value in map(Raw, ("NaN", "1e999", "[]", "true", DEEP)):
         change = changed_json("metrics.json", "perplexity/*", value, sealed=True)
         yield Change(f"a perplexity of {value[:9]}", change)
     for path in ("ratio", "target_bytes", "compression_seconds"):
@@ -262,15 +262,15 @@ def run_changes(outside: Path) -> Iterator[Change]:
         for value in (..., [1]):
             change = changed_json("metrics.json", path, value, sealed=True)
             yield Change(f"{path} is {str(value)[:8]}", change)
-    for path in ("label", "device"):
+    for path in ("label",):
         for text in (TERMINAL, LONG, "</script><!--<script>", "| a | b\n\\input{x}", "\ud800"):
             change = changed_json("metrics.json", path, text, sealed=True)
             yield Change(f"{path} says {text[:8]!r}", change)
     for file in ("metrics.json", "plan.json"):
-        for content in ("[]", "null", DEEP, "", "\ud800"):
+        for content in ("[]", DEEP, "\ud800"):
             yield Change(f"{file} is {content[:5]!r}", replaced(file, content))
     for path in ("sites", "sites/*/rank", "sites/*/out_features"):
-        for value in (Raw("NaN"), [], 0, 10**400, ...):
+        for value in (Raw("NaN"), 0, 10**400, ...):
             change = changed_json("plan.json", path, value)
             yield Change(f"plan's {path} is {str(value)[:6]}", change)
     names = {"²": "a power", "7" * 5000: "a long number", TERMINAL: "escapes"}

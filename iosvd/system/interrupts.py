@@ -44,14 +44,17 @@ def shield_workers() -> None:
     """Keep Ctrl-C from workers that are started from now on: they end with this process.
 
     A terminal sends it to all of them, and each would print where it was. They inherit the
-    signals that this thread blocks; joblib's tracker of resources, which comes with the first
-    worker, would unblock them again, so it is started before.
+    signals that this thread blocks; the trackers of resources, Python's and joblib's, unblock
+    them where they are started, so they are started before.
     """
     if not any(thread.name == _WAITING for thread in threading.enumerate()):
         return  # Nobody would notice Ctrl-C.
-    from joblib.externals.loky.backend import resource_tracker
+    from multiprocessing import resource_tracker
+
+    from joblib.externals.loky.backend import resource_tracker as joblib_tracker
 
     resource_tracker.ensure_running()
+    joblib_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 
