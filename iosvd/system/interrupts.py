@@ -22,10 +22,11 @@ def interruptible(main: Callable[[], int]) -> int:
     """Carry out a command and return its status: 128 and the signal's number, if one ended it."""
     signal.signal(signal.SIGINT, _raise)
     signal.signal(signal.SIGTERM, _raise)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        threading.Thread(target=_await_interrupt, daemon=True, name=_WAITING).start()
     try:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            # Ctrl-C may be pending already: from here on it can come at any moment.
+            threading.Thread(target=_await_interrupt, daemon=True, name=_WAITING).start()
         status = main()
         raise_if_asked()
         return status
