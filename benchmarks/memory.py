@@ -25,11 +25,11 @@ from iosvd.cache.statistics import Gatherer
 from iosvd.cache.store import NoStore
 from iosvd.errors import exit_in_one_line
 from iosvd.factorization import Factorization
-from iosvd.models.sites import find_sites, shared_inputs
+from iosvd.models.sites import find_sites
 from iosvd.runs.config import compose_run
 from iosvd.runs.run import Run
 from iosvd.runs.steps import device_for, loaded, memory_use, plan_statistics
-from iosvd.system.files import write_text
+from iosvd.system.files import made, write_text
 from iosvd.system.machine import GIB
 from iosvd.system.timing import measured
 from iosvd.system.versions import commit
@@ -70,8 +70,7 @@ def benchmark(overrides: list[str]) -> str:
         f"{run.runtime.memory_gib:g}. {torch.get_num_threads()} thread(s), commit {commit()},"
         f" {time.strftime('%Y-%m-%d')}.\n"
     )
-    (results / "tables").mkdir(parents=True, exist_ok=True)
-    write_text(results / "tables" / f"memory-{device}.md", page)
+    write_text(made(results / "tables") / f"memory-{device}.md", page)
     return page
 
 
@@ -83,13 +82,11 @@ def measure(run: Run) -> dict[str, float | str]:
     tokens = torch.randint(0, SHAPE.vocab_size, (run.calibration.windows, run.calibration.seq_len))
     memory = memory_use(run, model, tokens)
     keys = Keys.of("random", tokens, None, run.whitening, Factorization())
-    shared = shared_inputs(model, tokens, sites)
     gather = Gatherer(
         model=model,
         tokens=tokens,
         gradient_tokens=None,
         sites=sites,
-        shared=shared,
         batch_size=run.runtime.batch_tokens // tokens.shape[1],
         memory=memory,
         store=NoStore(),

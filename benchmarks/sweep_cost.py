@@ -22,7 +22,7 @@ import pandas
 from iosvd.errors import exit_in_one_line
 from iosvd.runs.records import read_metrics, run_folder
 from iosvd.sweeps.expansion import sweep_jobs
-from iosvd.system.files import write_text
+from iosvd.system.files import made, write_text
 from iosvd.system.versions import commit
 from iosvd.tables.sweep import Sweep
 
@@ -50,7 +50,7 @@ def benchmark(overrides: list[str]) -> str:
         f" {' '.join(overrides)}; commit {commit()}, {time.strftime('%Y-%m-%d')}.\n"
     )
     target = named.results / "tables" / f"sweep_cost-{named.name}.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    made(target.parent)
     write_text(target, page)
     return page
 

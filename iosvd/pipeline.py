@@ -21,7 +21,7 @@ from iosvd.errors import ConfigError, ModelError
 from iosvd.factorization import Factorization
 from iosvd.layers.replacement import check_finite, compressed_layers, store_
 from iosvd.layers.rows import half_dtype
-from iosvd.models.sites import SiteSelection, find_sites, shared_inputs
+from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.plan import Plan, make_plan
 from iosvd.quantization import NoQuantization, Quantization
 from iosvd.statistics.memory import MemoryUse
@@ -94,32 +94,29 @@ def compress(
 
     if (ratio is None) == (target_kl is None):
         raise ConfigError("give either a ratio or a target_kl")
-    _check_store(store, identity)
     if target_kl is not None:
         check_target(target_kl, whitening, quantization)
     clock = StageClock()
-    sites = _sites(model, selection)
-    budget = feasible_budget(sites, ratio, quantization, min_rank_fraction, correction)
-    rank_budgets = quantization.rank_budgets(budget)
-    factorized = factorized or factorize(
-        model,
-        tokens,
-        ratio=ratio,
+    gather = _gatherer(
+        model=model,
+        tokens=tokens,
+        gradient_tokens=gradient_tokens,
         whitening=whitening,
-        allocation=allocation,
-        quantization=quantization,
         factorization=factorization,
         selection=selection,
-        gradient_tokens=gradient_tokens,
         batch_size=batch_size,
         memory=memory,
         store=store,
         identity=identity,
     )
+    sites = gather.sites
+    budget = feasible_budget(sites, ratio, quantization, min_rank_fraction, correction)
+    rank_budgets = quantization.rank_budgets(budget)
+    spectra_of = SpectraOf(whitening, allocation.needs, quantization.cost, factorization)
+    factorized = factorized or _factorized(gather, spectra_of, ratio, quantization)
     spectra, stages = factorized.spectra, factorized.stages
-    keys = Keys.of(identity, tokens, gradient_tokens, whitening, factorization)
     with clock.stage("allocation"):
-        kept = KeptLosses(store, keys, whitening.needs)
+        kept = KeptLosses(store, gather.keys, whitening.needs)
         trial = CalibrationTrial(model, sites, spectra, budget, tokens, batch_size, kept)
         if target_kl is not None:
             budget = budget_for_kl(target_kl, allocation, spectra, budget, trial)
@@ -134,17 +131,6 @@ def compress(
     with clock.stage("correction"):
         statistics: Mapping[str, SiteStatistics] = {}
         if correction.needs_metrics:
-            gather = Gatherer(
-                model=model,
-                tokens=tokens,
-                gradient_tokens=gradient_tokens,
-                sites=sites,
-                shared=shared_inputs(model, tokens, sites),
-                batch_size=batch_size,
-                memory=memory,
-                store=store,
-                keys=keys,
-            )
             statistics = gather.in_passes(whitening.needs)  # Before the model is changed.
         corrected = correction(
             Given(
@@ -223,41 +209,65 @@ def factorize(
     They hold for every ratio, and for every allocation and quantisation that needs no other
     statistics and, without a store, plans no higher ranks than this one. But where a ratio is
     given at which every site stays dense, and the method reads no statistics, nothing is computed
-    and the spectra have no components. Arguments are those of
-    `compress`.
+    and the spectra have no components. Arguments are those of `compress`.
     """
-    _check_store(store, identity)
-    sites = _sites(model, selection)
-    needs = whitening.needs | allocation.needs
-    if ratio is not None and needs == Needs():
-        budget = feasible_budget(sites, ratio, quantization, 0.0)
-        if all(under.fits_dense for under in quantization.rank_budgets(budget)):
-            return without_components(sites)
-    if needs != Needs():
-        warn_if_few(tokens, {name: site.in_features for name, site in sites.items()})
-    keys = Keys.of(identity, tokens, gradient_tokens, whitening, factorization)
-    gather = Gatherer(
+    gather = _gatherer(
         model=model,
         tokens=tokens,
         gradient_tokens=gradient_tokens,
-        sites=sites,
-        shared=shared_inputs(model, tokens, sites),
+        whitening=whitening,
+        factorization=factorization,
+        selection=selection,
         batch_size=batch_size,
         memory=memory,
         store=store,
-        keys=keys,
+        identity=identity,
     )
-    return SpectraOf(whitening, allocation.needs, quantization.cost, factorization)(gather)
+    spectra_of = SpectraOf(whitening, allocation.needs, quantization.cost, factorization)
+    return _factorized(gather, spectra_of, ratio, quantization)
 
 
-def _check_store(store: Store, identity: str) -> None:
+def _gatherer(
+    *,
+    model: PreTrainedModel,
+    tokens: Tensor,
+    gradient_tokens: Tensor | None,
+    whitening: Whitening,
+    factorization: Factorization,
+    selection: SiteSelection,
+    batch_size: int,
+    memory: MemoryUse,
+    store: Store,
+    identity: str,
+) -> Gatherer:
+    """Return the collector of a dense model's statistics; arguments are those of `compress`."""
     if store.keeps and not identity:
         raise ConfigError(
             "a store needs identity=…, which tells this model's weights from those of others in it"
         )
-
-
-def _sites(model: PreTrainedModel, selection: SiteSelection) -> dict[str, nn.Linear]:
     if compressed_layers(model):
         raise ModelError("this model is compressed already; start from the dense one")
-    return find_sites(model, selection)
+    return Gatherer(
+        model=model,
+        tokens=tokens,
+        gradient_tokens=gradient_tokens,
+        sites=find_sites(model, selection),
+        batch_size=batch_size,
+        memory=memory,
+        store=store,
+        keys=Keys.of(identity, tokens, gradient_tokens, whitening, factorization),
+    )
+
+
+def _factorized(
+    gather: Gatherer, spectra_of: SpectraOf, ratio: float | None, quantization: Quantization
+) -> Factorized:
+    """Return the spectra of all sites; none are computed where a ratio leaves all sites dense."""
+    if spectra_of.whitening.needs | spectra_of.scored != Needs():
+        widths = {name: site.in_features for name, site in gather.sites.items()}
+        warn_if_few(gather.tokens, widths)
+    elif ratio is not None:
+        budget = feasible_budget(gather.sites, ratio, quantization, 0.0)
+        if all(under.fits_dense for under in quantization.rank_budgets(budget)):
+            return without_components(gather.sites)
+    return spectra_of(gather)

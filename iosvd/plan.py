@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from iosvd.budget import ENTRY_BITS, Budget, Shape
 from iosvd.models.sites import layer_and_role
-from iosvd.system.files import write_json
+from iosvd.system.json_files import write_json
 from iosvd.types import Spectrum
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from iosvd.runs.run import Run
 from iosvd.runs.steps import cache_of
 from iosvd.sweeps.expansion import expand
 from iosvd.sweeps.status import Stamps, State, standing
-from iosvd.system.files import write_json
+from iosvd.system.json_files import write_json
 from iosvd.tables.table import Column, Table
 
 

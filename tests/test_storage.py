@@ -24,12 +24,17 @@ from iosvd.system.files import (
     remove,
     remove_abandoned,
     remove_partial,
-    write_json,
-    write_sealed,
     write_text,
     written_whole,
 )
-from iosvd.system.typed_json import DamagedError, read_json, read_sealed, typed
+from iosvd.system.json_files import (
+    DamagedError,
+    read_json,
+    read_sealed,
+    typed,
+    write_json,
+    write_sealed,
+)
 
 VALUE = {"a": 1.25, "b": {"c": [1, 2, None]}, "text": "ρ = 0.6, “quoted” \\ \n"}
 

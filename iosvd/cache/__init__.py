@@ -1,1 +1,1 @@
-"""What is computed once and kept on disk: tokens, statistics, spectra, scores, losses of trials."""
+"""The cache on disk: tokens, statistics, spectra, scores and losses of trials, computed once."""

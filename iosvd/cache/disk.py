@@ -1,4 +1,4 @@
-"""What was computed, in a folder that all processes share: computed once, checked when read.
+"""Entries in a folder that all processes share: each computed once, and checked when read.
 
     <folder>/CACHEDIR.TAG                       says whose folder it is; backups leave it out
     <folder>/<kind>/<digest>/header.json        all that the entry depends on, its cost, a checksum
@@ -42,12 +42,11 @@ from iosvd.system.files import (
     remove,
     remove_abandoned,
     write_failures_explained,
-    write_sealed,
     write_text,
     written_whole,
 )
+from iosvd.system.json_files import DamagedError, read_sealed, typed, write_sealed
 from iosvd.system.timing import Stage
-from iosvd.system.typed_json import DamagedError, read_sealed, typed
 from iosvd.system.versions import commit
 
 log = logging.getLogger(__name__)
@@ -134,7 +133,8 @@ class Cache(Store):
             )
             remove(path)  # Of a header that was lost.
         self._written.append(key)
-        # As every later reader has it, also in the place of its bytes: rounding may hang on that.
+        # Re-read from disk: memory alignment can change rounding, and this process must match
+        # later readers.
         with suppress(FileNotFoundError):  # Evicted just now.
             return Entry(load_file(path / TENSORS), entry.cost, numbers)
         return entry
@@ -232,8 +232,7 @@ class Cache(Store):
         if self._is_marked():
             remove_abandoned(self.folder)
             for name in (*KINDS, SET_ASIDE, HASHES):
-                if not (self.folder / name).is_symlink():
-                    remove_abandoned(self.folder / name)
+                remove_abandoned(self.folder / name)
 
     def _is_marked(self) -> bool:
         try:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from iosvd.budget import Shape
 from iosvd.cache.keys import Keys
 from iosvd.cache.store import Entry, Key, Store
+from iosvd.models.sites import shared_inputs
 from iosvd.statistics.collect import collect
 from iosvd.statistics.memory import MemoryUse, groups_within
 from iosvd.statistics.needs import OF_INPUT, Needs, SiteStatistics, statistics_for
@@ -48,11 +50,15 @@ class Gatherer:
     tokens: Tensor  # (windows, length)
     gradient_tokens: Tensor | None  # Windows of the gradient, if they are others.
     sites: Mapping[str, nn.Linear]
-    shared: Mapping[str, str]  # Site to the first site that reads the same tensor.
     batch_size: int
     memory: MemoryUse
     store: Store
     keys: Keys
+
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Each site, and the first one that reads the same tensor."""
+        return shared_inputs(self.model, self.tokens, self.sites)
 
     def __call__(self, names: Iterable[str], needs: Needs) -> Gathered:
         """Return the statistics of the named sites.

@@ -28,7 +28,7 @@ from iosvd.layers.replacement import compressed_layers, densify_
 from iosvd.layers.rows import RowLayout
 from iosvd.plan import Plan
 from iosvd.system.files import remove_abandoned, written_whole
-from iosvd.system.typed_json import DamagedError, typed
+from iosvd.system.json_files import DamagedError, typed
 from iosvd.system.versions import library_versions
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
@@ -39,7 +39,7 @@ METHOD = "iosvd"
 
 @dataclass(frozen=True)
 class _Description:
-    """What config.json says of the compressed layers."""
+    """The description of the compressed layers in config.json."""
 
     ranks: dict[str, int]
     rows: dict[str, dict[str, dict[str, Any]]]  # Of each matrix, a `RowLayout`.

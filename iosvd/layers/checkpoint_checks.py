@@ -11,7 +11,6 @@ from safetensors import safe_open
 from torch import nn
 
 from iosvd.errors import CheckpointError
-from iosvd.layers.replacement import not_finite
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,21 @@ def check_tensors(name: str, layer: nn.Module, stored: Mapping[str, StoredTensor
 
 
 def check_values(layer: nn.Module, name: str) -> None:
-    """Check what the headers of the files cannot tell of a layer's tensors.
+    """Check what the headers of the files cannot tell of a layer's orders and scales.
 
     Raises:
-        CheckpointError: an order that is none, or a factor or scale that is not a finite number.
+        CheckpointError: an order is no permutation, or a scale no finite number from 0 up.
     """
-    damaged = not_finite(layer)
     for part, tensor in layer.named_buffers():
         if tensor.is_meta:
             continue
+        whole = True
         if part.endswith("order"):
             places = tensor.sort().values
             whole = torch.equal(places, torch.arange(len(places)).to(places))
-        else:
-            whole = not part.endswith("scale") or bool((tensor >= 0).all())
-        damaged = damaged if whole else part
-    if damaged is not None:
-        raise CheckpointError(
-            f"{damaged} of {name} in the checkpoint is damaged; save the checkpoint again"
-        )
+        elif part.endswith("scale"):
+            whole = bool((torch.isfinite(tensor) & (tensor >= 0)).all())
+        if not whole:
+            raise CheckpointError(
+                f"{part} of {name} in the checkpoint is damaged; save the checkpoint again"
+            )

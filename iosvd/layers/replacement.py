@@ -22,7 +22,7 @@ def replace_(model: nn.Module, sites: Mapping[str, Site]) -> None:
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
             model.set_submodule(name, LowRankLinear.from_factors(layer, site.factors))
-            layer.to("meta")  # Frees the weight, whoever still knows the layer.
+            layer.to("meta")  # Frees the weight, even where a reference to the layer is left.
 
 
 def store_(model: nn.Module, stored: Mapping[str, Stored]) -> None:
@@ -34,20 +34,13 @@ def store_(model: nn.Module, stored: Mapping[str, Stored]) -> None:
 def check_finite(model: nn.Module) -> None:
     """Raise NumericalError for the first compressed layer with NaN or infinity in it."""
     for name, layer in compressed_layers(model).items():
-        if (part := not_finite(layer)) is not None:
-            dtype = str(layer.state_dict()[part].dtype).removeprefix("torch.")
-            raise NumericalError(
-                f"{part} of {name} has NaN or infinity in {dtype}; try model.dtype=bfloat16 or"
-                " float32, raise the damping, or exclude the site (model.sites.exclude)"
-            )
-
-
-def not_finite(layer: nn.Module) -> str | None:
-    """Return the name of the first tensor of a layer with NaN or infinity in it."""
-    for part, tensor in layer.state_dict().items():
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
-            return part
-    return None
+        for part, tensor in layer.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise NumericalError(
+                    f"{part} of {name} has NaN or infinity in {dtype}; try model.dtype=bfloat16 or"
+                    " float32, raise the damping, or exclude the site (model.sites.exclude)"
+                )
 
 
 def densify_(model: nn.Module, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from iosvd.errors import ConfigError, IosvdError, ModelError, one_line
 from iosvd.models.sites import SiteSelection
-from iosvd.system.typed_json import read_json
+from iosvd.system.json_files import read_json
 
 if TYPE_CHECKING:  # transformers' models take seconds to import.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -40,10 +40,9 @@ from iosvd.system.files import (
     remove,
     remove_partial,
     write_failures_explained,
-    write_json,
-    write_sealed,
     written_whole,
 )
+from iosvd.system.json_files import write_json, write_sealed
 from iosvd.system.logs import of_run
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from iosvd.evaluation import pydoc_task
 from iosvd.evaluation.zero_shot import ZeroShot, task_folder
 from iosvd.models.loading import folder_of
 from iosvd.runs.run import Run
-from iosvd.system.files import blocks_of, own_folder, write_sealed
-from iosvd.system.typed_json import DamagedError, read_sealed
+from iosvd.system.files import blocks_of, own_folder
+from iosvd.system.json_files import DamagedError, read_sealed, write_sealed
 
 _LARGE_BYTES = 2**28  # A second to read.
 

@@ -32,7 +32,8 @@ from iosvd.runs.records import ANSWERS, CHECKPOINT, PLAN, SPECTRA, read_plan
 from iosvd.runs.run import KL, Run
 from iosvd.runs.steps import batch_size, cache_of, compress_as, factorize_as, loaded
 from iosvd.runs.tokens import calibration_tokens, evaluation_tokens
-from iosvd.system.files import remove, write_json, written_whole
+from iosvd.system.files import remove, written_whole
+from iosvd.system.json_files import write_json
 from iosvd.system.timing import Stage, StageClock
 from iosvd.system.versions import commit, library_versions
 

@@ -1,4 +1,4 @@
-"""What readers need of a run's JSON files, as types: what others wrote is checked against them."""
+"""The parts of a run's JSON files that readers use, as types to check the files against."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from iosvd.errors import shortened
 from iosvd.evaluation.divergence import Divergence
 from iosvd.plan import SitePlan
-from iosvd.system.typed_json import DamagedError
+from iosvd.system.json_files import DamagedError
 
 _LONGEST_NAME = 1000  # Characters of a site's.
 
@@ -47,8 +47,8 @@ class _Evaluation:
 
 
 @dataclass(frozen=True)
-class _Config:
-    """What readers need of the composed options."""
+class Config:
+    """The composed options that readers use; metrics.json holds all of them."""
 
     model: _Named
     dataset: _Named
@@ -63,7 +63,7 @@ class _Accuracy:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What readers need of metrics.json, which holds more."""
+    """The fields of metrics.json that readers use."""
 
     digest: str
     label: str
@@ -80,7 +80,7 @@ class Metrics:
     device: str
     model_revision: str | None
     commit: str
-    config: _Config
+    config: Config
     divergence: dict[str, Divergence] = field(default_factory=dict)
     site_divergence: dict[str, dict[str, SiteDivergence]] = field(default_factory=dict)
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from iosvd.errors import one_line
-from iosvd.system.files import write_sealed
+from iosvd.system.json_files import DamagedError, read_sealed, typed, write_sealed
 from iosvd.system.logs import of_stage
 from iosvd.system.timing import Stage, StageClock, measured
-from iosvd.system.typed_json import DamagedError, read_sealed, typed
 
 log = logging.getLogger(__name__)
 PARTS = "parts.json"

@@ -17,7 +17,7 @@ from iosvd.errors import RecordError, one_line, plain, shortened
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.metrics import Failure, Metrics, SitePlans
 from iosvd.runs.run import Run
-from iosvd.system.typed_json import DamagedError, read_json, read_sealed, typed
+from iosvd.system.json_files import DamagedError, read_json, read_sealed, typed
 
 METRICS = "metrics.json"  # Written last, with a checksum.
 FAILURE = "failure.json"
@@ -26,8 +26,6 @@ SPECTRA = "spectra.safetensors"  # All singular values of every site.
 CHECKPOINT = "checkpoint"
 TRACKED = "wandb.json"  # Where the run was logged.
 ANSWERS = "answers.json"  # Which items of each zero-shot task were answered rightly.
-
-
 _LONGEST_LABEL = 100  # Characters of a folder's name; the digest tells it from all others.
 
 
@@ -106,16 +104,7 @@ def read_record(folder: Path) -> Record | None:
         there = (folder / METRICS).exists()
     except OSError as error:  # A folder that this user may not enter.
         raise _unreadable(folder / METRICS, error) from error
-    return _record(typed_metrics(folder)) if there else None
-
-
-def typed_metrics(folder: Path) -> Metrics:
-    """Return what readers need of a complete run's metrics.
-
-    Raises:
-        RecordError: it cannot be read, or a value is of another type than it should be.
-    """
-    return typed(Metrics, read_metrics(folder), METRICS)
+    return record_of(read_both(folder)[1]) if there else None
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -124,11 +113,19 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     Raises:
         RecordError: it cannot be read, or what readers need of it is of another type.
     """
+    return read_both(folder)[0]
+
+
+def read_both(folder: Path) -> tuple[dict[str, Any], Metrics]:
+    """Return all that a complete run measured, as it was written, and what readers need of it.
+
+    Raises:
+        RecordError: as `read_metrics`.
+    """
     path = folder / METRICS
     try:
         written = read_sealed(path)
-        typed(Metrics, written, METRICS)
-        return written
+        return written, typed(Metrics, written, METRICS)
     except (OSError, DamagedError) as error:
         raise _unreadable(path, error) from error
 
@@ -168,7 +165,8 @@ def _cause(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
-def _record(metrics: Metrics) -> Record:
+def record_of(metrics: Metrics) -> Record:
+    """Return metrics as tables and figures need them."""
     # The text's name, not its key: the data set that calibrates is "own" in every run.
     names = {key: text.name for key, text in metrics.config.eval.texts.items()}
     return Record(

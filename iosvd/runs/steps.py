@@ -84,7 +84,7 @@ def compress_as(
         memory=memory_use(run, model, tokens),
         store=store or NoStore(),
         identity=_identity(run, model),
-        factorized=factorized or factorize_as(run, model, tokens, store),
+        factorized=factorized,
     )
 
 

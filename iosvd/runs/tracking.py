@@ -19,7 +19,7 @@ from iosvd.plan import plan_frame
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.records import CHECKPOINT, TRACKED, read_metrics, read_plan_and_spectra
 from iosvd.runs.run import Run, Tracking, TrackingMode
-from iosvd.system.files import write_json
+from iosvd.system.json_files import write_json
 
 if TYPE_CHECKING:  # Takes a second to import, and most runs do without.
     import pandas

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 from filelock import FileLock
@@ -117,29 +115,6 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file, all of it or nothing.
-
-    Raises:
-        StorageError: a number is NaN or infinite, which JSON does not know.
-    """
-    write_text(path, _json(path, value) + "\n")
-
-
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file whose last entry is the checksum of everything before it."""
-    body = _json(path, value)
-    seal = hashlib.sha256(body.encode()).hexdigest()
-    write_text(path, body.removesuffix("\n}") + f',\n "sha256": "{seal}"\n}}\n')
-
-
-def _json(path: Path, value: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(value, indent=1, allow_nan=False)
-    except ValueError as error:
-        raise StorageError(f"{path} would hold NaN or infinity: {error}") from error
-
-
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     total = hashlib.sha256()
@@ -226,3 +201,5 @@ def _abandoned(path: Path) -> bool:
         return psutil.Process(int(owner[2])).create_time() > written + 1
     except psutil.NoSuchProcess:
         return True
+    except psutil.Error:  # A process that cannot be asked may be the writer.
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from iosvd.errors import RecordError, one_line, plain
 from iosvd.models.loading import ASSETS
 from iosvd.plan import plan_frame
 from iosvd.runs.config import METHOD_GROUPS
-from iosvd.runs.records import METRICS, read_metrics, read_plan, read_record, typed_metrics
+from iosvd.runs.metrics import Config
+from iosvd.runs.records import METRICS, read_both, read_plan, record_of
 
 log = logging.getLogger(__name__)
 _PLACE = "__RUNS__"
@@ -40,15 +42,15 @@ def to_page(runs: list[dict[str, Any]]) -> str:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    record, plan = read_record(folder), read_plan(folder)
-    assert record is not None
+    (written, metrics), plan = read_both(folder), read_plan(folder)
+    record = record_of(metrics)
     measures = {f"{name}_ppl": value for name, value in record.perplexity.items()}
     measures |= record.accuracy
     if record.average_acc is not None and len(record.accuracy) > 1:
         measures["average_acc"] = record.average_acc
     return {
         "folder": folder.name,
-        "setting": plain(_setting(folder)),
+        "setting": plain(_setting(written["config"], metrics.config)),
         "label": record.label,
         "ratio": record.ratio,
         "target_bytes": record.target_bytes,
@@ -60,16 +62,18 @@ def _run(folder: Path) -> dict[str, Any]:
     }
 
 
-def _setting(folder: Path) -> str:
+def _setting(config: Mapping[str, Any], c: Config) -> str:
     """Say what runs must share to be compared: the model, what calibrates, what is measured.
 
     A code stands for the options that it does not spell out, such as dtype and joins.
+
+    Args:
+        config: the options of a run as written.
+        c: what readers need of them.
     """
     apart = (*METHOD_GROUPS, "ratio", "runtime", "wandb")
-    config = read_metrics(folder)["config"]
     shared = {key: value for key, value in config.items() if key not in apart}
     code = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:4]
-    c = typed_metrics(folder).config
     windows = f", first {c.eval.windows} windows" if c.eval.windows else ""
     items = f", first {c.eval.zero_shot.limit} items" if c.eval.zero_shot.limit else ""
     measured = [text.name for text in c.eval.texts.values()] + c.eval.zero_shot.tasks

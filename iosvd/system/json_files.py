@@ -1,4 +1,4 @@
-"""JSON that other people may have written: parsed without surprises, then checked against types."""
+"""JSON files: written whole, with a checksum where it matters; read as if others had made them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from iosvd.errors import StorageError
+from iosvd.system.files import write_text
 
 Value = TypeVar("Value")
 _SEALED = re.compile(r'(.*),\n "sha256": "([0-9a-f]{64})"\n}\n', flags=re.DOTALL)
@@ -46,6 +49,29 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if hashlib.sha256(body.encode()).hexdigest() != found[2]:
         raise DamagedError(f"{path} does not match its checksum")
     return _parse(body, path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file, all of it or nothing.
+
+    Raises:
+        StorageError: a number is NaN or infinite, which JSON does not know.
+    """
+    write_text(path, _json(path, value) + "\n")
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file whose last entry is the checksum of everything before it."""
+    body = _json(path, value)
+    seal = hashlib.sha256(body.encode()).hexdigest()
+    write_text(path, body.removesuffix("\n}") + f',\n "sha256": "{seal}"\n}}\n')
+
+
+def _json(path: Path, value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise StorageError(f"{path} would hold NaN or infinity: {error}") from error
 
 
 def typed(cls: type[Value], value: Any, where: str) -> Value:
