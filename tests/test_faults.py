@@ -119,7 +119,7 @@ def test_a_kill_while_a_table_a_figure_or_the_page_is_written_leaves_nothing(
     assert undisturbed.table() == table
 
 
-@pytest.mark.parametrize("moment", ["imports", "workers compute"])
+@pytest.mark.parametrize("moment", ["imports", "workers start", "workers compute"])
 def test_ctrl_c_ends_a_sweep_in_one_line(moment: str, source: Path) -> None:
     """As a terminal does it: the launcher and its workers all get the signal."""
     stopped = sweep(source, f"stopped_{moment.replace(' ', '_')}", *_WORKERS)
@@ -134,6 +134,9 @@ def test_ctrl_c_ends_a_sweep_in_one_line(moment: str, source: Path) -> None:
         assert stopped.killed(1.0, interrupt)
     else:
         process = stopped.start()
+        # The launcher, two trackers of resources, and a worker that imports.
+        while moment == "workers start" and len(stopped.processes(process.pid)) < 4:
+            time.sleep(0.01)
         time.sleep(0.5)
         interrupt(process)
     assert "Traceback" not in output[0]
