@@ -19,16 +19,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from iosvd.cache.keys import Keys
 from iosvd.cache.spectra import passes_over
-from iosvd.cache.statistics import Gatherer
-from iosvd.cache.store import NoStore
+from iosvd.cache.statistics import CachedStatistics
 from iosvd.errors import exit_in_one_line
-from iosvd.factorization import Factorization
-from iosvd.models.sites import find_sites
 from iosvd.runs.config import compose_run
 from iosvd.runs.run import Run
-from iosvd.runs.steps import device_for, loaded, memory_use, plan_statistics
+from iosvd.runs.steps import calibration_of, device_for, loaded, plan_statistics
 from iosvd.system.files import made, write_text
 from iosvd.system.machine import GIB
 from iosvd.system.timing import measured
@@ -61,14 +57,14 @@ def benchmark(overrides: list[str]) -> str:
             # In a process of its own: what another left would count.
             with get_context("spawn").Pool(1) as pool:
                 rows.append(pool.apply(measure, (run,)))
-    results, device = Path(run.runtime.results), device_for(run.runtime.device)
+    results, device = Path(run.runtime.output.results), device_for(run.runtime.resources.device)
     table = pandas.DataFrame(rows).to_markdown(index=False, floatfmt=".2f")
     page = (
         f"# Memory of the statistics, {device}\n\n{table}\n\nA random Llama of 1.24 B parameters in"
         f" bfloat16, 2 windows of 256 tokens in one batch, {run.label}, GiB; the peak is the"
         f" process's, the limit what the sums may take of runtime.memory_gib="
-        f"{run.runtime.memory_gib:g}. {torch.get_num_threads()} thread(s), commit {commit()},"
-        f" {time.strftime('%Y-%m-%d')}.\n"
+        f"{run.runtime.resources.memory_gib:g}. {torch.get_num_threads()} thread(s),"
+        f" commit {commit()}, {time.strftime('%Y-%m-%d')}.\n"
     )
     write_text(made(results / "tables") / f"memory-{device}.md", page)
     return page
@@ -76,29 +72,18 @@ def benchmark(overrides: list[str]) -> str:
 
 def measure(run: Run) -> dict[str, float | str]:
     """Return one line: what was planned and what was measured."""
-    planned = plan_statistics(run, torch.device(device_for(run.runtime.device)))
+    planned = plan_statistics(run, torch.device(device_for(run.runtime.resources.device)))
     model = loaded(run)
-    sites = find_sites(model, run.model.sites)
-    tokens = torch.randint(0, SHAPE.vocab_size, (run.calibration.windows, run.calibration.seq_len))
-    memory = memory_use(run, model, tokens)
-    keys = Keys.of("random", tokens, None, run.whitening, Factorization())
-    gather = Gatherer(
-        model=model,
-        tokens=tokens,
-        gradient_tokens=None,
-        sites=sites,
-        batch_size=run.runtime.batch_tokens // tokens.shape[1],
-        memory=memory,
-        store=NoStore(),
-        keys=keys,
-    )
+    windows = run.data.calibration
+    tokens = torch.randint(0, SHAPE.vocab_size, (windows.windows, windows.seq_len))
+    cached = CachedStatistics(calibration_of(run, model, tokens))
     peak, passes, seconds = 0, 0, 0.0
-    for group in passes_over(gather, sites, planned.needs):
+    for group in passes_over(cached, cached.calibration.sites, planned.needs):
         with measured() as took:
-            gather(group, planned.needs)
+            cached(group, planned.needs)
         peak, passes, seconds = max(peak, took().peak_bytes), passes + 1, seconds + took().seconds
     return {
-        "activations kept": "of one block" if run.runtime.checkpoint_blocks else "all",
+        "activations kept": "of one block" if run.runtime.resources.checkpoint_blocks else "all",
         "weights": planned.outline.weight_bytes / GIB,
         "activations": planned.activations / GIB,
         "sums, all": sum(planned.passes) / GIB,

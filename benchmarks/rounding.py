@@ -24,26 +24,24 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel
 
-from iosvd.budget import Budget, Shape
+from iosvd.budget import Budget
 from iosvd.cache.spectra import Factorized
 from iosvd.data.windows import calibration_windows, evaluation_windows
 from iosvd.errors import exit_in_one_line
-from iosvd.layers.replacement import replace_
+from iosvd.layers.replacement import install_
 from iosvd.layers.rows import restore, store_rows
+from iosvd.method import Goal
 from iosvd.models.loading import load_tokenizer
-from iosvd.models.sites import find_sites
-from iosvd.pipeline import Compressed, compress
+from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.quantization import Axis, Half, LossAwareRemap, Quantization, RankBudget, Remap, Score
 from iosvd.quantization.scores import row_scores
 from iosvd.runs.config import compose_run
 from iosvd.runs.run import Run
-from iosvd.runs.steps import batch_size, factorize_as, loaded
-from iosvd.statistics.memory import MemoryUse
-from iosvd.statistics.needs import Needs
+from iosvd.runs.steps import batch_size, calibration_of, loaded
 from iosvd.system.files import made, write_text
 from iosvd.system.progress import track
 from iosvd.system.versions import commit
-from iosvd.trials import CalibrationTrial
+from iosvd.trials import TruncationTrials
 from iosvd.truncation import TruncatedSites, with_gradient
 from iosvd.types import Site
 
@@ -69,27 +67,20 @@ class Bench:
     @classmethod
     def of(cls, run: Run) -> Bench:
         """Load, and collect once."""
-        tokenizer, c = load_tokenizer(run.model), run.calibration
-        tokens = calibration_windows(tokenizer, run.dataset, c.windows, c.seq_len, c.seed)
-        text = evaluation_windows(tokenizer, run.dataset, run.eval.seq_len, run.eval.windows)
+        tokenizer, c = load_tokenizer(run.model), run.data.calibration
+        tokens = calibration_windows(tokenizer, run.data.dataset, c.windows, c.seq_len, c.seed)
+        text = evaluation_windows(tokenizer, run.data.dataset, run.eval.seq_len, run.eval.windows)
         model = loaded(run)
         # Remapping plans the highest ranks, so its spectra serve every scheme.
-        factorized = factorize_as(replace(run, quantization=Remap()), model, tokens)
+        remapped = replace(run.method, quantization=Remap())
+        factorized = spectra_for(run.goal, remapped, calibration_of(run, model, tokens))
         return cls(run, tokens, text, factorized, log_probabilities(model, text, run))
 
     def compressed(self, ratio: float, quantization: Quantization) -> Compressed:
         """Compress the model anew."""
-        return compress(
-            loaded(self.run),
-            self.tokens,
-            ratio=ratio,
-            whitening=self.run.whitening,
-            allocation=self.run.allocation,
-            quantization=quantization,
-            selection=self.run.model.sites,
-            batch_size=batch_size(self.run, self.tokens),
-            factorized=self.factorized,
-        )
+        method = replace(self.run.method, quantization=quantization)
+        calibration = calibration_of(self.run, loaded(self.run), self.tokens)
+        return compress_to(Goal(ratio), method, calibration, self.factorized)
 
     def measure(self, model: PreTrainedModel) -> tuple[float, float]:
         """Return perplexity, and KL from the dense model, on the evaluation text."""
@@ -160,14 +151,13 @@ def _mean(values: Sequence[float], digits: int) -> str:
 def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, Mapping[str, Site]]:
     """Return the truncated model in float64, and its sites with the gradient of its own loss."""
     run, model = bench.run, loaded(bench.run).double()
-    layers = find_sites(model, run.model.sites)
-    budget = Budget({name: Shape(*x.weight.shape) for name, x in layers.items()}, ratio)
-    size, spectra = batch_size(run, bench.tokens), bench.factorized.spectra
-    trial = CalibrationTrial(model, layers, spectra, budget, bench.tokens, size)
-    sites = TruncatedSites(run.allocation(spectra, budget, trial), layers, spectra, budget)
-    replace_(model, sites)
-    needs = Needs(gradient_windows=WINDOWS)
-    return model, with_gradient(sites, model, bench.tokens, needs, size, MemoryUse())
+    calibration, spectra = calibration_of(run, model, bench.tokens), bench.factorized.spectra
+    budget = Budget(calibration.shapes, ratio)
+    objective = TruncationTrials(calibration, spectra, budget)
+    ranks = run.method.allocation(spectra, budget, objective)
+    sites = TruncatedSites(ranks, calibration.sites, spectra, budget)
+    install_(model, sites)
+    return model, with_gradient(sites, calibration, WINDOWS)
 
 
 def single_rows(bench: Bench, ratio: float, axis: Axis) -> pandas.DataFrame:
@@ -232,7 +222,7 @@ def report(bench: Bench) -> str:
         f"Dense: perplexity {dense:.5f}. KL(dense ‖ compressed), nats per token, on"
         f" {shape[0]} × {shape[1]} tokens of evaluation text; random: mean and standard deviation."
         f" Ranks of {METHOD}, calibration {bench.tokens.shape[0]} × {bench.tokens.shape[1]} tokens"
-        f" of {run.dataset.name}. Commit {commit()}, {time.strftime('%Y-%m-%d')}.\n\n"
+        f" of {run.data.dataset.name}. Commit {commit()}, {time.strftime('%Y-%m-%d')}.\n\n"
         f"{agreement(single_rows(bench, TRUNCATED, Axis.component), TRUNCATED)}\n"
     )
 
@@ -241,7 +231,7 @@ if __name__ == "__main__":
     with exit_in_one_line():
         asked = compose_run([*sys.argv[1:], f"method={METHOD}"])
         page = report(Bench.of(asked))
-        target = Path(asked.runtime.results) / "tables" / f"rounding-{asked.model.name}.md"
+        target = Path(asked.runtime.output.results) / "tables" / f"rounding-{asked.model.name}.md"
         made(target.parent)
         write_text(target, page)
         print(page)

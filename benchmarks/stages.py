@@ -27,9 +27,10 @@ from iosvd.cache.disk import Cache
 from iosvd.data.windows import calibration_windows
 from iosvd.errors import ConfigError, check_at_least, exit_in_one_line
 from iosvd.models.loading import load_tokenizer
+from iosvd.pipeline import compress_to
 from iosvd.runs.config import compose_run, own_option
 from iosvd.runs.run import Run
-from iosvd.runs.steps import batch_size, compress_as, loaded
+from iosvd.runs.steps import batch_size, calibration_of, loaded
 from iosvd.statistics.planning import Outline, outline
 from iosvd.system.files import made, write_text
 from iosvd.system.timing import Stage, StageClock
@@ -68,12 +69,13 @@ def measure_method(run: Run, tokens: Tensor) -> dict[str, Stage]:
     # With a store, or a correction would have to collect the statistics once more.
     with tempfile.TemporaryDirectory() as folder:
         store = Cache(Path(folder))
-        return dict(compress_as(run, loaded(run), tokens, store=store).stages)
+        calibration = calibration_of(run, loaded(run), tokens, store)
+        return dict(compress_to(run.goal, run.method, calibration).stages)
 
 
 def arithmetic_limit(run: Run, shapes: Outline, length: int) -> float:
     """Return multiplications of the statistics over those of the training step, per token."""
-    needs = run.whitening.needs | run.allocation.needs
+    needs = run.method.whitening.needs | run.method.allocation.needs
     return shapes.statistics(needs, length).total / (3 * shapes.forward)
 
 
@@ -86,13 +88,8 @@ def benchmark(overrides: list[str]) -> None:
     check_at_least(1, repetitions=repetitions)
     runs = {method: compose_run([*overrides, f"method={method}"]) for method in METHODS}
     base = runs[METHODS[0]]
-    tokens = calibration_windows(
-        load_tokenizer(base.model),
-        base.dataset,
-        base.calibration.windows,
-        base.calibration.seq_len,
-        base.calibration.seed,
-    )
+    data, c = base.data.dataset, base.data.calibration
+    tokens = calibration_windows(load_tokenizer(base.model), data, c.windows, c.seq_len, c.seed)
     references: list[Stage] = []
     stages: dict[str, list[dict[str, Stage]]] = {method: [] for method in METHODS}
     for _ in range(repetitions):  # Interleaved, so that a busy moment hits all alike.
@@ -105,7 +102,7 @@ def benchmark(overrides: list[str]) -> None:
         row(method, runs[method], stages[method], reference, unit, tokens) for method in METHODS
     ]
     text = report(pandas.DataFrame(rows), reference, base, tokens, repetitions)
-    target = Path(base.runtime.results) / "tables" / f"benchmark-{base.model.name}.md"
+    target = Path(base.runtime.output.results) / "tables" / f"benchmark-{base.model.name}.md"
     made(target.parent)
     write_text(target, text)
     print(text)
@@ -126,7 +123,7 @@ def row(
     best = min(repeated, key=_seconds)
     total = _seconds(best)
     shapes = outline(run.model, tokens.shape[1])
-    kept = sum(shapes.passes(run.whitening.needs | run.allocation.needs, math.inf))
+    kept = sum(shapes.passes(run.method.whitening.needs | run.method.allocation.needs, math.inf))
     return {
         "method": method,
         **{

@@ -23,7 +23,8 @@ if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
 import hydra
 
 from iosvd.errors import IosvdError, one_line
-from iosvd.runs.config import CONF, compose_run
+from iosvd.presets import conf_folder
+from iosvd.runs.config import compose_run
 from iosvd.runs.records import run_folder
 from iosvd.runs.steps import cache_of
 from iosvd.runs.tracking import check_tracking
@@ -49,14 +50,14 @@ def main() -> int:
         run = jobs[0].run if jobs else compose_run(arguments.overrides)
         run_folder(run)  # Finds what is missing on disk before anything starts.
         cache_of(run).check()
-        check_tracking(run.wandb)
+        check_tracking(run.runtime.tracking)
     except (IosvdError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     if not arguments.multirun:
         before = Stamps.of([run])
         _hydra()
-        return 0 if before.standing(run).state is State.done else 1
+        return 0 if before.status_of(run).state is State.done else 1
     try:
         ended = carry_out(jobs, arguments.overrides)
     except (IosvdError, OSError) as error:
@@ -70,7 +71,7 @@ def main() -> int:
     return 1 if missing else 0
 
 
-@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+@hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
 def _hydra(composed: object) -> None:
     carry_out_one(composed)  # type: ignore[arg-type]
 

@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from iosvd import figures
 from iosvd.errors import ConfigError, RecordError, exit_in_one_line
 from iosvd.figures import DENSE
-from iosvd.runs.config import METHOD_GROUPS, own_option
+from iosvd.metric import AVERAGE, Metric
+from iosvd.runs.config import METHOD_GROUPS, config_of, own_option
 from iosvd.runs.records import read_metrics, read_plan_and_spectra, run_folder
 from iosvd.runs.run import Run
 from iosvd.runs.tracking import log_sweep
@@ -31,7 +32,7 @@ from iosvd.tables.frame import to_frame
 from iosvd.tables.spec import TableSpec
 from iosvd.tables.spread import without_option
 from iosvd.tables.sweep import OnDisk, SweepTable, read_table
-from iosvd.tables.table import AVERAGE, Found, Table
+from iosvd.tables.table import Found, Table
 
 log = logging.getLogger("iosvd.draw")
 # Without date or version inside, the same runs give the same file.
@@ -76,21 +77,21 @@ def _curves(read: SweepTable) -> dict[str, Figure]:
 def _titles(table: Table) -> dict[str, str]:
     """Return what to write for a measured column, or an axis."""
     # A column of published values may be of a metric that is measured too.
-    titles = {column.metric: column.title for column in table.columns if not column.reference}
+    titles = {column.metric.name: column.title for column in table.columns if not column.reference}
     return titles | {"ratio": "maintenance ratio", "target_bytes": "bytes of the target layers"}
 
 
-def _measures(table: Table) -> list[str]:
+def _measures(table: Table) -> list[Metric]:
     """Perplexities, and the average accuracy, or that of the one task."""
     measured = [c for c in table.columns if c.better and not c.reference]
-    tasks = [c.metric for c in measured if not c.is_perplexity]
+    tasks = [c.metric for c in measured if not c.metric.is_perplexity]
     shown = [AVERAGE] if AVERAGE in tasks else tasks
-    return [c.metric for c in measured if c.is_perplexity] + shown
+    return [c.metric for c in measured if c.metric.is_perplexity] + shown
 
 
 def _option_by_label(option: str, found: Sequence[Found]) -> dict[str, object]:
     runs = [one.run for one in found]
-    return {run.label: OmegaConf.select(OmegaConf.create(run.config), option) for run in runs}
+    return {run.label: OmegaConf.select(OmegaConf.create(config_of(run)), option) for run in runs}
 
 
 def _lines(option: str, frame: pandas.DataFrame, found: Sequence[Found]) -> list[str]:
@@ -98,8 +99,8 @@ def _lines(option: str, frame: pandas.DataFrame, found: Sequence[Found]) -> list
     group, _, name = option.partition(".")
 
     def rest(run: Run) -> str:
-        kept = {key: run.config[key] for key in ("dataset", "calibration", *METHOD_GROUPS)}
-        kept[group] = {key: v for key, v in run.config[group].items() if key != name}
+        kept = {key: config_of(run)[key] for key in ("dataset", "calibration", *METHOD_GROUPS)}
+        kept[group] = {key: v for key, v in config_of(run)[group].items() if key != name}
         return json.dumps(kept, sort_keys=True)
 
     kinds = {one.run.label: rest(one.run) for one in found if one.run.label != DENSE}
@@ -137,7 +138,8 @@ def _runs(spec: TableSpec, on_disk: OnDisk) -> dict[str, Figure]:
     drawn = {}
     for label, ratio in spec.shown_run.items():
         for found in on_disk.found:
-            if (found.run.label, found.run.ratio) == (label, ratio) and found.record is not None:
+            cell = (found.run.label, found.run.goal.ratio)
+            if cell == (label, ratio) and found.record is not None:
                 try:
                     plan, sigma = read_plan_and_spectra(run_folder(found.run))
                 except RecordError as error:

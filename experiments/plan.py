@@ -42,15 +42,18 @@ class Speed:
 def plan(overrides: list[str]) -> str:
     """Return the plan of one run."""
     run = compose_run(overrides)
-    device, length = torch.device(device_for(run.runtime.device)), run.calibration.seq_len
+    device, length = (
+        torch.device(device_for(run.runtime.resources.device)),
+        run.data.calibration.seq_len,
+    )
     planned = plan_statistics(run, device)
     shapes, passes, limit = planned.outline, planned.passes, planned.limit
     speed = measure_speed(run, device)
-    tokens, batch = run.calibration.windows * length, shapes.activations.tokens
+    tokens, batch = run.data.calibration.windows * length, shapes.activations.tokens
     work = shapes.statistics(planned.needs, length)
     model, sums = work.model * tokens / speed.model, work.sums * tokens / speed.sums
     # Every pass repeats what goes through the model, and a checkpointed backward half as much more.
-    repeated = max(1, len(passes)) * (1.5 if run.runtime.checkpoint_blocks else 1.0)
+    repeated = max(1, len(passes)) * (1.5 if run.runtime.resources.checkpoint_blocks else 1.0)
     factorization = factorization_work(shapes) / speed.factorization
     evaluation = 100 * run.eval.seq_len * shapes.forward / speed.model
     rows = [
@@ -91,14 +94,14 @@ def _work(m: int, n: int) -> float:
 
 def measure_speed(run: Run, device: torch.device) -> Speed:
     """Measure a device for about a second."""
-    few = min(run.runtime.batch_tokens, 4 * _SIZE)
+    few = min(run.runtime.resources.batch_tokens, 4 * _SIZE)
     a = torch.rand(few, 2 * _SIZE, device=device, dtype=run.model.dtype.torch)
     b = torch.rand(2 * _SIZE, 2 * _SIZE, device=device, dtype=run.model.dtype.torch)
     rows = torch.rand(few, 2 * _SIZE, device=device)
     double = torch.rand(_SIZE, _SIZE, device=device, dtype=torch.float64)
     lower = torch.linalg.cholesky(double @ double.T + torch.eye(_SIZE, device=device))
-    once = Factorization(run.factorization.algorithm, run.factorization.precision)
-    root = CholeskyRoot(lower.to(run.factorization.precision.dtype), 0.0)
+    once = Factorization(run.method.factorization.algorithm, run.method.factorization.precision)
+    root = CholeskyRoot(lower.to(run.method.factorization.precision.dtype), 0.0)
     return Speed(
         model=few * 4 * _SIZE**2 / _seconds(lambda: a @ b, device),
         sums=few * 4 * _SIZE**2 / _seconds(lambda: rows.T @ rows, device),

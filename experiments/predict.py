@@ -15,32 +15,33 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from iosvd import figures
 from iosvd.budget import check_ratio
+from iosvd.cache.calibration import Calibration
 from iosvd.cache.spectra import Factorized
 from iosvd.data.windows import calibration_windows, evaluation_windows
 from iosvd.errors import BudgetError, ConfigError, exit_in_one_line
 from iosvd.evaluation.divergence import divergence
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.factorization import dropped_energy
+from iosvd.method import Goal
 from iosvd.models.loading import load_tokenizer
-from iosvd.models.sites import find_sites
-from iosvd.pipeline import feasible_budget
+from iosvd.pipeline import compress_to, spectra_for
 from iosvd.runs.config import compose_run, own_option
 from iosvd.runs.run import Run
-from iosvd.runs.steps import batch_size, compress_as, factorize_as, loaded
+from iosvd.runs.steps import batch_size, calibration_of, loaded
 from iosvd.system.files import made, write_text, written_whole
 from iosvd.system.progress import track
 from iosvd.system.versions import commit
 from iosvd.target import check_target
-from iosvd.trials import CalibrationTrial
+from iosvd.trials import TruncationTrials
+from iosvd.types import Spectrum
 
 METHOD = ("method=io_svd_spectral", "whitening.top_k=0")
 RATIOS = [percent / 100 for percent in range(20, 100, 2)]
@@ -52,23 +53,26 @@ def predict(overrides: list[str]) -> str:
     """Predict, measure where asked, write and return the page."""
     asked, rest = own_option(overrides, "measure")
     run = compose_run([*METHOD, *rest])
-    check_target(GOOD, run.whitening, run.quantization)  # What can have a target can be predicted.
+    check_target(
+        GOOD, run.method.whitening, run.method.quantization
+    )  # What can have a target can be predicted.
     default = MEASURED if run.model.embedded else ()
     measured = list(default) if asked is None else _ratios(asked)
-    tokenizer, c = load_tokenizer(run.model), run.calibration
-    tokens = calibration_windows(tokenizer, run.dataset, c.windows, c.seq_len, c.seed)
+    tokenizer, c = load_tokenizer(run.model), run.data.calibration
+    tokens = calibration_windows(tokenizer, run.data.dataset, c.windows, c.seq_len, c.seed)
     text = next(iter(run.eval.texts.values()))
     windows = evaluation_windows(tokenizer, text, run.eval.seq_len, run.eval.windows)
     model = loaded(run)
-    factorized = factorize_as(run, model, tokens)
+    calibration = calibration_of(run, model, tokens)
+    factorized = spectra_for(run.goal, run.method, calibration)
     dense = perplexity(model, windows, batch_size(run, windows))
     ratios = sorted({*RATIOS, *measured})
-    predicted = [predicted_kl(run, ratio, model, factorized, tokens) for ratio in ratios]
+    predicted = [predicted_kl(run, ratio, calibration, factorized.spectra) for ratio in ratios]
     feasible = [point for point in predicted if point is not None]
     curve = pandas.DataFrame(feasible, columns=["ratio", "predicted_kl"])
     curve["predicted_perplexity"] = dense * curve["predicted_kl"].clip(upper=50).map(math.exp)
     points = [
-        measure(run, ratio, model, factorized, tokens, windows)
+        measure(run, ratio, calibration, factorized, windows)
         for ratio in track(measured, len(measured), "measurement", "ratio")
     ]
     found = pandas.DataFrame(points, columns=["ratio", "kl", "perplexity"])
@@ -76,32 +80,26 @@ def predict(overrides: list[str]) -> str:
 
 
 def predicted_kl(
-    run: Run, ratio: float, model: PreTrainedModel, factorized: Factorized, tokens: Tensor
+    run: Run, ratio: float, calibration: Calibration, spectra: Mapping[str, Spectrum]
 ) -> tuple[float, float] | None:
     """Return a ratio and its predicted KL, None if the sites do not allow it."""
-    sites, spectra = find_sites(model, run.model.sites), factorized.spectra
     try:
-        budget = feasible_budget(sites, ratio, run.quantization, run.min_rank_fraction)
+        budget = Goal(ratio).budget(calibration.sites, run.method)
     except BudgetError:
         return None
-    whitened = run.calibration.divided(tokens)[0]
-    trial = CalibrationTrial(model, sites, spectra, budget, whitened, batch_size(run, tokens))
-    return ratio, dropped_energy(run.allocation(spectra, budget, trial), spectra, budget) / 2
+    objective = TruncationTrials(calibration, spectra, budget)
+    ranks = run.method.allocation(spectra, budget, objective)
+    return ratio, dropped_energy(ranks, spectra, budget) / 2
 
 
 def measure(
-    run: Run,
-    ratio: float,
-    dense: PreTrainedModel,
-    factorized: Factorized,
-    tokens: Tensor,
-    windows: Tensor,
+    run: Run, ratio: float, calibration: Calibration, factorized: Factorized, windows: Tensor
 ) -> tuple[float, float, float]:
     """Compress to a ratio and return it, the exact KL on held-out text, and the perplexity."""
-    model = loaded(run)
-    compress_as(replace(run, ratio=ratio, target_kl=None), model, tokens, factorized)
-    size = batch_size(run, windows)
-    return ratio, divergence(dense, model, windows, size).kl, perplexity(model, windows, size)
+    model, size = loaded(run), batch_size(run, windows)
+    compress_to(Goal(ratio), run.method, calibration_of(run, model, calibration.tokens), factorized)
+    kl = divergence(calibration.model, model, windows, size).kl
+    return ratio, kl, perplexity(model, windows, size)
 
 
 def _ratios(text: str) -> list[float]:
@@ -132,7 +130,8 @@ def _limit(frame: pandas.DataFrame) -> str:
 
 
 def _write(run: Run, overrides: list[str], frame: pandas.DataFrame, dense: float, text: str) -> str:
-    results, name = Path(run.runtime.results), f"predict-{run.model.name}"
+    results, name = Path(run.runtime.output.results), f"predict-{run.model.name}"
+    c = run.data.calibration
     tables, drawings = made(results / "tables"), made(results / "figures")
     write_text(tables / f"{name}.csv", frame.to_csv(index=False))
     drawn = figures.predicted_curve(frame, dense, text)
@@ -144,9 +143,9 @@ def _write(run: Run, overrides: list[str], frame: pandas.DataFrame, dense: float
     page = (
         f"# Predicted divergence, {run.model.name}\n\n{table}\n\n{_limit(frame)}\n\n"
         f"KL(dense ‖ compressed) in nats per token; perplexity on {text}, dense {dense:.3f}. Method"
-        f" {' '.join([*METHOD, *overrides])}, calibration {run.calibration.windows} ×"
-        f" {run.calibration.seq_len} tokens of {run.dataset.name}; every second percent is in the"
-        f" csv. Commit {commit()}, {time.strftime('%Y-%m-%d')}.\n"
+        f" {' '.join([*METHOD, *overrides])}, calibration {c.windows} × {c.seq_len}"
+        f" tokens of {run.data.dataset.name}; every second percent is in the csv."
+        f" Commit {commit()}, {time.strftime('%Y-%m-%d')}.\n"
     )
     write_text(tables / f"{name}.md", page)
     return page

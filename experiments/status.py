@@ -12,14 +12,14 @@ from collections import Counter
 
 from iosvd.errors import exit_in_one_line, plain
 from iosvd.sweeps.expansion import sweep_jobs
-from iosvd.sweeps.status import State, standing
+from iosvd.sweeps.status import State, status_of
 
 
 def status(overrides: list[str]) -> str:
     """Return a line for each run that is not done, and the counts."""
-    found = [standing(job.run) for job in sweep_jobs(overrides)]
+    found = [status_of(job.run) for job in sweep_jobs(overrides)]
     lines = [
-        f"{one.state.value:<12}{plain(f'{one.run.label} {_goal(one.run.ratio)} {one.reason}')}"
+        f"{one.state.value:<12}{plain(f'{one.run.label} {_goal(one.run.goal.ratio)} {one.reason}')}"
         for one in found
         if one.state is not State.done
     ]

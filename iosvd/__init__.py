@@ -1,7 +1,7 @@
 """Low-rank compression of large language models: IO-SVD and the methods it is compared with.
 
-Importing the package teaches transformers to load and save compressed checkpoints, as soon as
-transformers has loaded what it knows of them: that takes seconds, which tables do without.
+After `import iosvd`, transformers loads and saves compressed checkpoints. The hook for that is
+installed when transformers' quantizers are imported, which takes seconds that tables do not need.
 """
 
 from importlib import import_module
@@ -16,8 +16,10 @@ from iosvd.data.windows import calibration_windows, evaluation_windows
 from iosvd.errors import IosvdError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.zero_shot import ZeroShot, load_tasks, zero_shot
+from iosvd.method import Method
 from iosvd.models.loading import Model, load_model, load_tokenizer
 from iosvd.pipeline import Compressed, compress, factorize
+from iosvd.presets import preset, preset_names
 
 if TYPE_CHECKING:
     from iosvd.layers.checkpoint import export_dense, save
@@ -27,6 +29,7 @@ __all__ = [
     "Dataset",
     "Factorized",
     "IosvdError",
+    "Method",
     "Model",
     "Split",
     "ZeroShot",
@@ -39,6 +42,8 @@ __all__ = [
     "load_tasks",
     "load_tokenizer",
     "perplexity",
+    "preset",
+    "preset_names",
     "save",
     "zero_shot",
 ]

@@ -1,4 +1,4 @@
-"""What ranks cost in bits, and how many bits may be kept (METHODS 4 and 6)."""
+"""The cost of ranks in bits, and the budget of a maintenance ratio (METHODS 4 and 6)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 
 from iosvd.errors import BudgetError
 
-ENTRY_BITS = 16  # Of an entry of the dense model, whatever dtype it is computed in.
+ENTRY_BITS = 16  # Of an entry of the dense model, whatever its dtype.
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Shape:
 
     m: int
     n: int
-    adds_bias: bool = False  # Whether it gets a bias where it is factorised.
+    adds_bias: bool = False  # Whether it gets a bias when it is factorised.
 
     @property
     def full_rank(self) -> int:
@@ -35,7 +35,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class SiteCost:
-    """What a quantisation takes to store a site, in bits: dense, or `fixed` and so much a rank."""
+    """Bits that a quantisation stores for a site: dense, or `fixed` plus `component` per rank."""
 
     dense: int
     fixed: int
@@ -51,12 +51,12 @@ class SiteCost:
         return max(0, (self.dense - self.fixed - 1) // self.component)
 
     def with_bias(self, outputs: int) -> SiteCost:
-        """Return the cost with a bias of so many outputs wherever the site is factorised."""
+        """Return the cost with a bias of this many outputs if the site is factorised."""
         return SiteCost(self.dense, self.fixed + ENTRY_BITS * outputs, self.component)
 
 
 def sixteen_bits(shape: Shape) -> SiteCost:
-    """Cost without quantisation: 16 bits an entry."""
+    """Return the cost without quantisation: 16 bits per entry."""
     return SiteCost(ENTRY_BITS * shape.entries, fixed=0, component=ENTRY_BITS * (shape.m + shape.n))
 
 
@@ -68,9 +68,9 @@ class Budget:
 
     Args:
         shapes: of the sites.
-        ratio: what may be kept.
+        ratio: bits kept / 16 bits per entry.
         cost_of: the cost of a site under the quantisation.
-        min_rank_fraction: of its break-even rank that every site keeps, and rank 1 at least.
+        min_rank_fraction: of its break-even rank, which every site keeps; at least rank 1.
 
     Raises:
         BudgetError: the ratio is outside (0, 1], or below what the least ranks need.
@@ -144,17 +144,17 @@ class Budget:
         return sum(cost.at(ranks[site]) for site, cost in self.costs.items())
 
     def bias_bits(self, ranks: Mapping[str, int]) -> int:
-        """Return what the biases take that a correction adds to sites of these ranks."""
+        """Return the bits of the biases that a correction adds to sites of these ranks."""
         shapes = (self.shapes[site] for site in self.factorised(ranks))
         return ENTRY_BITS * sum(shape.m for shape in shapes if shape.adds_bias)
 
     def is_factorised(self, site: str, rank: int) -> bool:
-        """Whether a site of this rank is not above break-even, and so not dense."""
+        """Whether a site of this rank is factorised: not above break-even."""
         return rank <= self.costs[site].break_even_rank
 
     def factorised(self, ranks: Mapping[str, int]) -> dict[str, int]:
-        """Return the ranks of the sites that are not dense."""
-        return {s: ranks[s] for s in self.shapes if self.is_factorised(s, ranks[s])}
+        """Return the ranks of the sites that are not dense, in the order of the sites."""
+        return {s: ranks[s] for s in self.shapes if s in ranks and self.is_factorised(s, ranks[s])}
 
 
 def check_ratio(ratio: float) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LONGEST = 2000  # Characters of an error's line.
-_LONGEST_NAME = 100  # Bytes: of a file's 255, which has more in its name.
-_HIDDEN = ("Cc", "Cf", "Cs", "Co")  # Categories that change how a terminal or a page shows others.
+_LONGEST_NAME = 100  # Bytes; file names allow 255 and hold more than this.
+_HIDDEN = ("Cc", "Cf", "Cs", "Co")  # Unicode categories that change how other characters are shown.
 
 
 class IosvdError(Exception):
@@ -20,18 +20,18 @@ class IosvdError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the text of an error, also of a library's, on one line."""
+    """Return the text of an error on one line."""
     return shortened(plain(str(error)), _LONGEST)
 
 
 def plain(text: str) -> str:
-    """Return a text on one line, without characters that a terminal would obey."""
+    """Return a text on one line, without control characters."""
     seen = "".join(" " if unicodedata.category(c) in _HIDDEN else c for c in text)
     return " ".join(seen.split())
 
 
 def shortened(text: str, longest: int) -> str:
-    """Return a text of at most so many characters: its middle is left out, the ends say most."""
+    """Cut the middle out of a text that is longer than `longest` characters."""
     if len(text) <= longest:
         return text
     half = (longest - 3) // 2
@@ -40,12 +40,27 @@ def shortened(text: str, longest: int) -> str:
 
 @contextmanager
 def exit_in_one_line() -> Iterator[None]:
-    """End a command that a user's error stops: one line on standard error, status 2."""
+    """Turn a user's error into one line on standard error and exit status 2."""
     try:
         yield
     except (IosvdError, OSError) as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         sys.exit(2)
+
+
+class MissingExtraError(IosvdError, ImportError):
+    """A library of an optional part is not installed."""
+
+
+@contextmanager
+def extra(name: str = "experiments") -> Iterator[None]:
+    """Import libraries of an optional part; say in one line how to install it if one is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{error.name} is not installed; it comes with pip install 'iosvd[{name}]'"
+        ) from None
 
 
 class ConfigError(IosvdError):
@@ -60,7 +75,7 @@ def check_at_least(least: float, **options: float) -> None:
 
 
 def check_name(option: str, name: str) -> None:
-    """Raise ConfigError unless a name can be that of a file or folder, whatever the system."""
+    """Raise ConfigError unless a name is a valid file name on every system."""
     bad = [c for c in '/\\:*?"<>|' if c in name]
     reason = None
     if not name.strip():

@@ -36,10 +36,10 @@ class Algorithm(Enum):
 
 @dataclass(frozen=True)
 class Factorization:
-    """How spectra are computed.
+    """Computes spectra.
 
     The Gram route never divides by a singular value: with U from M Mᵀ, W_k = L_C⁻ᵀ U_k U_kᵀ L_Cᵀ W.
-    Squaring halves the digits of the small σ, so it is for float64.
+    Squaring halves the digits of the small σ, so this route needs float64.
     """
 
     algorithm: Algorithm = Algorithm.gram
@@ -110,7 +110,7 @@ def truncate(spectrum: Spectrum, rank: int) -> Factors:
         )
     left, right = spectrum.left[:, :rank], spectrum.right[:rank]
     norm_left, norm_right = left.norm(dim=0), right.norm(dim=1)
-    # A component of which either vector is zero is zero: the other may be of any size.
+    # A component with one zero vector is zero, whatever the size of the other.
     empty = (norm_left == 0) | (norm_right == 0)
     if bool(empty.any()):
         left, right = left.masked_fill(empty, 0), right.masked_fill(empty[:, None], 0)

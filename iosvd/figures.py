@@ -1,4 +1,4 @@
-"""Draw figures; pure, from values to matplotlib figures, which the caller saves."""
+"""Draw figures: pure functions from values to matplotlib figures, which the caller saves."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
 
+from iosvd.metric import Metric
 from iosvd.models.sites import layer_and_role
 from iosvd.plan import plan_frame
 
@@ -67,34 +68,33 @@ def spectra(sigma: Mapping[str, Tensor]) -> Figure:
 
 
 def quality_against(
-    frame: pandas.DataFrame, x: str, metrics: Sequence[str], titles: Mapping[str, str]
+    frame: pandas.DataFrame, x: str, metrics: Sequence[Metric], titles: Mapping[str, str]
 ) -> Figure:
     """Draw one panel per metric, one line per method over `x`, the dense model as a grey line.
 
     Args:
         frame: of a table (`to_frame`), with a column `x`; gaps are left out.
         x: the column of the horizontal axis, for instance ratio or target_bytes.
-        metrics: columns; perplexities, which end in _ppl, get a logarithmic axis.
+        metrics: one panel each; perplexities get a logarithmic axis.
         titles: what to write for a column.
     """
     figure, panels = _panels(metrics, titles)
     for axes, metric in zip(panels, metrics, strict=True):
-        rows = frame.dropna(subset=[x, metric])
+        rows = frame.dropna(subset=[x, metric.name])
         _dense_line(axes, rows, metric)
         for number, method in enumerate(_methods(rows)):
             mine = rows[rows["method"] == method].sort_values(x)
             # Colours and marks repeat after ten.
             style = "-" if number < 10 else "--"
-            axes.plot(
-                mine[x], mine[metric], marker=_MARKERS[number % 10], linestyle=style, label=method
-            )
+            mark = _MARKERS[number % 10]
+            axes.plot(mine[x], mine[metric.name], marker=mark, linestyle=style, label=method)
         axes.set_xlabel(titles.get(x, x))
     _share_legend(figure, panels)
     return figure
 
 
 def quality_against_option(
-    frame: pandas.DataFrame, option: str, metrics: Sequence[str], titles: Mapping[str, str]
+    frame: pandas.DataFrame, option: str, metrics: Sequence[Metric], titles: Mapping[str, str]
 ) -> Figure:
     """Draw an ablation: a panel per metric, a line per `line`, an option's values equally spaced.
 
@@ -104,23 +104,24 @@ def quality_against_option(
     Args:
         frame: of a table, with a column `option` in the order to be drawn, and a column `line`.
         option: the name of that column; its 0 is shown as "all".
-        metrics: columns.
+        metrics: one panel each.
         titles: what to write for a column.
     """
     figure, panels = _panels(metrics, titles)
     for axes, metric in zip(panels, metrics, strict=True):
-        rows = frame.dropna(subset=[metric])
+        rows = frame.dropna(subset=[metric.name])
         dense = rows[rows["label"] == DENSE]
-        relative = metric.endswith("_ppl") and len(dense) > 0
-        unit = dense[metric].iloc[0] if relative else 1.0
+        relative = metric.is_perplexity and len(dense) > 0
+        unit = dense[metric.name].iloc[0] if relative else 1.0
         for name, mine in rows[rows["label"] != DENSE].groupby("line", sort=False):
             names = ["all" if value == 0 else f"{value:g}" for value in mine[option]]
             spread = mine[f"{metric}_spread"] / unit if f"{metric}_spread" in mine else None
-            axes.errorbar(names, mine[metric] / unit, spread, marker="o", label=name, capsize=2)
+            mean = mine[metric.name] / unit
+            axes.errorbar(names, mean, spread, marker="o", label=name, capsize=2)
         axes.set_xlabel(option)
         axes.set_yscale("linear")
         if relative:
-            axes.set_title(f"{titles.get(metric, metric)} / dense", fontsize=10)
+            axes.set_title(f"{titles.get(metric.name, metric.name)} / dense", fontsize=10)
         else:
             _dense_line(axes, rows, metric)
     _share_legend(figure, panels)
@@ -192,13 +193,13 @@ def predicted_curve(frame: pandas.DataFrame, dense: float, text: str) -> Figure:
     return figure
 
 
-def _panels(metrics: Sequence[str], titles: Mapping[str, str]) -> tuple[Figure, list[Axes]]:
+def _panels(metrics: Sequence[Metric], titles: Mapping[str, str]) -> tuple[Figure, list[Axes]]:
     figure = _figure(3.5 * len(metrics) + 1.6, 3.4)
     panels = list(figure.subplots(1, len(metrics), squeeze=False)[0])
     for axes, metric in zip(panels, metrics, strict=True):
         axes.grid(alpha=0.3)
-        axes.set_title(titles.get(metric, metric), fontsize=10)
-        if metric.endswith("_ppl"):
+        axes.set_title(titles.get(metric.name, metric.name), fontsize=10)
+        if metric.is_perplexity:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(ScalarFormatter())
             axes.yaxis.set_minor_formatter(ScalarFormatter())
@@ -210,8 +211,8 @@ def _methods(frame: pandas.DataFrame) -> list[str]:
     return list(dict.fromkeys(frame["method"][frame["label"] != DENSE]))
 
 
-def _dense_line(axes: Axes, frame: pandas.DataFrame, metric: str) -> None:
-    dense = frame[metric][frame["label"] == DENSE]
+def _dense_line(axes: Axes, frame: pandas.DataFrame, metric: Metric) -> None:
+    dense = frame[metric.name][frame["label"] == DENSE]
     if len(dense):
         axes.axhline(dense.iloc[0], color="grey", linestyle="--", label="dense")
 

@@ -2,7 +2,7 @@
 
 A root L of a metric satisfies L Lᵀ = metric + damping. Callers need only two products,
 `Lᵀ A` and `L⁻ᵀ A`; products from the right are the transposes of these. The diagonal of the metric
-is what a root still tells of it.
+is all that a root still reveals of it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ LARGEST_DAMPING = 1e-2  # Beyond it the metric would no longer be the measured o
 _GRAM_BLOCKS = 4
 GRAM_SHARE = 5 / 8  # Of a symmetric product's multiplications, what four block rows take.
 _MIRROR_BLOCKS = 16
-_FIRST_RETRY = 1e-12  # From where zero damping is raised.
+_FIRST_RETRY = 1e-12  # The first step when zero damping fails.
 
 
 class RootKind(Enum):
-    """Which square root of a dense metric is taken; results do not depend on it (METHODS 1, 2)."""
+    """Kinds of square roots of a dense metric; results do not depend on it (METHODS 1, 2)."""
 
     cholesky = "cholesky"
     eigen = "eigen"
@@ -125,7 +125,7 @@ def root_of(metric: Tensor, damping: float, kind: RootKind, what: str) -> Root:
     """Take the square root of a symmetric positive semidefinite metric of shape (n, n).
 
     `damping` is relative to the mean of the diagonal (METHODS 2.6). If the factorisation fails it
-    is raised by powers of ten up to `LARGEST_DAMPING`; the root tells the value used.
+    is raised by powers of ten up to `LARGEST_DAMPING`; the root records the value used.
 
     Raises:
         NumericalError: the metric is zero, not finite, or cannot be factorised; `what` names it.
@@ -145,7 +145,7 @@ def root_of(metric: Tensor, damping: float, kind: RootKind, what: str) -> Root:
 def singular_root(matrix: Tensor, damping: float, what: str) -> Root:
     """Return U√D of the SVD of a square matrix that need not be symmetric: a root of U D Uᵀ.
 
-    `damping` is what the matrix has been damped with; it is raised where the matrix is singular.
+    `damping` is what the matrix has been damped with; it is raised if the matrix is singular.
 
     Raises:
         NumericalError: the matrix is zero, not finite, or singular; `what` names it.
@@ -232,5 +232,5 @@ def _blocks(width: int, count: int) -> Iterator[tuple[int, int]]:
 def principal_directions(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal directions (n, n) and σ (n,) descending, of a matrix A with Gram A Aᵀ (n, n)."""
     values, vectors = torch.linalg.eigh(gram)
-    # Rounding leaves the smallest eigenvalues a hair below zero.
+    # Rounding leaves the smallest eigenvalues slightly below zero.
     return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()

@@ -1,4 +1,4 @@
-"""What is to be done to every site, and what it is predicted to cost; saved as plan.json."""
+"""The plan of a compressed model: each site's rank and predicted loss; saved as plan.json."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The rank of one site (its full rank if it stays dense) and what is lost by it.
+    """The rank of one site (its full rank if it stays dense) and its predicted loss.
 
-    What is predicted is of the truncation and the rounding, before any correction.
+    Predictions cover truncation and rounding, before any correction.
     """
 
     out_features: int
     in_features: int
     rank: int
     dense: bool
-    bits: int  # Stored for its weight or factors, an entry of the model's dtype counted as 16.
+    bits: int  # Stored for its weight or factors; an entry of the model's dtype counts as 16.
     rounded_rows: int  # Rows in int8 or less.
     rows: int  # All rows of its matrices; 0 where none is quantised.
     rounding_loss: float  # Predicted, in the units of half the dropped energy.
     dropped_energy: float  # Σ σ² of the dropped components: squared error in the metrics.
-    loss_change: float | None  # Its first-order counterpart, nats per token, if a gradient was had.
+    loss_change: float | None  # First-order change of the loss, nats per token; None: no score.
     damping_output: float  # Relative damping that the roots needed.
     damping_input: float
     added_bias: bool  # Whether a correction gave it one.
@@ -56,7 +56,7 @@ class Plan:
     bits_total: int  # 16 for every parameter of the target sites.
     parameters_kept: int
     parameters_total: int
-    # ½ Σ σ² of what is dropped and the loss of rounding, nats per token, where the metric is KL's.
+    # ½ Σ σ² of dropped components plus the loss of rounding, nats per token; None: not predicted.
     predicted_kl: float | None
     sites: Mapping[str, SitePlan]
 
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def predicted_loss_change(self) -> float | None:
-        """First-order change of the calibration loss, nats per token, if a gradient was had."""
+        """First-order change of the calibration loss, nats per token; None: not scored."""
         changes = [s.loss_change for s in self.sites.values() if s.loss_change is not None]
         return sum(changes) if changes else None
 
@@ -89,12 +89,12 @@ def make_plan(
     kl: bool,
     stored: Mapping[str, Stored] = MappingProxyType({}),
 ) -> Plan:
-    """Complete an allocation's ranks: sites above break-even stay dense, the rest is counted.
+    """Complete an allocation's ranks: sites above break-even stay dense; count the bits of all.
 
     Args:
         ranks: what the allocation chose.
         spectra: of all sites.
-        budget: what was asked.
+        budget: of the goal.
         kl: whether the whitening's output metric is the KL curvature.
         stored: the sites that were quantised.
     """

@@ -1,4 +1,4 @@
-"""What the loss tells of a site: how its components change it, and how sensitive it is."""
+"""Scores of a site by the loss: its components' first-order changes, and its sensitivity."""
 
 from __future__ import annotations
 

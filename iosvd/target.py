@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from iosvd.allocation import Allocation
-from iosvd.allocation.trial import Trial
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.budget import Budget
 from iosvd.errors import ConfigError
 from iosvd.factorization import dropped_energy
@@ -21,7 +21,7 @@ STEP = 1e-4  # Of the ratio.
 
 
 def check_target(target: float, whitening: Whitening, quantization: Quantization) -> None:
-    """Raise ConfigError unless a KL target can be predicted, and then met by ranks alone."""
+    """Raise ConfigError unless a KL target can be predicted and met by ranks alone."""
     if not target > 0:
         raise ConfigError(f"target_kl={target:g} is not above 0; it is in nats per token")
     if not whitening.predicts_whole_kl:
@@ -38,26 +38,26 @@ def budget_for_kl(
     allocation: Allocation,
     spectra: Mapping[str, Spectrum],
     whole: Budget,
-    trial: Trial,
+    objective: CalibrationObjective,
 ) -> Budget:
-    """Return the budget with the smallest ratio, in steps of 1e-4, that is predicted to be enough.
+    """Return the budget with the smallest ratio, in steps of 1e-4, predicted to meet the target.
 
-    ½ Σ σ² of what is dropped predicts the KL divergence from the dense model in nats per token
-    before anything is truncated, if the whitening is by the KL metric of the whole vocabulary
-    (METHODS 1, identity 5).
+    With the KL metric of the whole vocabulary, ½ Σ σ² of the dropped components predicts the KL
+    divergence from the dense model, in nats per token, before anything is truncated (METHODS 1,
+    identity 5).
 
     Args:
         target: nats per token.
-        allocation: which chooses the ranks.
+        allocation: chooses the ranks.
         spectra: of all sites.
         whole: the budget of ratio 1.
-        trial: for allocations that measure.
+        objective: for allocations that measure.
     """
     low, high = math.ceil(whole.smallest_ratio / STEP), round(1 / STEP)
 
     def predicted(steps: int) -> float:
         budget = replace(whole, ratio=steps * STEP)
-        return dropped_energy(allocation(spectra, budget, trial), spectra, budget) / 2
+        return dropped_energy(allocation(spectra, budget, objective), spectra, budget) / 2
 
     while low < high:
         middle = (low + high) // 2

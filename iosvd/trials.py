@@ -1,54 +1,47 @@
-"""Try ranks on the calibration set: the weights are truncated for a forward pass and put back."""
+"""The calibration loss with trial ranks: weights are truncated for a pass, then restored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from iosvd.allocation import CalibrationObjective
 from iosvd.budget import Budget
-from iosvd.cache.losses import KeptLosses
+from iosvd.cache.calibration import Calibration
+from iosvd.cache.losses import CachedLosses
 from iosvd.layers.replacement import gated, truncated_weights
 from iosvd.models.losses import mean_loss, summed_loss
 from iosvd.models.prefixes import Prefixes, remember
 from iosvd.types import Spectrum
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
-    from transformers import PreTrainedModel
-
 
 @dataclass(frozen=True)
-class CalibrationTrial:
-    """The dense model, the spectra of its sites, and the calibration set (`allocation.Trial`)."""
+class TruncationTrials(CalibrationObjective):
+    """The calibration loss of the dense model with some of its sites truncated."""
 
-    model: PreTrainedModel
-    sites: Mapping[str, nn.Linear]
+    calibration: Calibration
     spectra: Mapping[str, Spectrum]
     budget: Budget
-    calibration: Tensor  # (windows, length)
-    batch_size: int
-    kept: KeptLosses | None = None
+    losses: CachedLosses | None = None
     _remembered: dict[int, Prefixes] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the calibration set."""
-        return self.calibration.numel()
+        return self.calibration.tokens.numel()
 
     @property
     def windows(self) -> int:
-        """Windows of the calibration set."""
-        return len(self.calibration)
+        return len(self.calibration.tokens)
 
     def gated_loss(self, gates: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
-        """Return the calibration loss with each component multiplied by its gate."""
-        batch = self.calibration[chosen].to(self.model.device)
-        with torch.enable_grad(), gated(self.sites, self.spectra, gates):
-            logits = self.model(input_ids=batch, use_cache=False).logits
+        model = self.calibration.model
+        batch = self.calibration.tokens[chosen].to(model.device)
+        with torch.enable_grad(), gated(self.calibration.sites, self.spectra, gates):
+            logits = model(input_ids=batch, use_cache=False).logits
             labels = batch[:, 1:].to(logits.device)
             return summed_loss(logits, labels).cpu() / labels.numel()
 
@@ -58,23 +51,26 @@ class CalibrationTrial:
         Raises:
             NumericalError: it is not finite.
         """
-        chosen = self.calibration[:windows] if windows else self.calibration
-        costs = self.budget.costs
-        factorised = {s: rank for s, rank in ranks.items() if rank <= costs[s].break_even_rank}
+        chosen, factorised = self._first(windows), self.budget.factorised(ranks)
 
         def measure() -> float:
+            own = self.calibration
             prefixes = self._prefixes(windows)
-            first = prefixes.first_changed(self.sites[site] for site in factorised)
-            with truncated_weights(self.sites, self.spectra, factorised):
-                return mean_loss(
-                    self.model, chosen, self.batch_size, context=partial(prefixes.from_block, first)
-                )
+            first = prefixes.first_changed(own.sites[site] for site in factorised)
+            context = partial(prefixes.from_block, first)
+            with truncated_weights(own.sites, self.spectra, factorised):
+                return mean_loss(own.model, chosen, own.batch_size, context=context)
 
-        return measure() if self.kept is None else self.kept.of(factorised, len(chosen), measure)
+        if self.losses is None:
+            return measure()
+        return self.losses.of(factorised, len(chosen), measure)
+
+    def _first(self, windows: int) -> Tensor:
+        return self.calibration.tokens[:windows] if windows else self.calibration.tokens
 
     def _prefixes(self, windows: int) -> Prefixes:
-        """Return what the dense model's blocks put out, computed at the first trial."""
+        """Return the outputs of the dense model's blocks, computed at the first trial."""
         if windows not in self._remembered:
-            chosen = self.calibration[:windows] if windows else self.calibration
-            self._remembered[windows] = remember(self.model, chosen, self.batch_size)
+            chosen, own = self._first(windows), self.calibration
+            self._remembered[windows] = remember(own.model, chosen, own.batch_size)
         return self._remembered[windows]

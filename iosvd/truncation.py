@@ -1,32 +1,29 @@
-"""From ranks to truncated sites, and what a quantisation wants to know of them."""
+"""From ranks to truncated sites, and the gradient that a quantisation reads."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from iosvd.budget import Budget, Shape
+from iosvd.cache.calibration import Calibration
 from iosvd.factorization import dropped_energy, truncate
 from iosvd.layers.rows import half_dtype
 from iosvd.quantization.base import Quantization
 from iosvd.statistics.collect import collect
-from iosvd.statistics.memory import MemoryUse, groups_within
+from iosvd.statistics.memory import groups_within
 from iosvd.statistics.needs import Needs
 from iosvd.types import Site, Spectrum
-
-if TYPE_CHECKING:  # transformers' models take seconds to import.
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TruncatedSites(Mapping[str, Site]):
-    """All sites under some ranks; factors are computed when they are looked at, and not kept."""
+    """All sites under some ranks; factors are computed at every access and not kept."""
 
     ranks: Mapping[str, int]
     sites: Mapping[str, nn.Linear]
@@ -52,7 +49,7 @@ class TruncatedSites(Mapping[str, Site]):
 
 @dataclass(frozen=True)
 class _WithGradient(Mapping[str, Site]):
-    """Sites with the gradient of what they multiply by."""
+    """Sites with the gradient of the loss with respect to their weights."""
 
     sites: Mapping[str, Site]
     gradients: Mapping[str, Tensor]
@@ -74,7 +71,7 @@ def best_ranks(
     budget: Budget,
     quantization: Quantization,
 ) -> Mapping[str, int]:
-    """Return the ranks with the least predicted loss, of truncation and of rounding together."""
+    """Return the ranks with the least predicted loss of truncation and rounding together."""
     if len(candidates) == 1:
         return candidates[0]
     halves = half_dtype(next(iter(sites.values())).weight.dtype)
@@ -92,35 +89,29 @@ def best_ranks(
 
 
 def with_gradient(
-    truncated: Mapping[str, Site],
-    model: PreTrainedModel,
-    tokens: Tensor,
-    needs: Needs,
-    batch_size: int,
-    memory: MemoryUse,
+    truncated: Mapping[str, Site], calibration: Calibration, windows: int
 ) -> Mapping[str, Site]:
-    """Add the gradient of the calibration loss at what the model computes now, in main memory.
+    """Add the gradient of the calibration loss at the model's current weights, in main memory.
 
     Args:
         truncated: all sites.
-        model: with the truncated sites in place.
-        tokens: calibration windows (windows, length); those that the gradient needs are used.
-        needs: how many that are.
-        batch_size: windows per forward pass.
-        memory: what the sums of a pass may take.
+        calibration: its model has the truncated sites in place.
+        windows: the first calibration windows, over which the gradient is a mean.
     """
+    own, needs = calibration, Needs(gradient_windows=windows)
     shapes = {name: Shape(*site.weight.shape) for name, site in truncated.items()}
     gradients: dict[str, Tensor] = {}
-    # Gradients are of the sites alone: none is shared.
-    for group in groups_within(shapes, needs, {name: name for name in shapes}, memory.limit_bytes):
+    # No two sites share a gradient.
+    unshared = {name: name for name in shapes}
+    for group in groups_within(shapes, needs, unshared, own.memory.limit_bytes):
         found = collect(
-            model,
-            tokens[: needs.gradient_windows],
-            {name: model.get_submodule(name) for name in group},
+            own.model,
+            own.tokens[:windows],
+            {name: own.model.get_submodule(name) for name in group},
             needs,
-            batch_size,
-            on_cpu=memory.metrics_on_cpu,
-            checkpoint_blocks=memory.checkpoint_blocks,
+            own.batch_size,
+            on_cpu=own.memory.metrics_on_cpu,
+            checkpoint_blocks=own.memory.checkpoint_blocks,
         )
         gradients |= {name: found[name].need("gradient").cpu() for name in group}
     return _WithGradient(truncated, gradients)

@@ -47,7 +47,7 @@ class Spectrum:
     fisher_norm: float | None = None  # √tr(Fisher of W) / ‖W‖, if the Fisher's rows were collected
 
     def head(self, rank: int, dtype: torch.dtype) -> Spectrum:
-        """Keep all numbers, but only the first `rank` components' vectors, in main memory."""
+        """Keep all numbers but only the vectors of the first `rank` components, in main memory."""
         # copy: a view would keep the whole matrix in memory.
         left = self.left[:, :rank].to("cpu", dtype, copy=True)
         right = self.right[:rank].to("cpu", dtype, copy=True)
@@ -79,11 +79,11 @@ class Factors:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix that is to be stored, and what the loss thinks of its entries.
+    """A matrix to be stored, with the sensitivity of the loss to its entries.
 
     To second order, errors δ of independent signs cost ½ Σ a_o b_i δ_oi² (METHODS 2.2): a is the
     diagonal of the output metric seen by the matrix, b that of the input metric. For a factor the
-    other factor is part of its metric, and there diagonal: the components are orthogonal.
+    other factor is part of its metric, which is diagonal: the components are orthogonal.
     """
 
     values: Tensor  # (out, in)
@@ -94,17 +94,18 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Site:
-    """A site after truncation: two factors, or its weight where it stays dense."""
+    """A site after truncation: two factors, or its weight if it stays dense."""
 
     name: str
     weight: Tensor  # (m, n), dense
     factors: Factors | None
     output_diagonal: Tensor  # (m,) of the output metric
     input_diagonal: Tensor  # (n,) of the input metric
-    gradient: Tensor | None = None  # (m, n), with respect to what the site multiplies by now
+    gradient: Tensor | None = None  # (m, n), with respect to the truncated weight
+    bias: Tensor | None = None  # (m,) of the compressed layer; None: the dense layer's own
 
     def matrices(self) -> dict[str, Matrix]:
-        """Return the site's matrices, named as its layer names them."""
+        """Return the site's matrices by their names in its layer."""
         kind = torch.promote_types(self.weight.dtype, torch.float32)
         device = self.weight.device if self.factors is None else self.factors.left.device
         a, b = self.output_diagonal.to(device, kind), self.input_diagonal.to(device, kind)
@@ -130,12 +131,12 @@ class Stored(Protocol):
 
     @property
     def rounded(self) -> tuple[int, int]:
-        """How many of its rows are not in 16 bits, and how many rows there are."""
+        """Number of rows that are not in 16 bits, and of all rows."""
         ...
 
     @property
     def rounding_loss(self) -> float:
-        """What rounding costs to second order, in the units of ½ Σ σ²."""
+        """Second-order loss of rounding, in the units of ½ Σ σ²."""
         ...
 
     def module(self, layer: nn.Module) -> nn.Module:

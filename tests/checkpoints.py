@@ -15,6 +15,7 @@ import iosvd
 from iosvd.allocation import Spectral
 from iosvd.correction import Correction, NoCorrection
 from iosvd.layers.int8 import Code
+from iosvd.method import Method
 from iosvd.pipeline import Compressed, compress
 from iosvd.quantization import (
     Axis,
@@ -42,10 +43,7 @@ def compressed(
         build(family, dtype),
         TOKENS,
         ratio=ratio,
-        whitening=InputOutput(),
-        allocation=Spectral(),
-        correction=correction,
-        quantization=quantization,
+        method=Method(InputOutput(), Spectral(), correction, quantization),
     )
 
 

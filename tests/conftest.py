@@ -7,6 +7,8 @@ import importlib
 import os
 import pkgutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,9 +30,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from iosvd.allocation import Spectral
 from iosvd.data.texts import Dataset, Split
+from iosvd.method import Method
 from iosvd.models.loading import Dtype, Model
 from iosvd.statistics.needs import SiteStatistics
+from iosvd.whitening import InputOutput
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers with two threads each on two cores are many times slower than one thread each.
@@ -135,3 +140,12 @@ def stories() -> Dataset:
     """The text it was trained on: every story starts a sequence."""
     path = shared("data", "text", "tinystories")
     return Dataset("stories", path=str(path), document_windows=True, evaluation=Split("validation"))
+
+
+def divided(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Gather the options that make up a method; InputOutput and Spectral are the defaults."""
+    parts = {"whitening": InputOutput(), "allocation": Spectral()}
+    names = {field.name for field in fields(Method)}
+    parts |= {name: value for name, value in options.items() if name in names}
+    rest = {name: value for name, value in options.items() if name not in names}
+    return {"method": Method(**parts), **rest}

@@ -10,7 +10,7 @@ from conftest import FAMILIES, build
 from torch.testing import assert_close
 
 import iosvd.models.blocks
-from iosvd.models.blocks import arrive, calls_of, carried_of, layout_of
+from iosvd.models.blocks import calls_of, capture_input, hidden_states_of, layout_of
 from iosvd.models.sites import decoder_blocks
 
 WINDOWS = torch.randint(0, 31, (5, 12), generator=torch.Generator().manual_seed(1))
@@ -40,7 +40,7 @@ def test_what_is_carried_is_what_the_model_computes(family: str, limit: float | 
         )
     model(input_ids=WINDOWS, use_cache=False)
     expected = list(seen)
-    carried = carried_of(model, WINDOWS, 2, limit)
+    carried = hidden_states_of(model, WINDOWS, 2, limit)
     for block, calls, states in zip(blocks, calls_of(model, WINDOWS, 2), expected, strict=True):
         assert set(calls) == {1, 2}
         carried.pass_(block, calls)
@@ -52,7 +52,7 @@ def test_what_is_carried_is_what_the_model_computes(family: str, limit: float | 
 def test_the_layout_of_a_block_is_found_by_running_it(family: str) -> None:
     model = build(family)
     block, calls = decoder_blocks(model)[0], calls_of(model, WINDOWS, 5)[0]
-    hidden = carried_of(model, WINDOWS, 5).states
+    hidden = hidden_states_of(model, WINDOWS, 5).states
     sites = SITES[family].split()
     layout = layout_of(block, hidden, calls[5], sites)
     assert layout.writers == WRITERS[family]
@@ -68,9 +68,9 @@ def test_the_layout_of_a_block_is_found_by_running_it(family: str) -> None:
 def test_stream_and_output_add_up_to_what_the_block_returns(family: str) -> None:
     model = build(family)
     block, calls = decoder_blocks(model)[0], calls_of(model, WINDOWS, 5)[0]
-    hidden = carried_of(model, WINDOWS, 5).states
+    hidden = hidden_states_of(model, WINDOWS, 5).states
     *before, last = WRITERS[family]
-    x, stream = arrive(block, hidden, calls[5], last, before)
+    x, stream = capture_input(block, hidden, calls[5], last, before)
     assert_close(stream + block.get_submodule(last)(x).reshape_as(stream), calls[5](block, hidden))
 
 
@@ -79,7 +79,7 @@ def test_states_beyond_the_limit_lie_in_a_file_that_nobody_else_sees(
 ) -> None:
     monkeypatch.setattr(iosvd.models.blocks.tempfile, "tempdir", str(tmp_path))
     with torch.no_grad():
-        carried = carried_of(build("llama"), WINDOWS, 2, limit_bytes=0)
+        carried = hidden_states_of(build("llama"), WINDOWS, 2, limit_bytes=0)
     assert not list(tmp_path.iterdir())
     carried.states.add_(1)  # Still there, and writable.
     assert torch.isfinite(carried.states).all()

@@ -31,6 +31,7 @@ from iosvd.correction import Anchored
 from iosvd.errors import CheckpointError, ModelError
 from iosvd.layers.modules import LowRankLinear
 from iosvd.layers.replacement import compressed_layers, low_rank_layers, stored_bytes
+from iosvd.method import Method
 from iosvd.pipeline import compress
 from iosvd.quantization import NoQuantization, Quantization
 from iosvd.whitening import InputOutput
@@ -195,7 +196,7 @@ def test_sharded_checkpoints_and_device_maps_load(tmp_path: Path) -> None:
 def test_compressing_twice_is_refused() -> None:
     result = compressed()
     with pytest.raises(ModelError, match="compressed already"):
-        compress(result.model, TOKENS, ratio=0.5, whitening=InputOutput(), allocation=Spectral())
+        compress(result.model, TOKENS, ratio=0.5, method=Method(InputOutput(), Spectral()))
 
 
 @pytest.mark.parametrize("part", ["weight", "left"])

@@ -106,14 +106,14 @@ def test_every_implementation_has_a_preset(package: Any) -> None:
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_experiment_expands(path: Path) -> None:
     runs = expand([f"experiment={path.stem}"], sweep=True)
-    assert len({(run.model.name, run.label, run.ratio) for run in runs}) == len(runs) > 1
+    assert len({(run.model.name, run.label, run.goal.ratio) for run in runs}) == len(runs) > 1
     assert runs[0].wandb.group == path.stem
 
 
 def test_a_sweep_has_one_dense_run_for_each_model() -> None:
     # The dense method has no such options.
     ablation = baselines(["experiment=ablation_topk", "whitening.seed=1"])
-    assert [(run.label, run.ratio) for run in ablation] == [("dense", 1.0)]
+    assert [(run.label, run.goal.ratio) for run in ablation] == [("dense", 1.0)]
     families = baselines(["experiment=families", "model=tiny,llama_7b", "eval.windows=3"])
     assert [run.model.name for run in families] == ["tiny", "llama_7b"]
     assert {run.eval.windows for run in families} == {3}
@@ -141,8 +141,12 @@ def test_rows_of_a_sweep_are_named_after_what_distinguishes_them() -> None:
 
 def test_the_protocol_is_the_papers() -> None:
     run = expand(["experiment=main"], sweep=True)[0]
-    assert (run.calibration.windows, run.calibration.seq_len) == (256, 2048)
-    assert (run.model.name, run.dataset.name, run.eval.seq_len) == ("llama_7b", "wikitext2", 2048)
+    assert (run.data.calibration.windows, run.data.calibration.seq_len) == (256, 2048)
+    assert (run.model.name, run.data.dataset.name, run.eval.seq_len) == (
+        "llama_7b",
+        "wikitext2",
+        2048,
+    )
     assert [text.name for text in run.eval.texts.values()] == ["wikitext2", "ptb", "c4"]
     assert run.eval.windows == run.eval.zero_shot.limit == 0
     seven = "openbookqa arc_easy arc_challenge winogrande hellaswag piqa mathqa"
@@ -210,12 +214,12 @@ def test_evaluation_texts_are_those_of_the_paper_or_of_the_calibration() -> None
     assert paper.texts["c4"].path == "/some/folder"
     own = compose_run(["dataset=wikitext2", "model=llama_7b"])
     assert own.eval.texts == {"own": own.dataset}
-    assert own.eval.seq_len == own.calibration.seq_len == 2048
+    assert own.eval.seq_len == own.data.calibration.seq_len == 2048
 
 
 def test_the_methods_experiment_is_every_published_method_at_three_ratios() -> None:
     runs = expand(["experiment=methods"], sweep=True)
-    assert {run.ratio for run in runs} == {0.8, 0.6, 0.4}
+    assert {run.goal.ratio for run in runs} == {0.8, 0.6, 0.4}
     assert {run.model.name for run in runs} == {"tiny"}
     published = [
         "svd",
@@ -235,7 +239,7 @@ def test_the_methods_experiment_is_every_published_method_at_three_ratios() -> N
 def test_a_preset_may_hang_on_the_ratio() -> None:
     """ZS-SVD's floor is 0 above 0.4, 0.3 there, 0.2 below; in a sweep as for each run alone."""
     runs = expand(["method=zs_svd,svd_llm", "ratio=0.8,0.6,0.4,0.3"], sweep=True)
-    floors = {(run.label, run.ratio): run.min_rank_fraction for run in runs}
+    floors = {(run.label, run.goal.ratio): run.method.min_rank_fraction for run in runs}
     assert floors == {
         **{("zs_svd", 0.8): 0.0, ("zs_svd", 0.6): 0.0, ("zs_svd", 0.4): 0.3, ("zs_svd", 0.3): 0.2},
         **{("svd_llm", ratio): 0.0 for ratio in (0.8, 0.6, 0.4, 0.3)},
@@ -244,14 +248,14 @@ def test_a_preset_may_hang_on_the_ratio() -> None:
 
 def test_a_sweep_is_checked_at_its_own_ratios() -> None:
     runs = expand(["method=svd", "ratio=0.95,0.9", "min_rank_fraction=0.85"], sweep=True)
-    assert [run.ratio for run in runs] == [0.95, 0.9]
+    assert [run.goal.ratio for run in runs] == [0.95, 0.9]
     with pytest.raises(IosvdError, match=r"min_rank_fraction=0\.85 keeps more than ratio=0\.8"):
         expand(["method=svd", "ratio=0.95,0.8", "min_rank_fraction=0.85"], sweep=True)
 
 
 def test_a_target_takes_the_place_of_the_ratio() -> None:
     run = compose_run(["whitening.top_k=0", "target_kl=0.05"])
-    assert (run.ratio, run.target_kl) == (None, 0.05)
+    assert (run.goal.ratio, run.goal.target_kl) == (None, 0.05)
     assert compose_run([]).ratio == 0.8
     (one, two) = expand(["whitening.top_k=0", "target_kl=0.05,0.1", "method=io_svd"], sweep=True)
     assert (one.target_kl, two.target_kl) == (0.05, 0.1)

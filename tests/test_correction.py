@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, all_variants, build, random_statistics
+from conftest import FAMILIES, all_variants, build, divided, random_statistics
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -29,6 +29,7 @@ from iosvd.evaluation.divergence import divergence
 from iosvd.factorization import Factorization, truncate
 from iosvd.layers.replacement import low_rank_layers, stored_bytes
 from iosvd.linalg import RootKind, root_of
+from iosvd.method import Method
 from iosvd.models.losses import mean_loss
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import Compressed, compress
@@ -43,10 +44,8 @@ M, N, COUNT = 6, 9, 200
 def run(
     correction: Correction, ratio: float = 0.6, family: str = "llama", **options: object
 ) -> Compressed:
-    settings = {"whitening": InputOutput(), "allocation": Spectral(), **options}
-    return compress(
-        build(family), TOKENS, ratio=ratio, correction=correction, batch_size=4, **settings
-    )  # type: ignore[arg-type]
+    settings = divided({"correction": correction, **options})
+    return compress(build(family), TOKENS, ratio=ratio, batch_size=4, **settings)
 
 
 def tokens_of_a_site() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -201,10 +200,8 @@ def test_windows_are_held_out_whatever_the_batch() -> None:
                 build("llama"),
                 TOKENS,
                 ratio=0.5,
-                correction=Anchored(ridge=ridge, held_out=0.33),
+                method=Method(InputOutput(), Spectral(), Anchored(ridge=ridge, held_out=0.33)),
                 batch_size=batch_size,
-                whitening=InputOutput(),
-                allocation=Spectral(),
             ).model.state_dict()
             for ridge in (1e-3, 1e3)
         ]
@@ -271,10 +268,10 @@ def test_adapters_lower_the_loss(family: str) -> None:
 def test_distillation_goes_on_from_the_refit(family: str) -> None:
     """And the windows on which it is measured here are not those of the calibration."""
     many = torch.randint(0, 31, (96, 12), generator=torch.Generator().manual_seed(2))
-    method = {"whitening": InputOutput(), "allocation": Spectral(), "ratio": 0.5, "batch_size": 16}
 
     def kl(correction: Correction) -> float:
-        found = compress(build(family), many, correction=correction, **method)  # type: ignore[arg-type]
+        method = Method(InputOutput(), Spectral(), correction)
+        found = compress(build(family), many, method=method, ratio=0.5, batch_size=16)
         return divergence(build(family), found.model, TOKENS, 4).kl
 
     assert kl(Distilled(rank=4, epochs=4, batch_windows=16)) < 0.96 * kl(Anchored())
@@ -318,11 +315,11 @@ HALVES = [
 @pytest.mark.parametrize(("dtype", "correction"), HALVES, ids=str)
 def test_a_model_in_half_precision_is_corrected(dtype: torch.dtype, correction: Correction) -> None:
     """Nearer to what the same does in single precision than the truncation alone is."""
-    method = {"whitening": InputOutput(), "allocation": Spectral(), "ratio": 0.5, "batch_size": 4}
 
     def logits(dtype: torch.dtype, correction: Correction) -> Tensor:
         model = build("llama", dtype)
-        compress(model, TOKENS, correction=correction, **method)  # type: ignore[arg-type]
+        method = Method(InputOutput(), Spectral(), correction)
+        compress(model, TOKENS, method=method, ratio=0.5, batch_size=4)
         with torch.no_grad():
             found: Tensor = model(input_ids=TOKENS).logits.float()
         return found

@@ -14,6 +14,7 @@ from iosvd.allocation import Spectral
 from iosvd.errors import NumericalError
 from iosvd.evaluation.divergence import divergence, divergences
 from iosvd.layers.replacement import truncated_weights
+from iosvd.method import Method
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import factorize
 from iosvd.whitening import Input
@@ -49,7 +50,7 @@ def test_the_dense_model_does_not_diverge_from_itself() -> None:
 def test_variants_of_the_dense_model_are_measured_one_by_one() -> None:
     dense = build("llama")
     sites = find_sites(dense, SiteSelection())
-    spectra = factorize(dense, WINDOWS, whitening=Input(), allocation=Spectral()).spectra
+    spectra = factorize(dense, WINDOWS, method=Method(Input(), Spectral())).spectra
     names = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"]
     variants = {n: (dense, partial(truncated_weights, sites, spectra, {n: 2})) for n in names}
     found = divergences(dense, {"none": (dense, nullcontext), **variants}, WINDOWS, batch_size=2)

@@ -27,6 +27,7 @@ from experiments import draw, predict, render
 from iosvd.errors import ConfigError, IosvdError, RecordError, StorageError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.layers.replacement import low_rank_layers
+from iosvd.metric import other
 from iosvd.models.loading import ASSETS, load_tokenizer
 from iosvd.runs.config import compose_run
 from iosvd.runs.execution import Outcome, execute, locked
@@ -35,7 +36,7 @@ from iosvd.runs.records import has_checkpoint, read_metrics, read_record, run_fo
 from iosvd.runs.run import Run
 from iosvd.runs.steps import cache_of
 from iosvd.sweeps.expansion import expand
-from iosvd.sweeps.status import Stamps, State, standing
+from iosvd.sweeps.status import Stamps, State, status_of
 from iosvd.system.json_files import write_json
 from iosvd.tables.table import Column, Table
 
@@ -91,7 +92,7 @@ def test_a_run_records_what_its_checkpoint_measures(source: Path) -> None:
     found = metrics(folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.float32)
     tokenizer = load_tokenizer(asked.model)
-    windows = iosvd.evaluation_windows(tokenizer, asked.dataset, 16)
+    windows = iosvd.evaluation_windows(tokenizer, asked.data.dataset, 16)
     assert found["perplexity"] == {"own": pytest.approx(perplexity(loaded.eval(), windows))}
     assert found["windows"] == {"own": list(windows.shape)}
     sizes = {n: layer.rank for n, layer in low_rank_layers(loaded).items()}
@@ -405,10 +406,10 @@ def test_the_divergence_is_measured_where_it_is_asked_for(source: Path) -> None:
         assert site["predicted_kl"] == plan["sites"][name]["dropped_energy"] / 2
     record = read_record(run_folder(asked))
     assert record is not None
-    text = asked.dataset.name
-    assert record.value(f"{text}_kl") == whole["kl"]
+    text = asked.data.dataset.name
+    assert record.value(other(f"{text}_kl")) == whole["kl"]
     inside = [0.5 <= s["predicted_kl"] / s["kl"] <= 2 for s in sites.values()]
-    assert record.value(f"{text}_sites_within_two") == sum(inside) / len(inside)
+    assert record.value(other(f"{text}_sites_within_two")) == sum(inside) / len(inside)
 
 
 def test_a_target_is_recorded_with_the_ratio_it_took(source: Path) -> None:
@@ -434,9 +435,9 @@ def test_halves_are_whitened_and_scored_apart(source: Path) -> None:
     assert ranks["same"] != ranks["other"]
     assert ranks["none"] != ranks["same"]
     first = run(source, "calibration.windows=8", "calibration.halves=same", "ratio=0.5")
-    tokens, gradient = first.calibration.divided(torch.arange(8))
+    tokens, gradient = first.data.calibration.divided(torch.arange(8))
     assert (tokens.tolist(), gradient) == ([0, 1, 2, 3], None)
-    other = run(source, "calibration.halves=other").calibration.divided(torch.arange(8))
+    other = run(source, "calibration.halves=other").data.calibration.divided(torch.arange(8))
     assert other[1] is not None and other[1].tolist() == [4, 5, 6, 7]
 
 
@@ -494,7 +495,7 @@ def test_nothing_is_written_through_a_link_out_of_the_results(
         assert execute(asked) is Outcome.failed
         (line,) = [line for line in caplog.messages if line.startswith("failed: ")]
         assert "is a link out of the results" in line and "remove the link" in line
-        assert standing(asked).state is State.failed
+        assert status_of(asked).state is State.failed
         assert tree(mine) == before
         link.unlink()
         if link == run_folder(asked):
@@ -523,9 +524,9 @@ def test_a_checkpoint_is_made_of_a_complete_run_without_measuring_again(
     folder = run_folder(measured)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(iosvd.runs.execution, "measure", lambda *_, **__: pytest.fail("measured"))
-    assert standing(measured).state is State.done and standing(kept).state is State.missing
+    assert status_of(measured).state is State.done and status_of(kept).state is State.missing
     assert execute(kept) is Outcome.complete
-    assert standing(kept).state is State.done
+    assert status_of(kept).state is State.done
     assert execute(kept) is Outcome.skipped
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
@@ -552,7 +553,7 @@ def test_a_checkpoint_that_would_be_another_model_is_not_made(
     kept = run(source, "method=svd", "ratio=0.5", "runtime.save_checkpoint=true")
     assert execute(kept) is Outcome.failed
     assert "would not be stored as it was" in caplog.text and "runtime.force=true" in caplog.text
-    assert standing(kept).state is State.failed and standing(asked).state is State.done
+    assert status_of(kept).state is State.failed and status_of(asked).state is State.done
 
 
 def test_a_new_measurement_leaves_no_checkpoint_of_an_old_one(source: Path) -> None:
@@ -568,10 +569,10 @@ def test_what_is_to_be_measured_again_is_done_when_it_was(source: Path) -> None:
     asked = run(source, "method=svd", "runtime.force=true")
     assert execute(asked) is Outcome.complete
     before = Stamps.of([asked])
-    assert standing(asked).state is State.done
-    assert before.standing(asked).state is State.missing
+    assert status_of(asked).state is State.done
+    assert before.status_of(asked).state is State.missing
     assert execute(asked) is Outcome.complete
-    assert before.standing(asked).state is State.done
+    assert before.status_of(asked).state is State.done
 
 
 needs_root = pytest.mark.skipif(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from iosvd import figures
+from iosvd.metric import accuracy_on, perplexity_on
 
 SITES: dict[str, Any] = {
     name: {
@@ -21,6 +22,7 @@ SITES: dict[str, Any] = {
         "model.layers.0.up": (24, 8, 3, 16 * 96),
     }.items()
 }
+PPL, TASK = perplexity_on("x"), accuracy_on("task")
 FRAME = pandas.DataFrame(
     [
         {"label": "dense", "method": "Dense", "ratio": 1.0, "x_ppl": 10.0, "task": 0.5, "k": None},
@@ -61,7 +63,7 @@ def test_spectra_have_one_line_per_layer_and_no_zero_on_a_logarithmic_axis() -> 
 
 def test_curves_are_sorted_and_gaps_are_left_out() -> None:
     titles = {"x_ppl": "perplexity"}
-    drawn = figures.quality_against(FRAME, "ratio", ["x_ppl", "task"], titles)
+    drawn = figures.quality_against(FRAME, "ratio", [PPL, TASK], titles)
     left, right = drawn.axes
     assert left.get_title() == "perplexity" and left.get_yscale() == "log"
     dense, line = left.lines  # B has no perplexity.
@@ -74,7 +76,7 @@ def test_curves_are_sorted_and_gaps_are_left_out() -> None:
 
 def test_an_ablation_divides_perplexity_by_the_dense_model_and_names_zero_all() -> None:
     frame = FRAME.assign(line=[f"ratio {ratio:g}" for ratio in FRAME["ratio"]])
-    left, right = figures.quality_against_option(frame, "k", ["x_ppl", "task"], {}).axes
+    left, right = figures.quality_against_option(frame, "k", [PPL, TASK], {}).axes
     assert [list(line.get_ydata()) for line in left.lines] == [[4.0], [2.0]]  # Two ratios.
     assert [bars.get_label() for bars in left.containers] == ["ratio 0.4", "ratio 0.8"]
     assert list(right.lines[0].get_xdata()) == ["1", "all"]
@@ -83,7 +85,7 @@ def test_an_ablation_divides_perplexity_by_the_dense_model_and_names_zero_all() 
 
 def test_an_ablation_draws_means_with_their_spread_a_line_for_each_kind() -> None:
     frame = FRAME.assign(line=["dense", "first", "first", "second"], x_ppl_spread=[0, 2.0, 1.0, 0])
-    (axes,) = figures.quality_against_option(frame, "k", ["x_ppl"], {}).axes
+    (axes,) = figures.quality_against_option(frame, "k", [PPL], {}).axes
     (bars,) = axes.containers  # B has no value; of A both.
     assert bars.get_label() == "first"
     assert list(bars.lines[0].get_ydata()) == [4.0, 2.0]  # Relative to dense.

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from iosvd.allocation import LossAware
 from iosvd.layers.int8 import Code
+from iosvd.method import Method
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import compress
 from iosvd.quantization import Axis, Half, LossAwareRemap, Quantization, Remap, RoundToNearest
@@ -49,7 +50,7 @@ def test_a_run_starts_before_the_gpu_is_in_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_model_on_a_gpu_is_compressed_there(dtype: torch.dtype) -> None:
     model = build("llama", dtype).to("cuda")
-    result = compress(model, TOKENS, ratio=0.6, whitening=InputOutput(), allocation=LossAware())
+    result = compress(model, TOKENS, ratio=0.6, method=Method(InputOutput(), LossAware()))
     assert {p.device.type for p in model.parameters()} == {"cuda"}
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert result.plan.ratio_achieved <= 0.6
@@ -71,9 +72,7 @@ def test_quantised_layers_agree_with_the_cpu(
             build("llama", dtype),
             TOKENS,
             ratio=0.6,
-            whitening=InputOutput(),
-            allocation=LossAware(),
-            quantization=quantization,
+            method=Method(InputOutput(), LossAware(), quantization=quantization),
         )  # On the CPU: on the GPU rounding could choose other ranks.
         model = result.model.to(device)
         with torch.no_grad():
@@ -83,9 +82,7 @@ def test_quantised_layers_agree_with_the_cpu(
         build("llama", dtype).to("cuda"),
         TOKENS,
         ratio=0.6,
-        whitening=InputOutput(),
-        allocation=LossAware(),
-        quantization=quantization,
+        method=Method(InputOutput(), LossAware(), quantization=quantization),
     )
     assert {t.device.type for t in on_gpu.model.state_dict().values()} == {"cuda"}
     assert on_gpu.plan.ratio_achieved <= 0.6

@@ -24,18 +24,19 @@ from experiments import cache as cache_command
 from experiments import compress as command
 from experiments import status
 from iosvd.errors import ConfigError
-from iosvd.runs.config import CONF, compose
+from iosvd.presets import conf_folder
+from iosvd.runs.config import compose
 from iosvd.runs.execution import Outcome, execute, locked
 from iosvd.runs.records import run_folder
 from iosvd.runs.run import Run
 from iosvd.sweeps.expansion import sweep_jobs
 from iosvd.sweeps.gpus import lease_one, take_gpu, visible_gpus
 from iosvd.sweeps.launching import carry_out
-from iosvd.sweeps.status import State, standing
+from iosvd.sweeps.status import State, status_of
 from iosvd.system.logs import Where, of_run, of_stage
 
 ROOT = Path(__file__).parents[1]
-LAUNCHERS = sorted(path.stem for path in (CONF / "launcher").glob("*.yaml"))
+LAUNCHERS = sorted(path.stem for path in (conf_folder() / "launcher").glob("*.yaml"))
 
 
 def small_sweep(source: Path, *more: str) -> list[str]:  # noqa: F811
@@ -79,7 +80,7 @@ def test_a_sweep_is_one_job_a_run_baselines_first_and_ratios_apart(source: Path)
     jobs = sweep_jobs([*sweep, "hydra.launcher.n_jobs=2", "launcher=joblib"])
     # At ratio 1 plain SVD is the dense model.
     assert [job.run.label for job in jobs] == ["dense", "svd_llm", "svd", "svd_llm"]
-    assert [job.run.ratio for job in jobs] == [1, 1, 0.5, 0.5]
+    assert [job.run.goal.ratio for job in jobs] == [1, 1, 0.5, 0.5]
     assert not any(line.startswith("hydra") for job in jobs for line in job.overrides)
 
 
@@ -103,7 +104,7 @@ def test_every_launcher_carries_out_the_same_sweep(launcher: str, source: Path) 
     assert found.returncode == 1, found.stdout + found.stderr
     assert "2 of 5 runs failed" in found.stdout
     assert "ratio 0.01 is below" in found.stdout
-    states = [standing(job.run).state for job in sweep_jobs(sweep)]
+    states = [status_of(job.run).state for job in sweep_jobs(sweep)]
     assert sorted(state.value for state in states) == ["done"] * 3 + ["failed"] * 2
     assert "Traceback" not in found.stdout + found.stderr
 
@@ -153,7 +154,7 @@ def test_a_run_whose_worker_is_killed_is_tried_once_more_and_the_others_go_on(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == (kills == 2), output
     assert "gfwsvd-0.5" in output and "tried once more" in output
-    states = {job.run.label: standing(job.run) for job in sweep_jobs(slow)}
+    states = {job.run.label: status_of(job.run) for job in sweep_jobs(slow)}
     if kills == 2:
         found = states.pop("gfwsvd")
         assert found.state is State.failed and "killed twice" in found.reason
@@ -200,7 +201,7 @@ def test_a_flipped_bit_in_a_record_is_a_failure_with_a_remedy(source: Path) -> N
     changed = bytearray(path.read_bytes())
     changed[changed.index(b"perplexity") + 20] ^= 1
     path.write_bytes(changed)
-    found = standing(asked)
+    found = status_of(asked)
     assert found.state is State.failed
     assert "does not match its checksum; remove it and run again" in found.reason
     assert execute(asked) is Outcome.failed

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Each may import what stands on lines above its own; on one line, only its own package.
 ORDER = (
     ("errors",),
-    ("system",),
+    ("system", "metric", "options"),
     ("data", "models", "linalg", "budget"),
     ("statistics", "evaluation"),
     ("types",),
@@ -22,6 +22,8 @@ ORDER = (
     ("trials", "quantization"),
     ("truncation", "target"),
     ("correction",),
+    ("method",),
+    ("presets",),
     ("pipeline", "figures"),
     ("runs",),
     ("sweeps",),

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, all_variants, build
+from conftest import FAMILIES, all_variants, build, divided
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -18,8 +18,9 @@ from iosvd.allocation import Allocation, Hull, LossAware, Spectral, TypeGrouped,
 from iosvd.budget import Budget, Shape
 from iosvd.errors import BudgetError, ConfigError, NumericalError
 from iosvd.factorization import Algorithm, Factorization, truncate
-from iosvd.layers.replacement import check_finite, compressed_layers, low_rank_layers, replace_
+from iosvd.layers.replacement import check_finite, compressed_layers, install_, low_rank_layers
 from iosvd.linalg import IdentityRoot
+from iosvd.method import Method
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import Compressed, compress, factorize
 from iosvd.plan import make_plan
@@ -40,8 +41,7 @@ TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1
 
 
 def run(family: str = "llama", ratio: float = 0.6, **options: object) -> Compressed:
-    settings = {"whitening": InputOutput(), "allocation": Spectral(), **options}
-    return compress(build(family), TOKENS, ratio=ratio, **settings)  # type: ignore[arg-type]
+    return compress(build(family), TOKENS, ratio=ratio, **divided(options))
 
 
 @pytest.mark.parametrize("whitening", all_variants(iosvd.whitening))
@@ -148,7 +148,7 @@ def test_errors_name_the_cause_before_work_is_done() -> None:
     broken = build("llama")
     broken.get_submodule("model.layers.0.mlp.up_proj").weight.data[0] = torch.nan
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.mlp\.up_proj"):
-        compress(broken, TOKENS, ratio=0.5, whitening=InputOutput(), allocation=Spectral())
+        compress(broken, TOKENS, ratio=0.5, method=Method(InputOutput(), Spectral()))
 
 
 def test_a_dead_site_is_named() -> None:
@@ -156,28 +156,26 @@ def test_a_dead_site_is_named() -> None:
     model = build("llama")
     model.get_submodule("model.layers.1.self_attn.o_proj").weight.data.zero_()
     with pytest.raises(NumericalError, match=r"KL metric of model\.layers\.1\.self_attn\.q_proj"):
-        compress(model, TOKENS, ratio=0.5, whitening=InputOutput(), allocation=Spectral())
+        compress(model, TOKENS, ratio=0.5, method=Method(InputOutput(), Spectral()))
     selection = SiteSelection(exclude=["*.1.self_attn.*"])
     compress(
         model,
         TOKENS,
         ratio=0.5,
-        whitening=InputOutput(),
-        allocation=Spectral(),
+        method=Method(InputOutput(), Spectral()),
         selection=selection,
     )
 
 
 def test_given_spectra_need_no_model_call() -> None:
-    spectra = factorize(build("llama"), TOKENS, whitening=InputOutput(), allocation=LossAware())
+    spectra = factorize(build("llama"), TOKENS, method=Method(InputOutput(), LossAware()))
     model = build("llama")
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
     reused = compress(
         model,
         TOKENS,
         ratio=0.6,
-        whitening=InputOutput(),
-        allocation=LossAware(),
+        method=Method(InputOutput(), LossAware()),
         factorized=spectra,
     )
     assert reused.plan == run(allocation=LossAware()).plan
@@ -185,7 +183,7 @@ def test_given_spectra_need_no_model_call() -> None:
 
 
 def test_spectra_that_were_not_scored_say_so() -> None:
-    spectra = factorize(build("llama"), TOKENS, whitening=InputOutput(), allocation=Spectral())
+    spectra = factorize(build("llama"), TOKENS, method=Method(InputOutput(), Spectral()))
     with pytest.raises(ConfigError, match=r"q_proj has no loss_change; factorize with the alloc"):
         run(allocation=LossAware(), factorized=spectra)
 
@@ -193,7 +191,7 @@ def test_spectra_that_were_not_scored_say_so() -> None:
 def test_the_gradient_may_come_from_windows_of_its_own() -> None:
     """Whitening as of the first half alone, scores as of the second half in the same metrics."""
     first, second = TOKENS[:4], TOKENS[4:]
-    options = {"whitening": InputOutput(), "allocation": LossAware()}
+    options = {"method": Method(InputOutput(), LossAware())}
     halves = factorize(build("llama"), first, gradient_tokens=second, **options)  # type: ignore[arg-type]
     whole = factorize(build("llama"), first, **options)  # type: ignore[arg-type]
     model = build("llama")
@@ -230,12 +228,10 @@ def test_a_ratio_or_a_target(options: dict[str, float | None]) -> None:
 def test_spectra_that_were_cut_too_low_are_refused() -> None:
     """Remapping plans ranks above the break-even of 16 bits, at which these spectra end."""
     model = build("llama")
-    cut = factorize(model, TOKENS, whitening=InputOutput(), allocation=Spectral())
+    cut = factorize(model, TOKENS, method=Method(InputOutput(), Spectral()))
     with pytest.raises(ConfigError, match=r"is asked of a spectrum that keeps .* components"):
         run(ratio=0.95, quantization=Remap(), factorized=cut)
-    whole = factorize(
-        model, TOKENS, whitening=InputOutput(), allocation=Spectral(), quantization=Remap()
-    )
+    whole = factorize(model, TOKENS, method=Method(InputOutput(), Spectral(), quantization=Remap()))
     assert run(ratio=0.95, quantization=Remap(), factorized=whole).plan.sites
 
 
@@ -266,9 +262,7 @@ def test_dead_channels_and_weights_of_zeros_are_compressed(whitening: Whitening)
     with torch.no_grad():
         expected = model(input_ids=TOKENS).logits
     few = SiteSelection(include=["*.0.mlp.up_proj", "*.1.mlp.gate_proj"])
-    result = compress(
-        model, TOKENS, ratio=0.9, whitening=whitening, allocation=Uniform(), selection=few
-    )
+    result = compress(model, TOKENS, ratio=0.9, method=Method(whitening, Uniform()), selection=few)
     assert all(site.rank > 2 and not site.dense for site in result.plan.sites.values())
     with torch.no_grad():
         assert_close(model(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
@@ -281,7 +275,7 @@ def test_what_stays_dense_is_not_factorised(
     quantization: Quantization, ratio: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = {"whitening": Identity(), "allocation": Uniform(), "quantization": quantization}
-    whole = factorize(build("llama"), TOKENS, **method)  # type: ignore[arg-type]
+    whole = factorize(build("llama"), TOKENS, **divided(method))
     assert all(len(spectrum.sigma) for spectrum in whole.spectra.values())
     usual = run("llama", ratio, factorized=whole, **method)
     monkeypatch.setattr(Factorization, "__call__", lambda *_: pytest.fail("factorised"))
@@ -300,7 +294,7 @@ def test_a_weight_of_zeros_is_not_called_a_site_without_tokens() -> None:
         model.get_submodule("model.layers.0.self_attn.v_proj").weight.zero_()
     message = r"input metric of model\.layers\.0\.self_attn\.o_proj is zero: .* weight of zeros"
     with pytest.raises(NumericalError, match=message):
-        compress(model, TOKENS, ratio=0.6, whitening=Input(), allocation=Uniform())
+        compress(model, TOKENS, ratio=0.6, method=Method(Input(), Uniform()))
 
 
 def test_factors_beyond_the_range_of_the_dtype_are_not_installed() -> None:
@@ -310,7 +304,7 @@ def test_factors_beyond_the_range_of_the_dtype_are_not_installed() -> None:
         Factorization()(site.weight, Whitener(IdentityRoot(), IdentityRoot()), "site"), 3
     )
     beyond = replace(factors, left=factors.left * 1e6)
-    replace_(model, {"model.layers.0.mlp.up_proj": Site("site", site.weight, beyond, None, None)})  # type: ignore[arg-type]
+    install_(model, {"model.layers.0.mlp.up_proj": Site("site", site.weight, beyond, None, None)})  # type: ignore[arg-type]
     message = r"left of model\.layers\.0\.mlp\.up_proj has NaN or infinity in float16; try model"
     with pytest.raises(NumericalError, match=message):
         check_finite(model)

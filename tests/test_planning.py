@@ -141,7 +141,7 @@ def test_large_models_fit_the_gpus_that_people_have(
     config.save_pretrained(tmp_path)
     asked = compose_run(["model=llama_7b", f"model.path={tmp_path}", "dataset=wikitext2"])
     found = outline(asked.model, 2048)
-    needs = asked.whitening.needs | asked.allocation.needs
+    needs = asked.method.whitening.needs | asked.method.allocation.needs
     activations = found.activations.bytes(needs, checkpoint_blocks=True)
     limit = 0.9 * memory * 1e9 - found.weight_bytes - activations
     needed = found.passes(needs, limit)

@@ -16,6 +16,7 @@ from iosvd.budget import Budget, Shape
 from iosvd.errors import BudgetError, ConfigError, NumericalError
 from iosvd.layers.int8 import Code
 from iosvd.layers.replacement import compressed_layers, low_rank_layers, stored_bytes
+from iosvd.method import Method
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import Compressed, compress
 from iosvd.quantization import (
@@ -249,8 +250,7 @@ def test_a_weight_beyond_fp16_names_its_site() -> None:
     model.get_submodule("model.layers.1.mlp.up_proj").weight.data[3, 2] = 1e7
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj.*fp16"):
         compress(
-            model, TOKENS, ratio=0.9, whitening=Identity(), allocation=Uniform(),
-            quantization=Half(),
+            model, TOKENS, ratio=0.9, method=Method(Identity(), Uniform(), quantization=Half()),
         )  # fmt: skip
 
 
@@ -258,7 +258,7 @@ def test_a_row_of_zeros_is_no_error() -> None:
     model = build("llama")
     model.get_submodule("model.layers.1.mlp.up_proj").weight.data[3] = 0
     result = compress(
-        model, TOKENS, ratio=0.9, whitening=Identity(), allocation=Uniform(), quantization=Half()
+        model, TOKENS, ratio=0.9, method=Method(Identity(), Uniform(), quantization=Half())
     )
     layer = compressed_layers(result.model)["model.layers.1.mlp.up_proj"]
     assert (layer.product()[3] == 0).all() and layer.product()[2].abs().sum() > 0
@@ -268,7 +268,6 @@ def test_what_stays_in_sixteen_bits_and_does_not_fit_names_its_site() -> None:
     model = build("llama")
     find_sites(model, SiteSelection())["model.layers.0.mlp.up_proj"].weight.data[1, 1] = 7e4
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.mlp\.up_proj.*fp16"):
-        compress(
-            model, TOKENS, ratio=1.0, whitening=Identity(), allocation=Uniform(),
-            quantization=LossAwareRemap(Score.second_order),
-        )  # fmt: skip
+        remap = LossAwareRemap(Score.second_order)
+        method = Method(Identity(), Uniform(), quantization=remap)
+        compress(model, TOKENS, ratio=1.0, method=method)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from iosvd.factorization import Factorization
 from iosvd.layers.replacement import low_rank_layers
+from iosvd.method import Method
 from iosvd.models.loading import ASSETS
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import compress
@@ -61,13 +63,17 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert dense.num_parameters() == model.num_parameters()
 
 
-def test_the_tree_names_every_folder_and_what_lies_beside_them() -> None:
+def test_every_folder_and_every_file_beside_them_is_named() -> None:
     for path in (ROOT / "iosvd").glob("*.py"):
-        if path.name != "__init__.py":
-            assert path.name in README, path
-    for folder in (*(ROOT / "iosvd").iterdir(), *(ROOT / "conf").iterdir()):
-        if folder.is_dir() and folder.name != "__pycache__":
-            assert f"{folder.name}/" in README, folder
+        assert path.name == "__init__.py" or path.name in page("code"), path
+    for folder in (ROOT / "iosvd").iterdir():
+        if folder.is_dir() and folder.name not in ("__pycache__", "conf"):
+            assert f"`{folder.name}/`" in page("code"), folder
+            assert folder.name == "assets" or f"{folder.name}/" in README, folder
+    for folder in (ROOT / "conf").iterdir():
+        assert folder.is_file() or f"{folder.name}/" in README, folder
+    for name in re.findall(r"`(\w+\.py)`", page("code")):
+        assert list((ROOT / "iosvd").rglob(name)) or (ROOT / "tests" / name).exists(), name
 
 
 def test_the_table_of_corrections_is_the_measured_one() -> None:
@@ -112,7 +118,7 @@ def test_a_whitening_is_added_by_one_file_and_one_yaml(monkeypatch: pytest.Monke
     run = to_run(composed, "rms")
     weight, statistics = random_statistics(12, 20)
     assert statistics.input_metric is not None
-    spectrum = Factorization()(weight, run.whitening(statistics), "site")
+    spectrum = Factorization()(weight, run.method.whitening(statistics), "site")
     scale = statistics.input_metric.diagonal().sqrt()
     torch.testing.assert_close(spectrum.sigma, torch.linalg.svdvals(weight * scale))
 
@@ -135,7 +141,7 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 
 
 def test_the_readme_is_one_that_is_read_whole() -> None:
-    assert len(README.splitlines()) <= 195
+    assert len(README.splitlines()) <= 170
     assert all(path.name in README for path in DOCS)
     presets = [path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")]
     assert f"all {len(presets)} with" in README and f"{len(presets)} method presets" in README
@@ -197,12 +203,10 @@ def test_speeds_are_those_of_the_benchmark() -> None:
 def test_the_allocation_and_the_correction_of_the_example_work() -> None:
     imports = """
 from collections.abc import Mapping
-from dataclasses import dataclass
-from iosvd.allocation import Allocation, Trial
+from dataclasses import dataclass, replace
+from iosvd.allocation import Allocation, CalibrationObjective
 from iosvd.budget import Budget
-from iosvd.correction import Corrected, Correction, Given
-from iosvd.correction.adapters import Updated
-from iosvd.layers.replacement import low_rank_layers, replace_
+from iosvd.correction import Correction, CorrectionInputs, CorrectionResult
 from iosvd.types import Spectrum
 """
     written: dict[str, Any] = {}
@@ -212,13 +216,13 @@ from iosvd.types import Spectrum
     dense = build("llama")
     norms = {name: site.weight.norm() for name, site in find_sites(dense, SiteSelection()).items()}
     tokens = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
-    method = {"whitening": Identity(), "allocation": written["Equal"]()}
-    method["correction"] = written["SameNorm"]()
-    result = compress(dense, tokens, ratio=0.5, **method)
+    method = Method(Identity(), written["Equal"](), written["SameNorm"]())
+    result = compress(dense, tokens, ratio=0.5, method=method)
     ranks = set(result.plan.ranks.values())
     assert result.plan.ratio_achieved <= 0.5 and len(ranks) == 1
     for name, layer in low_rank_layers(result.model).items():
         torch.testing.assert_close(layer.product().norm(), norms[name], rtol=1e-5, atol=0)
-    rounded = compress(build("llama"), tokens, ratio=0.3, quantization=Half(), **method)
+    halves = replace(method, quantization=Half())
+    rounded = compress(build("llama"), tokens, ratio=0.3, method=halves)
     for name, layer in low_rank_layers(rounded.model).items():
         torch.testing.assert_close(layer.product().norm(), norms[name], rtol=2e-2, atol=0)

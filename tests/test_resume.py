@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, divided
 from test_execution import metrics, overrides, run, source  # noqa: F401 (a fixture)
 
 import iosvd.cache.code
@@ -24,10 +24,11 @@ import iosvd.trials
 from iosvd.allocation import Allocation, LossAware, SensitivitySearch, Spectral
 from iosvd.cache.code import code_digest, source_files
 from iosvd.cache.disk import Cache
-from iosvd.cache.keys import Keys
+from iosvd.cache.keys import CacheKeys, SpectrumKeys
 from iosvd.cache.store import Store
 from iosvd.errors import ConfigError
 from iosvd.factorization import Factorization
+from iosvd.method import Method
 from iosvd.pipeline import Compressed, compress, factorize
 from iosvd.runs.execution import Outcome, execute
 from iosvd.runs.records import run_folder
@@ -74,11 +75,9 @@ def compressed(
         build("llama"),
         TOKENS,
         ratio=ratio,
-        whitening=whitening,
-        allocation=allocation,
         store=store,
         identity="llama",
-        **options,
+        **divided({"whitening": whitening, "allocation": allocation, **options}),
     )
 
 
@@ -185,10 +184,11 @@ def test_changed_code_or_another_model_makes_other_entries(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def digests() -> set[str]:
-        keys = Keys.of("llama", TOKENS, None, InputOutput(), Factorization())
+        keys = CacheKeys.of("llama", TOKENS, None)
         needs = InputOutput().needs
         parts = [keys.statistic(name, part, "a") for name, part in needs.parts().items()]
-        return {key.digest for key in (*parts, keys.spectrum(needs, "a"))}
+        spectrum = SpectrumKeys(keys, InputOutput(), Factorization()).spectrum("a")
+        return {key.digest for key in (*parts, spectrum)}
 
     before = digests()
     code_digest.cache_clear()
@@ -413,12 +413,12 @@ print((resident_bytes() - before) / 4e6)
 
 
 def test_factorize_keeps_what_a_store_is_for(tmp_path: Path) -> None:
-    options = {"whitening": InputOutput(), "allocation": Spectral()}
-    cut = factorize(build("llama"), TOKENS, **options)  # type: ignore[arg-type]
+    options = {"method": Method(InputOutput(), Spectral())}
+    cut = factorize(build("llama"), TOKENS, **options)
     kept = {"store": Cache(tmp_path), "identity": "llama"}
-    whole = factorize(build("llama"), TOKENS, **kept, **options)  # type: ignore[arg-type]
+    whole = factorize(build("llama"), TOKENS, **kept, **options)
     with pytest.raises(ConfigError, match="a store needs identity=…"):
-        factorize(build("llama"), TOKENS, store=Cache(tmp_path), **options)  # type: ignore[arg-type]
+        factorize(build("llama"), TOKENS, store=Cache(tmp_path), **options)
     for name, spectrum in whole.spectra.items():
         assert spectrum.left.shape[1] == len(spectrum.sigma) > cut.spectra[name].left.shape[1]
 

@@ -13,6 +13,7 @@ from iosvd.allocation import Spectral
 from iosvd.factorization import Factorization, truncate
 from iosvd.layers.replacement import low_rank_layers
 from iosvd.layers.rows import restore
+from iosvd.method import Method
 from iosvd.pipeline import compress
 from iosvd.quantization import Axis, Score
 from iosvd.quantization.scores import row_scores, second_order
@@ -145,7 +146,7 @@ def test_energies_of_the_factors_are_their_lengths_in_the_metrics() -> None:
 def test_the_gradient_is_that_of_the_truncated_model() -> None:
     """Against autograd on the factors themselves."""
     model = compress(
-        build("llama"), TOKENS, ratio=0.6, whitening=InputOutput(), allocation=Spectral()
+        build("llama"), TOKENS, ratio=0.6, method=Method(InputOutput(), Spectral())
     ).model
     layers = low_rank_layers(model)
     found = collect(model, TOKENS, layers, Needs(gradient_windows=8))

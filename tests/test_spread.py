@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from test_tables import RECORD
 
+from iosvd.metric import other, perplexity_on
 from iosvd.runs.config import compose_run
 from iosvd.runs.records import run_folder
 from iosvd.tables.markdown import to_markdown
@@ -18,6 +19,8 @@ from iosvd.tables.published import read_published
 from iosvd.tables.spec import RowSpec, TableSpec
 from iosvd.tables.spread import merged_over, without_option
 from iosvd.tables.table import Found, build_table
+
+PPL = perplexity_on("pydoc")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,7 @@ def seeds(tmp_path: Path, method: str, perplexities: list[float | None]) -> list
         run = replace(run, label=f"{method}[calibration.seed={seed}]")
         record = None
         if value is not None:
-            record = replace(RECORD, perplexity={"pydoc": value}, extra={"pydoc_kl": value / 100})
+            record = replace(RECORD, values={PPL: value, other("pydoc_kl"): value / 100})
         found.append(Found(run, record))
     return found
 
@@ -66,10 +69,10 @@ def test_a_row_is_the_mean_and_the_standard_deviation(tmp_path: Path) -> None:
     assert [one.run.label for one in merged] == ["io_svd", "svd"]
     first, second = (one.record for one in merged)
     assert first is not None and second is not None
-    assert first.perplexity == {"pydoc": 23.0}
-    assert first.spread["pydoc_ppl"] == pytest.approx(statistics.stdev([20, 22, 27]))
-    assert first.value("pydoc_kl") == pytest.approx(0.23)
-    assert (second.perplexity, second.spread) == ({"pydoc": 30.0}, {})  # One run has no spread.
+    assert first.value(PPL) == 23.0
+    assert first.spread[PPL] == pytest.approx(statistics.stdev([20, 22, 27]))
+    assert first.value(other("pydoc_kl")) == pytest.approx(0.23)
+    assert (second.value(PPL), second.spread) == (30.0, {})  # One run has no spread.
     spec = TableSpec("Seeds", rows=[RowSpec("IO-SVD", "io_svd")], extra=["kl"])
     text = to_markdown(build_table(spec, merged, read_published()), [])
     assert "23.00 ± 3.61" in text and "0.2300 ± 0.0361" in text
@@ -82,7 +85,7 @@ def test_rank_agreement_is_the_correlation_of_what_sites_keep(tmp_path: Path) ->
     (merged,) = merged_over("calibration.seed", found)
     assert merged.record is not None
     # Two agree wholly, each of them is the reverse of the third.
-    assert merged.record.value("rank_agreement") == pytest.approx((1 - 1 - 1) / 3)
+    assert merged.record.value(other("rank_agreement")) == pytest.approx((1 - 1 - 1) / 3)
 
 
 def test_equal_ranks_everywhere_have_no_agreement(tmp_path: Path) -> None:
@@ -90,4 +93,4 @@ def test_equal_ranks_everywhere_have_no_agreement(tmp_path: Path) -> None:
     for one in found:
         write_plan(one, [3, 3, 3])
     (merged,) = merged_over("calibration.seed", found)
-    assert merged.record is not None and merged.record.value("rank_agreement") is None
+    assert merged.record is not None and merged.record.value(other("rank_agreement")) is None

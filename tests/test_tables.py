@@ -11,7 +11,9 @@ import pytest
 from conftest import shared
 
 from iosvd.errors import ConfigError, RecordError
-from iosvd.runs.config import CONF, compose_run
+from iosvd.metric import AVERAGE, accuracy_on, perplexity_on
+from iosvd.presets import conf_folder
+from iosvd.runs.config import compose_run
 from iosvd.runs.records import Record
 from iosvd.sweeps.expansion import baselines, expand
 from iosvd.tables.comparison import compare_with_published, compare_with_table, outside
@@ -24,7 +26,7 @@ from iosvd.tables.spec import PublishedTable, RowSpec, TableSpec, Tolerance, tab
 from iosvd.tables.sweep import OnDisk, Sweep
 from iosvd.tables.table import Found, Table, build_table
 
-TABLES = sorted(path.stem for path in (CONF / "table").glob("*.yaml"))
+TABLES = sorted(path.stem for path in (conf_folder() / "table").glob("*.yaml"))
 SPEC = TableSpec(
     title="A table",
     model="llama_7b",
@@ -44,6 +46,7 @@ def published(value: str, confidence: str, source: str = "paper", table: str = "
     return Published(value, confidence, source, table)
 
 
+PPL = perplexity_on("pydoc")
 LIBRARY = {
     ("paper", "T1", "llama_7b", 1.0, "dense", "wikitext2_ppl"): published("5.68", "primary"),
     ("paper", "T1", "llama_7b", 0.8, "IO-SVD", "wikitext2_ppl"): published("6.41", "secondary"),
@@ -61,10 +64,7 @@ RECORD = Record(
     ratio=0.8,
     ratio_achieved=0.7999,
     target_bytes=1000,
-    perplexity={},
-    accuracy={},
-    average_acc=None,
-    extra={},
+    values={},
     spread={},
     seconds=12.34,
     started="2026-11-22T20:00:00+00:00",
@@ -86,9 +86,10 @@ def found(model: str, method: str, ratio: float, ppl: float | None, **changes: o
         RECORD,
         label=method,
         ratio=ratio,
-        perplexity=dict.fromkeys(texts, ppl),
-        accuracy=dict.fromkeys(tasks, 1 / ppl),
-        average_acc=1 / ppl,
+        values={
+            **dict.fromkeys(map(perplexity_on, texts), ppl),
+            **dict.fromkeys([*map(accuracy_on, tasks), AVERAGE], 1 / ppl),
+        },
     )
     return Found(run, replace(record, **changes))  # type: ignore[arg-type]
 
@@ -202,7 +203,7 @@ def test_no_difference_to_what_was_measured_on_other_items(option: str, metric: 
     cells = {}
     for name, run in (("whole", whole), ("part", part)):
         table = build_table(SPEC, [run], LIBRARY)
-        at = [column.metric for column in table.columns].index(metric)
+        at = [column.metric.name for column in table.columns].index(metric)
         cells[name] = next(row.cells[at] for row in table.rows if row.label == "io_svd")
         assert cells[name].published is not None
     assert cells["whole"].is_compared and not cells["part"].is_compared
@@ -268,11 +269,11 @@ def test_every_table_has_its_experiment_and_its_rows_are_known(name: str) -> Non
         # Ours are of the embedded model unless another is asked for.
         assert {run.model.name for run in runs} & {spec.model, "tiny"}
     for label, ratio in spec.shown_run.items():
-        assert any((run.label, run.ratio) == (label, ratio) for run in runs)
+        assert any((run.label, run.goal.ratio) == (label, ratio) for run in runs)
 
 
 def test_every_experiment_has_its_table() -> None:
-    assert {path.stem for path in (CONF / "experiment").glob("*.yaml")} == set(TABLES)
+    assert {path.stem for path in (conf_folder() / "experiment").glob("*.yaml")} == set(TABLES)
 
 
 def test_an_unknown_table_is_refused_with_the_known_ones() -> None:
@@ -350,8 +351,12 @@ def test_an_earlier_table_is_a_reference_too(tmp_path: Path) -> None:
     to_frame(table).to_csv(path, index=False)
     same = compare_with_table(table, path, Tolerance(0, 0))
     assert len(same) == 8 and not outside(same)  # Four records, perplexity and accuracy.
-    later = [replace(f, record=replace(f.record, perplexity={"pydoc": 7.0})) if f.record and
-             f.run.label == "io_svd" else f for f in small("tiny")]  # fmt: skip
+    later = [
+        replace(f, record=replace(f.record, values=f.record.values | {PPL: 7.0}))
+        if f.record and f.run.label == "io_svd"
+        else f
+        for f in small("tiny")
+    ]
     changed = compare_with_table(build_table(SPEC, later, LIBRARY), path, Tolerance(0.05, 0))
     assert [c.where for c in outside(changed)] == ["tiny, ratio 0.8, IO|SVD, pydoc_ppl"]
     fewer = build_table(SPEC, [f for f in small("tiny") if f.run.label != "svd_llm"], LIBRARY)

@@ -97,7 +97,7 @@ def test_an_offline_run_equals_metrics_json_key_for_key(source: Path) -> None:
 
 def test_nothing_is_logged_by_default(source: Path) -> None:
     asked = run(source, "method=svd")
-    assert asked.wandb.mode is TrackingMode.disabled
+    assert asked.runtime.tracking.mode is TrackingMode.disabled
     assert execute(asked) is Outcome.complete
     assert not (source / "results" / "wandb").exists()
 

@@ -10,30 +10,30 @@ from conftest import build
 from torch.nn.functional import cross_entropy
 
 from iosvd.allocation import Learned, Spectral, Uniform
-from iosvd.budget import Budget, Shape
+from iosvd.budget import Budget
+from iosvd.cache.calibration import Calibration
 from iosvd.errors import NumericalError
 from iosvd.layers.replacement import truncated_weights
-from iosvd.models.sites import SiteSelection, find_sites
+from iosvd.method import Method
 from iosvd.pipeline import factorize
-from iosvd.trials import CalibrationTrial
+from iosvd.trials import TruncationTrials
 from iosvd.whitening import Input
 
 TOKENS = torch.randint(0, 31, (6, 12), generator=torch.Generator().manual_seed(1))
 
 
-def trial() -> CalibrationTrial:
+def trial() -> TruncationTrials:
     model = build("llama")
-    sites = find_sites(model, SiteSelection())
-    shapes = {name: Shape(*site.weight.shape) for name, site in sites.items()}
-    spectra = factorize(model, TOKENS, whitening=Input(), allocation=Spectral()).spectra
-    return CalibrationTrial(model, sites, spectra, Budget(shapes, 0.6), TOKENS, batch_size=4)
+    calibration = Calibration.of(model, TOKENS, batch_size=4)
+    spectra = factorize(model, TOKENS, method=Method(Input(), Spectral())).spectra
+    return TruncationTrials(calibration, spectra, Budget(calibration.shapes, 0.6))
 
 
 def test_the_loss_is_that_of_a_model_with_the_truncated_weights() -> None:
     tried = trial()
     ranks = {"model.layers.0.mlp.up_proj": 3, "model.layers.1.self_attn.q_proj": 2}
     found = tried.loss(ranks, windows=5)
-    model = copy.deepcopy(tried.model)
+    model = copy.deepcopy(tried.calibration.model)
     for name, rank in ranks.items():
         spectrum = tried.spectra[name]
         weight = spectrum.left[:, :rank] @ spectrum.right[:rank]
@@ -48,9 +48,9 @@ def test_the_loss_is_that_of_a_model_with_the_truncated_weights() -> None:
 def test_a_rank_above_break_even_is_dense_and_0_windows_are_all() -> None:
     tried = trial()
     with torch.no_grad():
-        logits = tried.model(input_ids=TOKENS).logits
+        logits = tried.calibration.model(input_ids=TOKENS).logits
     dense = cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
-    full = {name: min(site.weight.shape) for name, site in tried.sites.items()}
+    full = {name: min(site.weight.shape) for name, site in tried.calibration.sites.items()}
     assert tried.loss(full, windows=0) == pytest.approx(float(dense), rel=1e-6)
     assert tried.loss({}, windows=0) == pytest.approx(float(dense), rel=1e-6)
 
@@ -58,18 +58,21 @@ def test_a_rank_above_break_even_is_dense_and_0_windows_are_all() -> None:
 def test_the_weights_are_put_back_even_if_the_trial_fails() -> None:
     tried = trial()
     name = "model.layers.0.mlp.up_proj"
-    before = tried.sites[name].weight.data
+    before = tried.calibration.sites[name].weight.data
     copied = before.clone()
-    with pytest.raises(KeyError), truncated_weights(tried.sites, tried.spectra, {name: 2}):
-        assert not torch.equal(tried.sites[name].weight, copied)
+    with (
+        pytest.raises(KeyError),
+        truncated_weights(tried.calibration.sites, tried.spectra, {name: 2}),
+    ):
+        assert not torch.equal(tried.calibration.sites[name].weight, copied)
         raise KeyError
-    assert tried.sites[name].weight.data.data_ptr() == before.data_ptr()
-    assert torch.equal(tried.sites[name].weight, copied)
+    assert tried.calibration.sites[name].weight.data.data_ptr() == before.data_ptr()
+    assert torch.equal(tried.calibration.sites[name].weight, copied)
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     tried = trial()
-    tried.model.lm_head.weight.data[0] = torch.nan
+    tried.calibration.model.lm_head.weight.data[0] = torch.nan
     with pytest.raises(NumericalError, match="loss of windows 0 to 3 is NaN"):
         tried.loss({}, windows=0)
 
@@ -80,8 +83,8 @@ def test_gates_of_one_are_the_dense_model_and_their_derivative_is_that_of_the_lo
     count = len(tried.spectra[site].right)
     whole = torch.ones(count, requires_grad=True)
     # A spectrum is cut at its break-even rank; what is left of it stands for the weight.
-    with torch.no_grad(), truncated_weights(tried.sites, tried.spectra, {site: count}):
-        logits = tried.model(input_ids=TOKENS[chosen]).logits
+    with torch.no_grad(), truncated_weights(tried.calibration.sites, tried.spectra, {site: count}):
+        logits = tried.calibration.model(input_ids=TOKENS[chosen]).logits
     expected = cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[chosen, 1:].flatten())
     loss = tried.gated_loss({site: whole}, chosen)
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
@@ -93,7 +96,7 @@ def test_gates_of_one_are_the_dense_model_and_their_derivative_is_that_of_the_lo
         float(tried.gated_loss({site: whole.detach() + sign * step}, chosen)) for sign in (1, -1)
     )
     assert float(whole.grad[0]) == pytest.approx((above - below) / 2e-2, rel=2e-2)
-    assert not vars(tried.sites[site]).get("forward")
+    assert not vars(tried.calibration.sites[site]).get("forward")
 
 
 def test_learned_ranks_do_better_than_those_they_start_from() -> None:

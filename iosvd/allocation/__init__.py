@@ -9,22 +9,22 @@ from iosvd.allocation.hull import Hull
 from iosvd.allocation.layer_importance import LayerImportance
 from iosvd.allocation.learned import Learned
 from iosvd.allocation.loss_aware import LossAware
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.allocation.sensitivity_search import SensitivitySearch
 from iosvd.allocation.spectral import Spectral
-from iosvd.allocation.trial import Trial
 from iosvd.allocation.type_grouped import TypeGrouped
 from iosvd.allocation.uniform import Uniform
 from iosvd.allocation.zero_sum import ZeroSum
 
 __all__ = [
     "Allocation",
+    "CalibrationObjective",
     "Hull",
     "LayerImportance",
     "Learned",
     "LossAware",
     "SensitivitySearch",
     "Spectral",
-    "Trial",
     "TypeGrouped",
     "Uniform",
     "ZeroSum",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from iosvd.allocation.trial import Trial
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.budget import Budget
 from iosvd.statistics.needs import Needs
 from iosvd.types import Spectrum
@@ -14,23 +14,22 @@ from iosvd.types import Spectrum
 class Allocation(Protocol):
     """Chooses the rank of every site under one budget: a frozen dataclass, one file each.
 
-    A rank above a site's break-even rank means that the site stays dense; none is below the site's
-    floor in the budget. What an allocation does not say otherwise, it inherits: it needs no
-    statistics and tries nothing.
+    A site whose rank is above its break-even rank stays dense; no rank is below the site's floor in
+    the budget. The defaults need no statistics and measure no loss.
     """
 
     @property
     def needs(self) -> Needs:
-        """The statistics it reads, beside those of the whitening."""
+        """The statistics it reads, besides those of the whitening."""
         return Needs()
 
     @property
     def trial_windows(self) -> int | None:
-        """Calibration windows of a loss that it measures: 0 is all of them, None no loss at all."""
+        """Calibration windows of the losses that it measures; 0: all windows; None: no losses."""
         return None
 
     def __call__(
-        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+        self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
         """Return ranks whose cost is within the budget, and less than one component below it."""
         ...

@@ -1,4 +1,4 @@
-"""What allocations by the first-order change of the loss have in common."""
+"""The common base of allocations by the first-order change of the loss."""
 
 from __future__ import annotations
 

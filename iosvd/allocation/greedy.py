@@ -11,7 +11,7 @@ from iosvd.budget import Budget
 
 
 def drop_cheapest(costs: Mapping[str, Tensor], budget: Budget) -> dict[str, int]:
-    """Return the ranks left when the cheapest components were dropped.
+    """Return the ranks that are left after dropping the cheapest components.
 
     Each site offers its component of smallest σ, the last of its list; of these the one with the
     smallest cost is dropped. Sites are charged their true cost: above break-even a drop saves

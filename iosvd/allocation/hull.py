@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from iosvd.allocation.base import Allocation
-from iosvd.allocation.trial import Trial
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.budget import Budget, SiteCost
 from iosvd.errors import check_at_least
 from iosvd.types import Spectrum
@@ -19,14 +19,14 @@ from iosvd.types import Spectrum
 class Hull(Allocation):
     """Spend the budget where a bit lowers the second-order prediction most.
 
-    A site may have any rank up to break-even, or be dense: points (cost, ½ Σ σ² of what is
-    dropped), where "dense" is a bargain right after break-even. The optimum of the Lagrangian
+    A site may have any rank up to break-even, or be dense: points (cost, ½ Σ σ² of the dropped
+    components), of which "dense" is a bargain right after break-even. The optimum of the Lagrangian
     takes, of all sites, the segments of these curves' lower convex hulls with the steepest slopes.
     Where the next one no longer fits, it is left out, or taken and the last ones given back,
     whichever predicts less; single components spend the rest.
 
     With exponent 1 that is the optimum of the prediction, within one segment. But the prediction
-    adds up what every site loses by itself, which at low ratios is not all: the sites whose
+    adds up the loss of every site alone, which at low ratios is not the whole loss: sites whose
     components take most bits were cut too far. Slopes are therefore multiplied with a component's
     bits to the power of 1 − exponent; 0 counts components alike, as `spectral` does, of which the
     dense fallback is then the difference. Of 18 comparisons with `spectral` on three models at
@@ -41,7 +41,7 @@ class Hull(Allocation):
         check_at_least(0, exponent=self.exponent)
 
     def __call__(
-        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+        self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
         prices, floors = budget.costs, budget.floors
         curves = {

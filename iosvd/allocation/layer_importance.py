@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from iosvd.allocation.base import Allocation
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.allocation.search import best_shares
 from iosvd.allocation.shares import ranks_for_shares
-from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
 from iosvd.errors import ConfigError, check_at_least
 from iosvd.models.sites import layer_and_role
@@ -20,7 +20,7 @@ Layers = dict[int, list[str]]
 
 
 class Chosen(Enum):
-    """How the layers' ratios are chosen."""
+    """Rules that choose the layers' ratios."""
 
     heuristic = "heuristic"
     search = "search"
@@ -69,7 +69,7 @@ class LayerImportance(Allocation):
         return self.windows if self.chosen is Chosen.search else None
 
     def __call__(
-        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+        self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
         layers: Layers = {}
         for site in spectra:
@@ -82,7 +82,7 @@ class LayerImportance(Allocation):
         if self.chosen is Chosen.heuristic:
             return ranks(wanted)
         found = best_shares(
-            lambda offsets: trial.loss(ranks(offsets), self.windows),
+            lambda offsets: objective.loss(ranks(offsets), self.windows),
             start=wanted,
             spread=self.spread,
             trials=self.trials,

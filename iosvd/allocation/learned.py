@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from iosvd.allocation.base import Allocation
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.allocation.shares import ranks_for_shares
-from iosvd.allocation.trial import Trial
 from iosvd.budget import ENTRY_BITS, Budget
 from iosvd.errors import NumericalError, check_at_least
 from iosvd.system.progress import track
@@ -45,25 +45,25 @@ class Learned(Allocation):
         check_at_least(0, penalty=self.penalty)
 
     def __call__(
-        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+        self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
         start = ranks_for_shares(dict.fromkeys(budget.shapes, budget.ratio), budget)
         full = {site: shape.full_rank for site, shape in budget.shapes.items()}
         places = torch.tensor([start[site] / full[site] for site in spectra], requires_grad=True)
         optimizer = torch.optim.Adam([places], lr=self.learning_rate)
-        # Spectra end there, but in a store: what is learned is the same with and without one.
+        # Without a store spectra end there; the result must not depend on the store.
         counts = {
             site: min(len(spectrum.right), budget.costs[site].break_even_rank)
             for site, spectrum in spectra.items()
         }
         generator = torch.Generator().manual_seed(self.seed)
         for _ in track(range(self.steps), self.steps, "truncation positions", "step"):
-            chosen = torch.randperm(trial.windows, generator=generator)[: self.batch_windows]
+            chosen = torch.randperm(objective.windows, generator=generator)[: self.batch_windows]
             ranks = {site: places[i] * full[site] for i, site in enumerate(spectra)}
             gates = {site: self._gate(ranks[site], n) for site, n in counts.items() if n}
             kept = torch.stack([_bits(ranks[site], site, budget) for site in spectra]).sum()
             excess = (kept / budget.limit - 1).abs()
-            loss = trial.gated_loss(gates, chosen) + self.penalty * excess
+            loss = objective.gated_loss(gates, chosen) + self.penalty * excess
             if not torch.isfinite(loss):
                 raise NumericalError(
                     "the loss of the learned ranks is not finite; lower allocation.learning_rate"

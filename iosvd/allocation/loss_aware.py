@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from iosvd.allocation.base import Allocation
 from iosvd.allocation.first_order import FirstOrder, loss_changes
 from iosvd.allocation.greedy import drop_cheapest
-from iosvd.allocation.trial import Trial
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.budget import Budget
 from iosvd.types import Spectrum
 
@@ -24,7 +24,7 @@ class LossAware(FirstOrder, Allocation):
     per_parameter: bool = False  # Divide by the bits that the component costs.
 
     def __call__(
-        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+        self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
         prices = budget.costs
         costs = {

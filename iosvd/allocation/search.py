@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from iosvd.errors import extra
 from iosvd.system.progress import track
 
 
@@ -23,7 +24,8 @@ def best_shares(
         trials: how many are tried.
         seed: of the tree-structured Parzen estimator.
     """
-    import optuna  # Slow to import, and only this needs it.
+    with extra():
+        import optuna  # Slow to import, and only this needs it.
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)

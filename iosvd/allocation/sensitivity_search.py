@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from iosvd.allocation.base import Allocation
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.allocation.shares import ranks_for_shares
-from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget, Shape
 from iosvd.errors import check_at_least
 from iosvd.system.progress import track
@@ -35,9 +35,9 @@ class SensitivitySearch(Allocation):
         return self.windows
 
     def __call__(
-        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+        self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
-        losses = self._sensitivities(budget, trial)
+        losses = self._sensitivities(budget, objective)
         levels = sorted(set(losses.values()))
         low, high = 0, len(levels) - 1  # Everything at its smallest ratio is the last resort.
         while low < high:
@@ -47,8 +47,10 @@ class SensitivitySearch(Allocation):
         threshold = levels[low] if levels else 0.0
         return ranks_for_shares(_shares(losses, threshold, budget), budget)
 
-    def _sensitivities(self, budget: Budget, trial: Trial) -> dict[tuple[str, float], float]:
-        """Measured loss by site and ratio; those that the site's floor rules out are left out."""
+    def _sensitivities(
+        self, budget: Budget, objective: CalibrationObjective
+    ) -> dict[tuple[str, float], float]:
+        """Return the measured loss by site and ratio, without ratios below the site's floor."""
         floors = budget.floors
         asked = [
             (site, ratio)
@@ -57,7 +59,7 @@ class SensitivitySearch(Allocation):
             if _rank(ratio, shape) >= floors[site]
         ]
         return {
-            (site, ratio): trial.loss({site: _rank(ratio, budget.shapes[site])}, self.windows)
+            (site, ratio): objective.loss({site: _rank(ratio, budget.shapes[site])}, self.windows)
             for site, ratio in track(asked, len(asked), "sensitivities", "trial")
         }
 

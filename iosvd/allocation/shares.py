@@ -61,7 +61,7 @@ def _spend_rest(
 ) -> dict[str, int]:
     rest, prices = budget.limit - budget.cost(ranks), budget.costs
     spent = True
-    while spent:  # Once for what was rounded down; more often where shares left much over.
+    while spent:  # Once for the rounding; more often if the shares left much of the budget.
         spent = False
         for site in sorted(exact, key=lambda site: exact[site] - ranks[site], reverse=True):
             extra = prices[site].at(ranks[site] + 1) - prices[site].at(ranks[site])

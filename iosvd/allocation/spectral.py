@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from iosvd.allocation.base import Allocation
 from iosvd.allocation.greedy import drop_cheapest
-from iosvd.allocation.trial import Trial
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.budget import Budget
 from iosvd.types import Spectrum
 
@@ -23,7 +23,7 @@ class Spectral(Allocation):
     per_parameter: bool = False  # Divide by the bits that the component costs.
 
     def __call__(
-        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+        self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
         prices = budget.costs
         costs = {

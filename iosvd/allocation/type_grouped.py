@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from enum import Enum
 
 from iosvd.allocation.base import Allocation
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.allocation.shares import ranks_for_shares
-from iosvd.allocation.trial import Trial
 from iosvd.budget import Budget
 from iosvd.models.sites import layer_and_role
 from iosvd.types import Spectrum
 
 
 class Counted(Enum):
-    """Which share l_i / Σ l is multiplied with: of what is removed, or of what is kept."""
+    """The share that l_i / Σ l divides: of the removed parameters, or of the kept ones."""
 
     removed = "removed"
     kept = "kept"
@@ -35,11 +35,11 @@ class TypeGrouped(Allocation):
     counted: Counted = Counted.removed
 
     def __call__(
-        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+        self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
         uniform = ranks_for_shares(dict.fromkeys(budget.shapes, budget.ratio), budget)
         inverse = {
-            site: 1 / max(1.0, math.log(max(1.0, _loss(spectra[site], rank, trial.tokens))))
+            site: 1 / max(1.0, math.log(max(1.0, _loss(spectra[site], rank, objective.tokens))))
             for site, rank in uniform.items()
         }
         shares = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from iosvd.allocation.base import Allocation
 from iosvd.allocation.first_order import FirstOrder, loss_changes
-from iosvd.allocation.trial import Trial
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.budget import Budget
 from iosvd.types import Spectrum
 
@@ -18,12 +18,12 @@ class ZeroSum(FirstOrder, Allocation):
     """Keep the running sum of the dropped ΔL_i = −g_i σ_i near zero (METHODS 5).
 
     Each site offers its component of smallest σ. While the sum is not positive the smallest
-    positive change is taken, else the smallest negative one in absolute value; where a sign has no
-    offer, the other. Sites are charged their true cost; none goes below its floor.
+    positive change is taken, else the smallest negative one in absolute value; if there is none of
+    that sign, one of the other. Sites are charged their true cost; none goes below its floor.
     """
 
     def __call__(
-        self, spectra: Mapping[str, Spectrum], budget: Budget, trial: Trial
+        self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
         changes = {site: change.tolist() for site, change in loss_changes(spectra).items()}
         ranks = {site: len(change) for site, change in changes.items()}

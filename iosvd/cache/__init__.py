@@ -1,1 +1,1 @@
-"""The cache on disk: tokens, statistics, spectra, scores and losses of trials, computed once."""
+"""The cache on disk: tokens, statistics, spectra, scores and trial losses, each computed once."""

@@ -1,6 +1,6 @@
-"""The source files that a cached value depends on: a module's own, and of all that it imports.
+"""The source files that a cached value depends on: a module and everything it imports.
 
-They are found by reading the imports, so a file that is moved or split cannot be forgotten.
+They are found by reading the imports, so a file that is moved or split is not forgotten.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _PACKAGE = _ROOT.name
 _ENTRIES = {
     "tokens": ("iosvd.data.windows",),
     "statistics": ("iosvd.statistics.collect",),
-    "spectra": ("iosvd.factorization",),  # And the whitening's own.
+    "spectra": ("iosvd.factorization",),  # And the whitening's module.
     "scores": ("iosvd.scoring",),
     "trials": ("iosvd.trials", "iosvd.factorization"),
 }
-_APART = ("iosvd.errors", "iosvd.system.")  # They report and store, and change no value.
+_APART = ("iosvd.errors", "iosvd.system.")  # They report and store; they change no value.
 
 
 @functools.cache
@@ -95,7 +95,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def _source_of(of: type) -> bytes:
-    """Return the source of a class from elsewhere; where there is none, nothing it could equal."""
+    """Return the source of a class outside the package; a random value if there is none."""
     try:
         return inspect.getsource(inspect.getmodule(of) or of).encode()
     except (OSError, TypeError):

@@ -1,18 +1,18 @@
-"""Entries in a folder that all processes share: each computed once, and checked when read.
+"""Cache entries in a folder shared by all processes: computed once, checked when read.
 
-    <folder>/CACHEDIR.TAG                       says whose folder it is; backups leave it out
-    <folder>/<kind>/<digest>/header.json        all that the entry depends on, its cost, a checksum
+    <folder>/CACHEDIR.TAG                       marks the folder as ours; backups skip it
+    <folder>/<kind>/<digest>/header.json        what the entry depends on, its cost, a checksum
     <folder>/<kind>/<digest>/tensors.safetensors
     <folder>/locks/<digest>.lock                one writer at a time
     <folder>/hashes/<digest>.json               of large files (fingerprints.py)
-    <folder>/set_aside/…                        entries that were not what their header says
+    <folder>/set_aside/…                        entries that contradicted their header
 
-Nothing else in the folder is counted, renamed or removed, and no link is followed. Listing the
-entries takes about 60 µs each, which a run that wrote any pays once at its end.
+Nothing else in the folder is counted, renamed or removed, and no link is followed. Listing takes
+about 60 µs per entry; a run that wrote any lists them once, at its end.
 
 Tensors are mapped from their file, not read into memory: the system loads the pages that are used
-and may drop them again, so the spectra of a whole model need no memory of their own. An entry that
-is evicted while another process uses it stays with that process until it ends.
+and may drop them again, so the spectra of a whole model need no memory of their own. A process that
+uses an entry keeps it until the process ends, even if the entry is evicted.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ MARK = "CACHEDIR.TAG"
 HASHES, _LOCKS = "hashes", "locks"
 _MARK_TEXT = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"  # https://bford.info/cachedir
-    "# What iosvd computed (runtime.cache). Nothing is lost but time if the folder is removed.\n"
+    "# The cache of iosvd (runtime.cache). Removing it loses nothing but time.\n"
 )
 
 
 @dataclass(frozen=True)
 class _Header:
-    """header.json, but for the checksum of itself."""
+    """header.json without its own checksum."""
 
     kind: str
     identity: Mapping[str, Any]
@@ -72,7 +72,7 @@ class _Header:
 
 @dataclass(frozen=True)
 class Cache(Store):
-    """A folder of entries, of which the least recently used are removed beyond a limit."""
+    """A folder of entries; beyond a size limit, the least recently used are removed."""
 
     folder: Path
     limit_bytes: float = float("inf")
@@ -84,11 +84,11 @@ class Cache(Store):
 
     @property
     def has_written(self) -> bool:
-        """Whether anything was put: else nothing needs to be evicted."""
+        """Whether anything was written, so that eviction may be needed."""
         return bool(self._written)
 
     def check(self) -> None:
-        """Raise StorageError if the folder holds something else than a cache."""
+        """Raise StorageError if the folder holds anything but a cache."""
         if self.folder.exists() and not self._is_marked():
             self._check_empty()
 
@@ -100,7 +100,7 @@ class Cache(Store):
             header = typed(_Header, read_sealed(path / HEADER), str(path / HEADER))
             self._check(path, header, key)
             entry = Entry(load_file(path / TENSORS), header.cost, header.numbers)
-        except FileNotFoundError:  # Or evicted just now.
+        except FileNotFoundError:  # Or just evicted.
             return None
         except PermissionError as error:
             log.warning("%s belongs to somebody else (%s); computed again", path, error.strerror)
@@ -135,7 +135,7 @@ class Cache(Store):
         self._written.append(key)
         # Re-read from disk: memory alignment can change rounding, and this process must match
         # later readers.
-        with suppress(FileNotFoundError):  # Evicted just now.
+        with suppress(FileNotFoundError):  # Just evicted.
             return Entry(load_file(path / TENSORS), entry.cost, numbers)
         return entry
 
@@ -145,7 +145,7 @@ class Cache(Store):
         folder = own_folder(self.folder, _LOCKS)
         names = {key.digest: key.kind for key in keys}
         with ExitStack() as stack:
-            for name in sorted(names):  # In one order everywhere, or two could wait for each other.
+            for name in sorted(names):  # A fixed order avoids deadlocks.
                 lock = process_lock(folder / f"{name}.lock")
                 with write_failures_explained(folder):
                     try:
@@ -175,7 +175,7 @@ class Cache(Store):
             write_text(self.folder / MARK, _MARK_TEXT)
 
     def entries(self) -> list[Kept]:
-        """Return all entries, those set aside too, the least recently used first."""
+        """Return all entries, including those set aside, least recently used first."""
         if not self._is_marked():
             return []
         found = [
@@ -190,7 +190,7 @@ class Cache(Store):
         """Remove the least recently used entries beyond the limit, and return them.
 
         Args:
-            used_before: seconds since the epoch; what was used later stays.
+            used_before: seconds since the epoch; entries used later stay.
         """
         entries = self.entries()
         excess = sum(kept.size_bytes for kept in entries) - self.limit_bytes
@@ -214,15 +214,15 @@ class Cache(Store):
         return removed
 
     def discard(self, kept: Kept) -> bool:
-        """Remove an entry at once for all who look for it; return whether that could be done."""
-        # A process that is killed here leaves no half entry under its name.
+        """Remove an entry atomically; return whether that succeeded."""
+        # A process killed here leaves no half-removed entry under the entry's name.
         doomed = partial_of(kept.path)
         try:
             remove(doomed)
             kept.path.rename(doomed)
             remove(doomed)
         except FileNotFoundError:
-            return False  # Evicted just now.
+            return False  # Just evicted.
         except OSError as error:
             log.warning("%s cannot be evicted: %s", kept.path, error.strerror)
             return False
@@ -242,7 +242,7 @@ class Cache(Store):
 
     def _check_empty(self) -> bool:
         """Return whether the folder is empty; raise if what it holds is not a cache."""
-        # Another process may mark it at this moment.
+        # Another process may be marking it right now.
         names = sorted(path.name for path in self.folder.iterdir())
         held = [name for name in names if not name.startswith(f".{MARK}.")]
         if not held or self._is_marked():
@@ -264,6 +264,6 @@ class Cache(Store):
     def _set_aside(self, path: Path, error: Exception) -> None:
         name = f"{path.parent.name}-{path.name}-{time.time_ns()}"
         target = own_folder(self.folder, SET_ASIDE) / name
-        with suppress(OSError):  # Set aside just now, or somebody else's.
+        with suppress(OSError):  # Just set aside, or owned by another user.
             path.rename(target)
         log.warning("%s; set aside as %s and computed again", one_line(error), target)

@@ -1,4 +1,4 @@
-"""Which folders are entries of a cache: of a known kind, named by a digest, with our header."""
+"""Recognise the entries of a cache: of a known kind, named by a digest, with our header."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SET_ASIDE_NAME = re.compile(rf"({'|'.join(KINDS)})-[0-9a-f]{{32}}-[0-9]+")
 
 @dataclass(frozen=True)
 class Kept:
-    """An entry as it lies in the cache."""
+    """An entry on disk."""
 
     path: Path
     kind: str
@@ -28,15 +28,15 @@ class Kept:
 
 
 def folders_in(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield the folders in a folder; links, also one in the folder's own place, are none."""
+    """Yield the folders in a folder; symbolic links do not count, not even as the folder itself."""
     if folder.is_symlink():
         return
-    with suppress(OSError), os.scandir(folder) as found:  # None is there, or somebody else's.
+    with suppress(OSError), os.scandir(folder) as found:  # Absent, or owned by another user.
         yield from (entry for entry in found if entry.is_dir(follow_symlinks=False))
 
 
 def is_entry(path: Path) -> bool:
-    """Whether a folder and its two files are there, and none of them is a link."""
+    """Whether a folder and its two files exist and none of them is a link."""
     if path.parent.is_symlink() or path.is_symlink():
         return False
     try:
@@ -46,7 +46,7 @@ def is_entry(path: Path) -> bool:
 
 
 def kept_in(path: Path, kind: str) -> Kept | None:
-    """Return an entry as it lies in the cache, None for a folder that is none."""
+    """Return the entry in a folder, None if the folder is not an entry."""
     if kind == SET_ASIDE:
         if SET_ASIDE_NAME.fullmatch(path.name) is None:
             return None
@@ -54,14 +54,14 @@ def kept_in(path: Path, kind: str) -> Kept | None:
         return None
     try:
         files = [file.stat(follow_symlinks=False) for file in os.scandir(path)]
-    except OSError:  # Evicted just now, or somebody else's.
+    except OSError:  # Just evicted, or owned by another user.
         return None
     last = max((file.st_mtime for file in files), default=0.0)
     return Kept(path, kind, sum(file.st_size for file in files), last)
 
 
 def _starts_as_header(path: Path, kind: str) -> bool:
-    """Whether a file begins as the headers of a kind do; whole, it is read when it is needed."""
+    """Whether a file starts like a header of this kind; it is read in full only when needed."""
     start = f'{{\n "kind": "{kind}",'.encode()
     try:
         with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""What a cached value depends on: texts, model, options, and the code that computes it."""
+"""Cache keys: everything that a cached value depends on, including the code that computes it."""
 
 from __future__ import annotations
 
@@ -18,45 +18,33 @@ from iosvd.whitening import Whitening
 
 
 @dataclass(frozen=True)
-class Keys:
-    """The keys of what is computed for one model, calibration set and whitening."""
+class CacheKeys:
+    """Keys of the statistics of one model on one calibration set."""
 
-    model: str  # Of its weights and their dtype.
-    tokens: str  # Of the windows that whiten.
-    gradient_tokens: str  # Of the windows that score: the same, unless told otherwise.
-    whitening: Mapping[str, Any]
-    factorization: Mapping[str, Any]
-    spectra_code: str  # Of what computes spectra, the whitening's too.
+    model: str  # Identifies the weights and their dtype.
+    tokens: str  # Hash of the windows that whiten.
+    gradient_tokens: str  # Hash of the windows that score; often the same windows.
 
     @classmethod
-    def of(
-        cls,
-        model: str,
-        tokens: Tensor,
-        gradient_tokens: Tensor | None,
-        whitening: Whitening,
-        factorization: Factorization,
-    ) -> Keys:
-        """Name them by content.
+    def of(cls, model: str, tokens: Tensor, gradient_tokens: Tensor | None) -> CacheKeys:
+        """Hash the calibration windows.
 
         Args:
-            model: what tells the model's weights from all others.
+            model: identifies the model's weights.
             tokens, gradient_tokens: calibration windows (windows, length).
-            whitening, factorization: how spectra are computed.
         """
         first = tensor_digest(tokens)
         second = first if gradient_tokens is None else tensor_digest(gradient_tokens)
-        return cls(
-            model=model,
-            tokens=first,
-            gradient_tokens=second,
-            whitening=options_of(whitening),
-            factorization=options_of(factorization),
-            spectra_code=code_digest("spectra", type(whitening)),
-        )
+        return cls(model, first, second)
 
     def statistic(self, name: str, part: Needs, site: str | None = None) -> Key:
-        """Name one statistic of a site (None: of all sites), `part` being the need of it alone."""
+        """Return the key of one statistic of a site, or of all sites.
+
+        Args:
+            name: the field of `Needs` that asks for it.
+            part: the need for this statistic alone.
+            site: None for the key that is locked while the statistic is collected.
+        """
         of_gradient = part.gradient_windows > 0
         identity = {
             "model": self.model,
@@ -66,48 +54,61 @@ class Keys:
         }
         return Key("statistics", _at(identity, site))
 
-    def spectrum(self, needs: Needs, site: str | None = None) -> Key:
-        """Name the spectrum of a site (None: of all sites); `needs` are the whitening's."""
-        return Key("spectra", _at(self._spectra(needs), site))
 
-    def score(self, needs: Needs, scored: Needs, site: str | None = None) -> Key:
-        """Name what the loss tells of a site; `scored` is what the allocation needs."""
-        names = [self.statistic(name, part).digest for name, part in sorted(scored.parts().items())]
-        identity = {"spectra": self._spectra(needs), "of": names, "code": code_digest("scores")}
+@dataclass(frozen=True)
+class SpectrumKeys:
+    """Keys of the spectra of one model and calibration set under one whitening."""
+
+    calibration: CacheKeys
+    whitening: Whitening
+    factorization: Factorization
+
+    def spectrum(self, site: str | None = None) -> Key:
+        """Return the key of a site's spectrum, or of all spectra."""
+        return Key("spectra", _at(self._identity(), site))
+
+    def score(self, scored: Needs, site: str | None = None) -> Key:
+        """Return the key of a site's scores; `scored` is what the allocation needs."""
+        names = [
+            self.calibration.statistic(name, part).digest
+            for name, part in sorted(scored.parts().items())
+        ]
+        identity = {"spectra": self._identity(), "of": names, "code": code_digest("scores")}
         return Key("scores", _at(identity, site))
 
-    def trials(self, needs: Needs) -> Key:
-        """Name all losses that are measured with the ranks of these spectra."""
-        identity = {
-            "spectra": self._spectra(needs),
-            "tokens": self.tokens,
-            "code": code_digest("trials"),
-        }
-        return Key("trials", identity)
+    def losses(self) -> Key:
+        """Return the key that is locked while losses under these spectra are measured."""
+        return Key("trials", self._losses())
 
-    def trial(self, needs: Needs, ranks: Mapping[str, int], windows: int) -> Key:
-        """Name the loss that is measured with these ranks on the first so many windows."""
-        identity = self.trials(needs).identity
-        return Key("trials", {**identity, "ranks": dict(ranks), "windows": windows})
+    def loss(self, ranks: Mapping[str, int], windows: int) -> Key:
+        """Return the key of the loss with these ranks on the first `windows` windows."""
+        return Key("trials", {**self._losses(), "ranks": dict(ranks), "windows": windows})
 
-    def _spectra(self, needs: Needs) -> dict[str, Any]:
-        names = [self.statistic(name, part).digest for name, part in sorted(needs.parts().items())]
+    def _losses(self) -> dict[str, Any]:
+        tokens = self.calibration.tokens
+        return {"spectra": self._identity(), "tokens": tokens, "code": code_digest("trials")}
+
+    def _identity(self) -> dict[str, Any]:
+        needs = self.whitening.needs.parts()
         return {
-            "model": self.model,
-            "statistics": names,
-            "whitening": self.whitening,
-            "factorization": self.factorization,
-            "code": self.spectra_code,
+            "model": self.calibration.model,
+            "statistics": [
+                self.calibration.statistic(name, part).digest
+                for name, part in sorted(needs.items())
+            ],
+            "whitening": options_of(self.whitening),
+            "factorization": options_of(self.factorization),
+            "code": code_digest("spectra", type(self.whitening)),
         }
 
 
 def tokens_key(identity: Mapping[str, Any]) -> Key:
-    """Name the windows of a text."""
+    """Return the key of a text's windows."""
     return Key("tokens", {**identity, "code": code_digest("tokens")})
 
 
 def options_of(value: Any) -> dict[str, Any]:
-    """Return the options of a dataclass and its class, as JSON."""
+    """Return the class and the options of a dataclass, as JSON."""
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     return {"class": name, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
 

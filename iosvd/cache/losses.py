@@ -1,4 +1,4 @@
-"""Losses of trials, measured once for all who try the same ranks."""
+"""Calibration losses under truncated weights, each measured once."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ from dataclasses import dataclass, field
 
 import torch
 
-from iosvd.cache.keys import Keys
+from iosvd.cache.keys import SpectrumKeys
 from iosvd.cache.store import Store, get_or_compute
-from iosvd.statistics.needs import Needs
 from iosvd.system.timing import Stage
 
 
 @dataclass(frozen=True)
-class KeptLosses:
-    """Losses that were measured before, by anyone who tried the same ranks of the same spectra."""
+class CachedLosses:
+    """Losses by ranks; any run with the same spectra shares them."""
 
     store: Store
-    keys: Keys
-    needs: Needs  # The whitening's.
-    elsewhere: list[Stage] = field(default_factory=list)  # What those took that were there already.
+    keys: SpectrumKeys
+    elsewhere: list[Stage] = field(default_factory=list)  # Costs of losses that were cached.
 
     def of(self, ranks: Mapping[str, int], windows: int, measure: Callable[[], float]) -> float:
-        """Return the loss with these ranks on the first so many windows; if need be, measure it."""
-        key = self.keys.trial(self.needs, ranks, windows)
+        """Return the loss with these ranks on the first windows; measure it if missing."""
         entry, now = get_or_compute(
             self.store,
-            key,
-            self.keys.trials(self.needs),
+            self.keys.loss(ranks, windows),
+            self.keys.losses(),
             lambda: {"loss": torch.tensor(measure(), dtype=torch.float64)},
         )
         if not now:

@@ -1,4 +1,4 @@
-"""The spectra of all sites, each computed once, group by group as memory allows."""
+"""The spectra of all sites, computed in groups that fit the memory, or read from the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.budget import Shape, SiteCost
-from iosvd.cache.statistics import Gathered, Gatherer
+from iosvd.cache.calibration import Calibration
+from iosvd.cache.keys import SpectrumKeys
+from iosvd.cache.statistics import CachedStatistics, Collected
 from iosvd.cache.store import Entry, Key, Store
 from iosvd.factorization import Factorization
 from iosvd.scoring import with_fisher_norm, with_loss_change
@@ -30,101 +32,102 @@ Found = dict[tuple[str, str], Entry]  # By kind, spectrum or score, and site.
 
 @dataclass(frozen=True)
 class Factorized:
-    """The spectra of all sites, and what they took; they serve every ratio."""
+    """The spectra of all sites and what they cost; they serve every ratio."""
 
     spectra: Mapping[str, Spectrum]
-    stages: Mapping[str, Stage]  # Whoever carried them out.
-    computed: frozenset[str] = frozenset()  # The stages that were carried out now, or in part.
+    stages: Mapping[str, Stage]  # Costs, also of what an earlier run computed.
+    computed: frozenset[str] = frozenset()  # Stages that were computed now, in whole or in part.
 
 
 @dataclass(frozen=True)
 class SpectraOf:
-    """A method as far as spectra are concerned: how they are computed and what scores them."""
+    """How a method computes the spectra of sites and scores their components."""
 
     whitening: Whitening
-    scored: Needs  # What the allocation reads of the loss.
-    cost_of: Callable[[Shape], SiteCost]  # What the quantization stores a site with.
+    scored: Needs  # Statistics that the allocation reads.
+    cost_of: Callable[[Shape], SiteCost]  # The cost of a site under the quantization.
     factorization: Factorization
 
-    def __call__(self, gather: Gatherer) -> Factorized:
-        """Return the spectra of all of a gatherer's sites, scored as the allocation asks."""
-        wanted, locks = self._keys(gather)
+    def __call__(self, calibration: Calibration) -> Factorized:
+        """Return the spectra of all sites, scored as the allocation asks."""
+        wanted, locks = self._keys(calibration)
         found: Found = {}
-        _load(gather.store, wanted, found)
+        store = calibration.store
+        _load(store, wanted, found)
         computed: set[str] = set()
         if len(found) < len(wanted):
-            with gather.store.locked(locks):
-                _load(gather.store, wanted, found)  # Others may have computed them meanwhile.
-                computed = self._compute(gather, wanted, found)
-        clock, spectra = StageClock(), {}
-        for name in gather.sites:
-            spectra[name] = _scored(name, found)
+            with store.locked(locks):
+                _load(store, wanted, found)  # Others may have computed them meanwhile.
+                computed = self._compute(CachedStatistics(calibration), wanted, found)
+        clock = StageClock()
+        spectra = {name: _scored(name, found) for name in calibration.sites}
         for entry in found.values():
             seconds, peak = entry.numbers["statistics_seconds"], entry.numbers["statistics_peak"]
             clock.add("statistics", Stage(seconds or 0.0, int(peak or 0)))
             clock.add("factorization", entry.cost)
         return Factorized(spectra, clock.stages, frozenset(computed))
 
-    def _keys(self, gather: Gatherer) -> tuple[dict[tuple[str, str], Key], list[Key]]:
-        """Return the keys of all entries, and those to be locked while they are computed."""
-        keys, whitened, scored = gather.keys, self.whitening.needs, self.scored
-        wanted = {("spectrum", name): keys.spectrum(whitened, name) for name in gather.sites}
-        if scored == Needs():
-            return wanted, [keys.spectrum(whitened)]
-        wanted |= {("score", name): keys.score(whitened, scored, name) for name in gather.sites}
-        return wanted, [keys.spectrum(whitened), keys.score(whitened, scored)]
+    def _keys(self, calibration: Calibration) -> tuple[dict[tuple[str, str], Key], list[Key]]:
+        """Return the keys of all entries, and those to lock while they are computed."""
+        keys = SpectrumKeys(calibration.keys, self.whitening, self.factorization)
+        wanted = {("spectrum", name): keys.spectrum(name) for name in calibration.sites}
+        if self.scored == Needs():
+            return wanted, [keys.spectrum()]
+        wanted |= {("score", name): keys.score(self.scored, name) for name in calibration.sites}
+        return wanted, [keys.spectrum(), keys.score(self.scored)]
 
     def _compute(
-        self, gather: Gatherer, wanted: Mapping[tuple[str, str], Key], found: Found
+        self, cached: CachedStatistics, wanted: Mapping[tuple[str, str], Key], found: Found
     ) -> set[str]:
-        """Compute what has not been found, and add it; return which stages were carried out."""
+        """Compute what is missing, and add it to `found`; return the stages that took."""
+        sites, store = cached.calibration.sites, cached.calibration.store
         stages: set[str] = set()
         lacking = {
             kind: {n for k, n in wanted if k == kind and (k, n) not in found} for kind, _ in wanted
         }
-        todo = [name for name in gather.sites if any(name in names for names in lacking.values())]
+        todo = [name for name in sites if any(name in names for names in lacking.values())]
         needs = self.scored | (self.whitening.needs if lacking["spectrum"] else Needs())
-        for group in passes_over(gather, todo, needs):
-            gathered = gather(group, needs)
-            stages |= {"factorization", *(["statistics"] if gathered.collected else [])}
+        for group in passes_over(cached, todo, needs):
+            collected = cached(group, needs)
+            stages |= {"factorization", *(["statistics"] if collected.computed else [])}
             with of_stage("factorization"):
                 log.info("%d sites", len(group))
             for name in track(group, len(group), "factorization", "site"):
                 if name in lacking["spectrum"]:
-                    entry = self._spectrum(gather.sites[name], gathered, name)
-                    found["spectrum", name] = gather.store.put(wanted["spectrum", name], entry)
+                    entry = self._spectrum(sites[name], collected, name)
+                    found["spectrum", name] = store.put(wanted["spectrum", name], entry)
                 if name in lacking.get("score", ()):
-                    entry = self._score(gather.sites[name], gathered, found["spectrum", name], name)
-                    found["score", name] = gather.store.put(wanted["score", name], entry)
-                if not gather.store.keeps:
-                    found["spectrum", name] = self._cut(found["spectrum", name], gather.sites[name])
-                del gathered.statistics[name]
+                    entry = self._score(sites[name], collected, found["spectrum", name], name)
+                    found["score", name] = store.put(wanted["score", name], entry)
+                if not store.keeps:
+                    found["spectrum", name] = self._cut(found["spectrum", name], sites[name])
+                del collected.statistics[name]
         return stages
 
-    def _spectrum(self, site: nn.Linear, gathered: Gathered, name: str) -> Entry:
+    def _spectrum(self, site: nn.Linear, collected: Collected, name: str) -> Entry:
         """Whiten and factorise one site."""
         with measured() as took:
             place = (site.weight.device, self.factorization.precision.dtype)
-            statistics = gathered.statistics[name].to(*place)
+            statistics = collected.statistics[name].to(*place)
             spectrum = self.factorization(site.weight, self.whitening(statistics), name)
             keep = torch.promote_types(site.weight.dtype, torch.float32)
             spectrum = spectrum.head(len(spectrum.sigma), keep)
         tensors = {field: getattr(spectrum, field) for field in _TENSORS}
-        # Transposed, so that the first components lie together in the file.
+        # Transposed, so that the first components are contiguous in the file.
         tensors["left_transposed"] = spectrum.left.T.contiguous()
         numbers = {field: getattr(spectrum, field) for field in _NUMBERS}
-        cost = gathered.cost(name, self.whitening.needs.parts())
+        cost = collected.cost(name, self.whitening.needs.parts())
         return Entry(tensors, took(), {**numbers, **_cost_of_statistics(cost)})
 
-    def _score(self, site: nn.Linear, gathered: Gathered, kept: Entry, name: str) -> Entry:
-        """Score one site's spectrum, as it is kept: rounding is the same whoever does it when."""
+    def _score(self, site: nn.Linear, collected: Collected, kept: Entry, name: str) -> Entry:
+        """Score one site's spectrum as stored, so that every run sees the same rounding."""
         place = (site.weight.device, self.factorization.precision.dtype)
         with measured() as took:
-            statistics = gathered.statistics[name].to(*place)
+            statistics = collected.statistics[name].to(*place)
             tensors, numbers = self._scores(site, statistics, _spectrum_of(kept))
         already = self.whitening.needs.parts()
         apart = [part for part in self.scored.parts() if part not in already]
-        cost = gathered.cost(name, apart)
+        cost = collected.cost(name, apart)
         return Entry(tensors, took(), {**numbers, **_cost_of_statistics(cost)})
 
     def _scores(
@@ -146,7 +149,7 @@ class SpectraOf:
         return tensors, numbers
 
     def _cut(self, entry: Entry, site: nn.Linear) -> Entry:
-        """Keep in memory what ranks can be planned for; what a store maps takes none."""
+        """Drop components above the break-even rank; a store maps its files instead."""
         rank = self.cost_of(Shape(*site.weight.shape)).break_even_rank
         # Copies: a view would keep the whole matrix.
         cut = {name: entry.tensors[name][:rank].clone() for name in ("left_transposed", "right")}
@@ -154,7 +157,7 @@ class SpectraOf:
 
 
 def without_components(sites: Mapping[str, nn.Linear]) -> Factorized:
-    """Return spectra without components, in plain metrics: of sites that will all stay dense."""
+    """Return spectra without components for sites that all stay dense."""
     nothing = torch.zeros(0)
     return Factorized(
         spectra={
@@ -175,13 +178,14 @@ def without_components(sites: Mapping[str, nn.Linear]) -> Factorized:
     )
 
 
-def passes_over(gather: Gatherer, names: Iterable[str], needs: Needs) -> list[list[str]]:
-    """Divide sites into those of each pass over the calibration set; log how many that takes."""
-    groups, limit = gather.groups(names, needs), gather.memory.limit_bytes
+def passes_over(cached: CachedStatistics, names: Iterable[str], needs: Needs) -> list[list[str]]:
+    """Divide sites into those of each pass over the calibration set; log how many passes."""
+    calibration = cached.calibration
+    groups, limit = cached.groups(names, needs), calibration.memory.limit_bytes
     if needs == Needs() or not groups:
         return groups
-    sums = [{name: Shape(*gather.sites[name].weight.shape) for name in group} for group in groups]
-    largest = max(statistics_bytes(group, needs, gather.shared) for group in sums)
+    sums = [{name: calibration.shapes[name] for name in group} for group in groups]
+    largest = max(statistics_bytes(group, needs, calibration.shared_inputs) for group in sums)
     log.info(
         "statistics of %d sites: %d pass(es), sums of at most %.1f MiB",
         sum(map(len, groups)),

@@ -1,4 +1,4 @@
-"""Where what was computed is kept: what a store does, and the one that keeps nothing."""
+"""The contract of a store of computed values, and a store that keeps nothing."""
 
 from __future__ import annotations
 
@@ -19,63 +19,63 @@ KINDS = ("scores", "spectra", "statistics", "tokens", "trials")
 
 @dataclass(frozen=True)
 class Key:
-    """What an entry is: its kind, and all that its value depends on, as JSON."""
+    """Names an entry: its kind, and everything its value depends on, as JSON."""
 
     kind: str  # One of KINDS.
     identity: Mapping[str, Any]
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all of it."""
+        """A hash of kind and identity."""
         text = json.dumps([self.kind, self.identity], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A value that was computed, and what that took."""
+    """A computed value and its cost."""
 
     tensors: Mapping[str, Tensor]
     cost: Stage
-    numbers: Mapping[str, float | None] = field(default_factory=dict)  # What is no tensor of it.
+    numbers: Mapping[str, float | None] = field(default_factory=dict)  # Besides the tensors.
 
 
 class Store(Protocol):
-    """What may keep entries for later, and for other processes."""
+    """Keeps entries for later runs and other processes."""
 
     @property
     def keeps(self) -> bool:
-        """Whether an entry can be had again; if not, only what is needed next should be made."""
+        """Whether entries can be read again; if not, callers compute only what they need next."""
         ...
 
     def get(self, key: Key) -> Entry | None:
-        """Return an entry, None if there is none."""
+        """Return an entry, or None."""
         ...
 
     def put(self, key: Key, entry: Entry) -> Entry:
-        """Keep an entry, and return it as `get` would. Its key must be locked by this process."""
+        """Store an entry and return it as `get` would. This process must hold the key's lock."""
         ...
 
     def locked(self, keys: Iterable[Key]) -> AbstractContextManager[None]:
-        """Let no other process compute what these keys name, or what is named after them."""
+        """Keep other processes from computing the entries of these keys."""
         ...
 
 
 def get_or_compute(
     store: Store, key: Key, lock: Key, compute: Callable[[], Mapping[str, Tensor]]
 ) -> tuple[Entry, bool]:
-    """Return an entry, and whether it was computed now.
+    """Return an entry, and whether this call computed it.
 
     Args:
-        store: where it is kept.
+        store: holds the entry.
         key: of the entry.
-        lock: the key that is locked while it is computed.
-        compute: what returns its tensors.
+        lock: the key to lock during the computation.
+        compute: returns the tensors of a missing entry.
     """
     if (entry := store.get(key)) is not None:
         return entry, False
     with store.locked([lock]):
-        if (entry := store.get(key)) is not None:  # Somebody else has computed it meanwhile.
+        if (entry := store.get(key)) is not None:  # Another process has computed it meanwhile.
             return entry, False
         with measured() as took:
             tensors = compute()
@@ -83,7 +83,7 @@ def get_or_compute(
 
 
 class NoStore(Store):
-    """Keeps nothing: what is put is in the memory of whoever put it."""
+    """Keeps nothing: entries live only in the memory of the caller."""
 
     @property
     def keeps(self) -> bool:

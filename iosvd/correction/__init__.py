@@ -1,12 +1,11 @@
-"""Corrections: what is done to the truncated sites so that they work together; one file each.
+"""Corrections: change the truncated sites so that together they predict better; one file each.
 
-A correction comes after the allocation and before the quantisation. It is a frozen dataclass with a
-call that puts the compressed layers in place. To add one, write its file and give it a YAML in
-`conf/correction`; those here are exported for Python.
+A correction comes after the allocation and before the quantisation. To add one, write its file and
+a YAML in `conf/correction`; see docs/extending.md. Those here are exported for Python.
 """
 
 from iosvd.correction.anchored import Anchored
-from iosvd.correction.base import Corrected, Correction, Given
+from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.correction.distilled import Distilled
 from iosvd.correction.lora import Lora
 from iosvd.correction.none import NoCorrection
@@ -15,10 +14,10 @@ from iosvd.correction.sequential import Sequential
 
 __all__ = [
     "Anchored",
-    "Corrected",
     "Correction",
+    "CorrectionInputs",
+    "CorrectionResult",
     "Distilled",
-    "Given",
     "Lora",
     "NoCorrection",
     "ProjectedGradient",

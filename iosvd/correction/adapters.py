@@ -1,4 +1,4 @@
-"""Low-rank adapters of the compressed layers: trained, and merged into them."""
+"""Train low-rank adapters of the compressed layers and merge them."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from iosvd.errors import NumericalError, check_at_least
+from iosvd.cache.calibration import Calibration
+from iosvd.errors import NumericalError, check_at_least, extra
 from iosvd.layers.modules import LowRankLinear
 from iosvd.layers.replacement import low_rank_layers
 from iosvd.models.blocks import checkpointed
-from iosvd.statistics.memory import MemoryUse
 from iosvd.system.progress import track
 from iosvd.types import Site
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 FACTORS = ("left", "right")
 _WARM_UP = 0.1  # Of the steps; the learning rate then falls along a cosine.
 
-# Of a model and a batch of windows (windows, length): what is to be made small, per window.
+# Of a model and a batch of windows (windows, length): a mean over tokens, to be minimised.
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Training:
-    """How adapters are trained: by AdamW, at the calibration windows in random order."""
+    """Options of adapter training: AdamW on the calibration windows in random order."""
 
     rank: int
     alpha: float  # Adapters are scaled by alpha / rank.
@@ -48,29 +48,29 @@ class Training:
         self,
         model: PreTrainedModel,
         layers: Sequence[str],
+        calibration: Calibration,
         tokens: Tensor,
         loss: Loss,
-        batch_size: int,
-        memory: MemoryUse,
         accept: Callable[[], bool] | None = None,
     ) -> None:
-        """Train adapters of the named linear layers, and merge them.
+        """Train adapters of the named linear layers, and merge them into the layers.
 
-        Adapters begin as zero, in float32 whatever the model's dtype, by torch's own generator.
+        Adapters start at zero, in float32 whatever the model's dtype, and are drawn from torch's
+        global generator.
 
         Args:
-            model: whose parameters stay as they are but for the layers'.
+            model: only the named layers are changed.
             layers: qualified names.
-            tokens: windows (windows, length).
-            loss: what is lowered.
-            batch_size: windows per forward pass; a step has one or more of them.
-            memory: whether activations are kept or computed again.
-            accept: called when they are merged: whether they stay so; None: they do.
+            calibration: batch size and memory limits.
+            tokens: training windows (windows, length).
+            loss: to be minimised.
+            accept: called after the merge; if it returns False, the layers are restored.
 
         Raises:
             NumericalError: the loss is not finite.
         """
-        from peft import LoraConfig, get_peft_model  # Imports much.
+        with extra():
+            from peft import LoraConfig, get_peft_model  # Slow to import.
 
         if not layers:
             return
@@ -83,8 +83,8 @@ class Training:
         adapted = get_peft_model(model, options)
         trained = False
         try:
-            with checkpointed(model, memory.checkpoint_blocks):
-                self._steps(adapted, tokens, loss, batch_size)
+            with checkpointed(model, calibration.memory.checkpoint_blocks):
+                self._steps(adapted, tokens, loss, calibration.batch_size)
             trained = True
         finally:
             _ = adapted.merge_and_unload() if trained else adapted.unload()
@@ -116,7 +116,7 @@ class Training:
                         raise NumericalError(
                             "the loss of the adapters is not finite; lower correction.learning_rate"
                         )
-                    # Of the sum over tokens: that of the mean would vanish in half precision.
+                    # Of the sum over tokens: those of the mean underflow in half precision.
                     (found * tokens[part].numel()).backward()
                 for parameter in trained:
                     assert parameter.grad is not None
@@ -131,10 +131,10 @@ def _weight(model: nn.Module, layer: str) -> nn.Parameter:
 
 
 @contextmanager
-def as_two_layers(model: PreTrainedModel) -> Iterator[Mapping[str, LowRankLinear]]:
-    """Put two linear layers, `FACTORS`, in place of each low-rank one: adapters know no others.
+def as_two_layers(model: nn.Module) -> Iterator[Mapping[str, LowRankLinear]]:
+    """Put two linear layers, `FACTORS`, in place of each low-rank layer, because peft adapts those.
 
-    They are the factors themselves, so what is merged into one is merged into the other.
+    They share the tensors of the low-rank layer.
     """
     layers = low_rank_layers(model)
     for name, layer in layers.items():
@@ -152,7 +152,7 @@ def as_two_layers(model: PreTrainedModel) -> Iterator[Mapping[str, LowRankLinear
 
 
 class _TwoLayers(nn.Module):
-    """y = left (right x), with the low-rank layer's own tensors."""
+    """y = left (right x), on the tensors of a low-rank layer."""
 
     def __init__(self, layer: LowRankLinear) -> None:
         super().__init__()
@@ -171,24 +171,15 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     return layer
 
 
-@dataclass(frozen=True)
-class Updated(Mapping[str, Site]):
-    """Sites with the weights that are in a model now, and the metrics of those before."""
+def sites_of(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Site]:
+    """Return sites with the weights and factors that a compressed model holds now."""
+    return {name: _site_of(model.get_submodule(name), sites[name]) for name in sites}
 
-    sites: Mapping[str, Site]
-    model: nn.Module
 
-    def __getitem__(self, name: str) -> Site:
-        site, layer = self.sites[name], self.model.get_submodule(name)
-        if site.factors is None:
-            assert isinstance(layer, nn.Linear)
-            return replace(site, weight=layer.weight)
-        assert isinstance(layer, LowRankLinear)
-        kept = replace(site.factors, left=layer.left.data, right=layer.weight.data)
-        return replace(site, factors=kept)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
+def _site_of(layer: nn.Module, site: Site) -> Site:
+    if site.factors is None:
+        assert isinstance(layer, nn.Linear)
+        return replace(site, weight=layer.weight)
+    assert isinstance(layer, LowRankLinear)
+    factors = replace(site.factors, left=layer.left.data, right=layer.weight.data)
+    return replace(site, factors=factors)

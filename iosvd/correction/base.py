@@ -1,53 +1,45 @@
-"""What a correction is given, and what every correction is."""
+"""The contract of a correction: its inputs, its result, and defaults for everything else."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from torch import Tensor
-
+from iosvd.allocation import Allocation
+from iosvd.cache.calibration import Calibration
 from iosvd.factorization import Factorization
-from iosvd.statistics.memory import MemoryUse
 from iosvd.statistics.needs import SiteStatistics
 from iosvd.truncation import TruncatedSites
 from iosvd.types import Site
 from iosvd.whitening import Whitening
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
-    from transformers import PreTrainedModel
-
-    from iosvd.allocation import Allocation
-
 
 @dataclass(frozen=True)
-class Given:
-    """A dense model, what is planned for its sites, and what the calibration set tells of them."""
+class CorrectionInputs:
+    """The dense model, its truncated sites, and the calibration set."""
 
-    model: PreTrainedModel  # Dense; the correction puts the compressed layers in place.
-    sites: TruncatedSites  # All of them, with ranks, spectra and budget.
-    statistics: Mapping[str, SiteStatistics]  # Of the dense model, as `needs_metrics` asks.
-    tokens: Tensor  # Calibration windows (windows, length).
+    calibration: Calibration  # Its model is dense.
+    sites: TruncatedSites  # All sites, with ranks, spectra and budget.
+    statistics: Mapping[str, SiteStatistics]  # The whitening's; empty unless `needs_metrics`.
     whitening: Whitening
     allocation: Allocation
     factorization: Factorization
-    batch_size: int
-    memory: MemoryUse
 
 
 @dataclass(frozen=True)
-class Corrected:
-    """What a correction leaves: the sites as they are in the model now."""
+class CorrectionResult:
+    """The corrected sites, to be installed in the model, and their ranks."""
 
     sites: Mapping[str, Site]
     ranks: Mapping[str, int]
 
 
 class Correction(Protocol):
-    """What every correction is: a frozen dataclass, one file each.
+    """Changes truncated sites so that together they predict what the dense model predicts.
 
-    What it does not say otherwise, it inherits: it needs no metrics, and adds nothing to a site.
+    A correction is a frozen dataclass that can be called. It leaves the dense model as it is: the
+    pipeline installs the sites that it returns.
     """
 
     @property
@@ -57,9 +49,9 @@ class Correction(Protocol):
 
     @property
     def adds_bias(self) -> bool:
-        """Whether factorised sites get a bias where they have none, which the budget counts."""
+        """Whether factorised sites without a bias get one, which the budget counts."""
         return False
 
-    def __call__(self, given: Given) -> Corrected:
-        """Put the compressed layers in place, corrected."""
+    def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
+        """Return the corrected sites."""
         ...

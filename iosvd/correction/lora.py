@@ -7,55 +7,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iosvd.correction.adapters import FACTORS, Training, Updated, as_two_layers
-from iosvd.correction.base import Corrected, Correction, Given
-from iosvd.layers.replacement import replace_
+from iosvd.correction.adapters import FACTORS, Training, as_two_layers, sites_of
+from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
+from iosvd.layers.replacement import install_, twin_of
 
 
 @dataclass(frozen=True)
-class Lora(Correction):
-    """Train adapters of the left factors, right ones fixed; merge; then the other way round.
+class Lora(Training, Correction):
+    """Train adapters of the left factors with fixed right factors, merge them; then vice versa.
 
-    Rank, learning rate and epochs are the paper's (METHODS 7). It trains on Alpaca; here it is the
-    calibration set, so that every method sees the same text. Merged, the factors have the ranks
-    that they had.
+    Rank, learning rate and epochs are the paper's (METHODS 7). The paper trains on Alpaca; here
+    the text is the calibration set, so that every method sees the same text. Merging the adapters
+    leaves the ranks of the factors as they are.
     """
 
     rank: int = 8
-    alpha: float = 16.0  # Adapters are scaled by alpha / rank.
+    alpha: float = 16.0
     learning_rate: float = 1e-4
     epochs: int = 2
-    batch_windows: int = 8  # Per step.
+    batch_windows: int = 8
     seed: int = 0  # Of the adapters and of the order of the windows.
 
-    def __post_init__(self) -> None:
-        self._training()
-
-    def __call__(self, given: Given) -> Corrected:
-        replace_(given.model, given.sites)
-        training = self._training()
-        with torch.random.fork_rng(), as_two_layers(given.model) as pairs:
+    def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
+        model = twin_of(inputs.calibration.model)
+        install_(model, inputs.sites)
+        with torch.random.fork_rng(), as_two_layers(model) as pairs:
             torch.manual_seed(self.seed)
             for factor in FACTORS:
                 layers = [f"{name}.{factor}" for name in pairs]
-                training.train_and_merge(
-                    model=given.model,
-                    layers=layers,
-                    tokens=given.tokens,
-                    loss=next_token_loss,
-                    batch_size=given.batch_size,
-                    memory=given.memory,
+                self.train_and_merge(
+                    model, layers, inputs.calibration, inputs.calibration.tokens, next_token_loss
                 )
-        return Corrected(Updated(given.sites, given.model), given.sites.ranks)
-
-    def _training(self) -> Training:
-        return Training(
-            rank=self.rank,
-            alpha=self.alpha,
-            learning_rate=self.learning_rate,
-            epochs=self.epochs,
-            batch_windows=self.batch_windows,
-        )
+        return CorrectionResult(sites_of(model, inputs.sites), inputs.sites.ranks)
 
 
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:

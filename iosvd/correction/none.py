@@ -1,17 +1,15 @@
-"""No correction: the truncated layers as they are."""
+"""No correction: one-shot truncation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iosvd.correction.base import Corrected, Correction, Given
-from iosvd.layers.replacement import replace_
+from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 
 
 @dataclass(frozen=True)
 class NoCorrection(Correction):
-    """One-shot truncation."""
+    """Leave the truncated sites as they are."""
 
-    def __call__(self, given: Given) -> Corrected:
-        replace_(given.model, given.sites)
-        return Corrected(given.sites, given.sites.ranks)
+    def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
+        return CorrectionResult(inputs.sites, inputs.sites.ranks)

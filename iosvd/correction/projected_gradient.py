@@ -9,12 +9,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from iosvd.allocation import Trial
-from iosvd.correction.base import Corrected, Correction, Given
+from iosvd.allocation import CalibrationObjective
+from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.errors import ConfigError, check_at_least
-from iosvd.layers.replacement import replace_, truncated_weights
+from iosvd.layers.replacement import truncated_weights
 from iosvd.scoring import with_loss_change
-from iosvd.statistics.needs import ALL_WINDOWS, Needs
+from iosvd.statistics.needs import ALL_WINDOWS
 from iosvd.system.progress import track
 from iosvd.truncation import TruncatedSites, with_gradient
 from iosvd.types import Spectrum
@@ -43,37 +43,34 @@ class ProjectedGradient(Correction):
     def needs_metrics(self) -> bool:
         return True
 
-    def __call__(self, given: Given) -> Corrected:
-        sites = given.sites
+    def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
+        sites = inputs.sites
         for _ in track(range(self.rounds), self.rounds, "projected gradient", "round"):
-            spectra = self._moved(given, sites)
+            spectra = self._moved(inputs, sites)
             ranks = sites.ranks
             if self.replan:
-                ranks = given.allocation(spectra, sites.budget, _NoTrial())
+                ranks = inputs.allocation(spectra, sites.budget, _NoMeasurement())
             sites = TruncatedSites(ranks, sites.sites, spectra, sites.budget)
-        replace_(given.model, sites)
-        return Corrected(sites, sites.ranks)
+        return CorrectionResult(sites, sites.ranks)
 
-    def _moved(self, given: Given, sites: TruncatedSites) -> dict[str, Spectrum]:
+    def _moved(self, inputs: CorrectionInputs, sites: TruncatedSites) -> dict[str, Spectrum]:
         """Return the spectra of the weights that one round moves to."""
         factorised = sites.budget.factorised(sites.ranks)
-        asked = Needs(gradient_windows=self.gradient_windows or ALL_WINDOWS)
         with truncated_weights(sites.sites, sites.spectra, factorised):
-            gradients = with_gradient(
-                sites, given.model, given.tokens, asked, given.batch_size, given.memory
-            )
+            windows = self.gradient_windows or ALL_WINDOWS
+            gradients = with_gradient(sites, inputs.calibration, windows)
         found = {}
         for name, layer in track(sites.sites.items(), len(sites), "factorization", "site"):
-            kind = given.factorization.precision.dtype
             gradient = gradients[name].gradient
             assert gradient is not None
-            weight, g = layer.weight.detach().to(kind), gradient.to(layer.weight.device, kind)
+            dtype = inputs.factorization.precision.dtype
+            weight, g = layer.weight.detach().to(dtype), gradient.to(layer.weight.device, dtype)
             if name in factorised:
                 spectrum, rank = sites.spectra[name], factorised[name]
                 left, right = spectrum.left[:, :rank].to(weight), spectrum.right[:rank].to(weight)
                 weight = moved(weight, left @ right, g)
-            statistics = given.statistics[name].to(weight.device, kind)
-            spectrum = given.factorization(weight, given.whitening(statistics), name)
+            statistics = inputs.statistics[name].to(weight.device, dtype)
+            spectrum = inputs.factorization(weight, inputs.whitening(statistics), name)
             scored = with_loss_change(spectrum, g)
             kept = sites.budget.costs[name].break_even_rank  # Above it, the site is dense.
             precise = torch.promote_types(layer.weight.dtype, torch.float32)
@@ -89,8 +86,8 @@ def moved(weight: Tensor, truncated: Tensor, gradient: Tensor) -> Tensor:
     return truncated + (gradient * (weight - truncated)).sum() / square * gradient
 
 
-class _NoTrial(Trial):
-    """Stands where allocations measure ranks, which are those of weights that have moved."""
+class _NoMeasurement(CalibrationObjective):
+    """Refuses to measure: the dense model's loss says nothing about weights that have moved."""
 
     @property
     def tokens(self) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iosvd.correction.base import Corrected, Correction, Given
+from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.correction.refit import refit
-from iosvd.correction.rule import Rule
+from iosvd.correction.refit_options import RefitOptions
 from iosvd.errors import check_at_least
 
 
@@ -14,11 +14,11 @@ from iosvd.errors import check_at_least
 class Sequential(Correction):
     """min_A ‖A X − W X‖² + α ‖A X − W X_f‖², X behind the compressed prefix, X_f dense (METHODS 7).
 
-    Both terms have one target between them, (W X + α W X_f) / (1 + α), so the closed form is that
-    of the anchored refit with trust α / (1 + α), in the plain output metric, for truncated sites
-    alone. With `anchored` the second term stands alone: AA-SVD (2604.02119) before its block-wise
-    refinement, which is not documented well enough to be here. SAES-SVD adapts α to each layer; how
-    is not documented, so it is one number.
+    Both terms together have the target (W X + α W X_f) / (1 + α), so the closed form is that of
+    the anchored refit with trust α / (1 + α), in the plain output metric, for truncated sites only.
+    With `anchored` only the second term remains: AA-SVD (2604.02119) before its block-wise
+    refinement, which is not documented well enough to implement. SAES-SVD adapts α to each layer;
+    its rule is not documented, so α is one number.
     """
 
     alpha: float = 1.0
@@ -28,19 +28,17 @@ class Sequential(Correction):
 
     def __post_init__(self) -> None:
         check_at_least(0, alpha=self.alpha)
-        self._rule()
+        self._options()
 
-    def __call__(self, given: Given) -> Corrected:
-        return Corrected(refit(given, self._rule()), given.sites.ranks)
+    def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
+        return CorrectionResult(refit(inputs, self._options()), inputs.sites.ranks)
 
-    def _rule(self) -> Rule:
-        return Rule(
+    def _options(self) -> RefitOptions:
+        return RefitOptions(
             trust=1.0 if self.anchored else self.alpha / (1 + self.alpha),
             ridge=self.ridge,
-            held_out=0.0,
             stream=False,
             output_metric=False,
-            bias=False,
             dense_sites=False,
             damping=self.damping,
         )

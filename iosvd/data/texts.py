@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iosvd.data.pydoc import pydoc_documents
-from iosvd.errors import ConfigError, DataError, check_at_least, one_line
+from iosvd.errors import ConfigError, DataError, check_at_least, extra, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -92,8 +92,8 @@ def _read_local(path: Path, dataset: Dataset) -> list[str]:
             lines.pop()
         # The hub's WikiText rows end in a newline where they are not blank.
         return [f"{x}\n" if x.strip() else "" for x in lines] if dataset.keep_line_ends else lines
-    import pandas
-
+    with extra():
+        import pandas
     try:
         table = (
             pandas.read_json(path, lines=True, dtype=False)
@@ -114,7 +114,8 @@ def _read_local(path: Path, dataset: Dataset) -> list[str]:
 
 
 def _read_hub(dataset: Dataset, split: Split) -> list[str]:
-    import datasets
+    with extra():
+        import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     options: dict[str, Any] = {"revision": dataset.revision, "streaming": split.max_documents > 0}

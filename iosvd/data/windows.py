@@ -12,7 +12,7 @@ from torch import Tensor
 from iosvd.data.texts import Dataset, read_documents
 from iosvd.errors import ConfigError, DataError
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)

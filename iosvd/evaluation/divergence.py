@@ -1,4 +1,4 @@
-"""The exact KL divergence of a compressed model from the dense one, and what its loss gained."""
+"""The exact KL divergence of a compressed model from the dense one, and its change of the loss."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from iosvd.errors import NumericalError
+from iosvd.models.losses import log_probabilities, summed_kl
 from iosvd.system.progress import track
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 
@@ -51,11 +52,12 @@ def divergences(
     starts = range(0, len(windows), batch_size)
     for start in track(starts, len(starts), "divergence", "batch"):
         batch = windows[start : start + batch_size]
-        reference = _log_probabilities(dense, batch)
+        # In float64: small divergences vanish in float32.
+        reference = log_probabilities(dense, batch.to(dense.device), torch.float64)
         for name, (model, context) in variants.items():
             with context():
-                found = _log_probabilities(model, batch)
-            kl = (reference.exp() * (reference - found)).sum()
+                found = log_probabilities(model, batch.to(model.device), torch.float64)
+            kl = summed_kl(reference, found)
             labels = batch[:, 1:, None].to(found.device)
             change = (reference - found)[:, :-1].gather(-1, labels).sum()
             sums[name] += torch.stack([kl, change]).cpu()
@@ -73,9 +75,3 @@ def divergence(
     """Measure one model against the dense one."""
     variants = {"the compressed model": (compressed, nullcontext)}
     return next(iter(divergences(dense, variants, windows, batch_size).values()))
-
-
-def _log_probabilities(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """Log-probabilities of all next tokens in float64: small divergences vanish in float32."""
-    logits = model(input_ids=batch.to(model.device), use_cache=False).logits
-    return logits.double().log_softmax(-1)

@@ -11,7 +11,7 @@ from iosvd.errors import NumericalError
 from iosvd.models.losses import mean_loss
 from iosvd.system.progress import track
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 _LARGEST_LOSS = 700.0  # exp of 710 overflows.

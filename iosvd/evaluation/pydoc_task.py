@@ -11,6 +11,7 @@ import random
 from typing import Any
 
 from iosvd.data.pydoc import pydoc_documents
+from iosvd.errors import extra
 
 NAME = "pydoc_continuation"
 ITEMS = 200
@@ -71,6 +72,6 @@ def task_config() -> dict[str, Any]:
 
 
 def _load(**_: Any) -> Any:
-    import datasets
-
+    with extra():
+        import datasets
     return {"test": datasets.Dataset.from_list(pydoc_items())}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iosvd.errors import DataError, check_at_least, one_line
+from iosvd.errors import DataError, check_at_least, extra, one_line
 from iosvd.evaluation import pydoc_task
 from iosvd.system.progress import bars_for_people
 
@@ -104,8 +104,9 @@ def zero_shot(
     """
     if not tasks:
         return ZeroShotResult({}, {})
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    with extra():
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
@@ -181,7 +182,8 @@ def _load_task(name: str, options: ZeroShot) -> Task:
 
 def _load_named(name: str, yaml: str, where: str) -> Task:
     """Load a task through a YAML of its own, the documented way to change a stock one."""
-    from lm_eval.tasks import TaskManager
+    with extra():
+        from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / f"{name}.yaml").write_text(f"task: {name}\n{yaml}", encoding="utf-8")
@@ -199,14 +201,16 @@ def _load_named(name: str, yaml: str, where: str) -> Task:
 
 @functools.cache
 def _manager() -> TaskManager:
-    from lm_eval.tasks import TaskManager
+    with extra():
+        from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=False)
 
 
 @functools.cache
 def _stock() -> Mapping[str, Any]:
-    from lm_eval.tasks import TaskManager
+    with extra():
+        from lm_eval.tasks import TaskManager
 
     return TaskManager().task_index  # Reads thousands of files: ten seconds, once.
 

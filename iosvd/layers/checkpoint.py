@@ -1,8 +1,8 @@
 """Compressed models as ordinary Hugging Face folders, through transformers' extension point.
 
-`config.json` holds ranks and rows under `quantization_config`; importing iosvd tells transformers
-what they mean, so `from_pretrained` and `save_pretrained` work as for any model. Without the
-import, loading fails on the shapes.
+`config.json` holds ranks and rows under `quantization_config`. After `import iosvd`, transformers
+understands them: `from_pretrained` and `save_pretrained` work as for any model. Without the import,
+loading fails on the shapes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from iosvd.system.files import remove_abandoned, written_whole
 from iosvd.system.json_files import DamagedError, typed
 from iosvd.system.versions import library_versions
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METHOD = "iosvd"
@@ -49,11 +49,11 @@ class _Description:
 
 @register_quantization_config(METHOD)
 class LowRankConfig(QuantizationConfigMixin):
-    """How each compressed layer is stored, by qualified name, as config.json has it.
+    """How each compressed layer is stored, by qualified name, as in config.json.
 
-    `ranks` has the factorised layers; `rows` those with matrices in rows of two widths, a
-    `RowLayout` for each matrix; `four_bit` the size of the groups of those in four bits; `biases`
-    the layers that have a bias where the architecture has none.
+    `ranks`: the factorised layers. `rows`: layers with matrices in rows of two widths, one
+    `RowLayout` per matrix. `four_bit`: group sizes of layers in four bits. `biases`: layers that
+    have a bias although the architecture has none.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class LowRankConfig(QuantizationConfigMixin):
         return list({**self.ranks, **self.rows, **self.four_bit})
 
     def empty(self, name: str, layer: nn.Linear) -> nn.Module:
-        """Return the uninitialised layer that takes a dense one's place.
+        """Return the uninitialised layer that replaces a dense one.
 
         Raises:
-            CheckpointError: what config.json says is impossible.
+            CheckpointError: config.json describes an impossible layer.
         """
         m, n, added = layer.out_features, layer.in_features, name in self.biases
         biased = layer.bias is not None or added
@@ -138,7 +138,7 @@ class LowRankConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class LowRankQuantizer(HfQuantizer):
-    """Puts the compressed layers in place before the weights are read, and checks them after."""
+    """Installs the compressed layers before the weights are read, and checks them afterwards."""
 
     quantization_config: LowRankConfig
     requires_calibration = True  # Refuses a dense checkpoint: ranks alone compress nothing.
@@ -155,7 +155,7 @@ class LowRankQuantizer(HfQuantizer):
             model.set_submodule(found, new)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        # transformers only warns of missing tensors and leaves raw memory in their place.
+        # transformers only warns of missing tensors and leaves their memory uninitialised.
         for name, parameter in model.named_parameters():
             if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
                 raise CheckpointError(
@@ -183,7 +183,7 @@ class LowRankQuantizer(HfQuantizer):
 
 
 def mark_compressed_(model: PreTrainedModel) -> None:
-    """Describe the layers in the model's config, which is what makes `save_pretrained` complete."""
+    """Describe the layers in the model's config, so that `save_pretrained` is complete."""
     model.config.quantization_config = LowRankConfig.of(model)
 
 
@@ -193,7 +193,7 @@ def save(
     plan: Plan | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write a checkpoint folder: all of it, or nothing.
+    """Write a checkpoint folder, completely or not at all.
 
     Raises:
         CheckpointError: the folder exists and is not empty, or writing fails (disk full).
@@ -233,10 +233,10 @@ def export_dense(
 
 @contextmanager
 def _complete_folder(folder: Path) -> Iterator[Path]:
-    """Yield a partial folder beside the target; it gets the target's name when all was written."""
+    """Yield a partial folder beside the target; it is renamed to the target once complete."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists already; choose another folder or remove it")
-    target = folder.resolve()  # Whoever names a link means the folder that it leads to.
+    target = folder.resolve()  # A link stands for the folder that it leads to.
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(target.parent, target.name)
@@ -262,7 +262,7 @@ def _is_write_failure(error: BaseException) -> bool:
 def _layer(model: nn.Module, name: str) -> tuple[str, nn.Linear]:
     """Find a linear layer and the name it has here.
 
-    A model without head names it without the prefix of its body.
+    A model without a head names it without the prefix of its body.
     """
     for candidate in (name, name.partition(".")[2]):
         try:

@@ -1,4 +1,4 @@
-"""Whether config.json and the tensors of a checkpoint agree; transformers only warns."""
+"""Check that config.json and the tensors of a checkpoint agree; transformers only warns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StoredTensor:
     """A tensor as the header of its file describes it."""
 
     shape: tuple[int, ...]
-    dtype: str  # In safetensors' words, such as F16.
+    dtype: str  # safetensors' name of it, such as F16.
 
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
@@ -27,7 +27,7 @@ _EXACT = {torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: 
 
 
 def tensors_in(files: Sequence[str]) -> dict[str, StoredTensor]:
-    """Return what a checkpoint's files hold, from their headers.
+    """Return the tensors in a checkpoint's files, from their headers.
 
     Raises:
         CheckpointError: a file is not safetensors.
@@ -81,10 +81,10 @@ def check_tensors(name: str, layer: nn.Module, stored: Mapping[str, StoredTensor
 
 
 def check_values(layer: nn.Module, name: str) -> None:
-    """Check what the headers of the files cannot tell of a layer's orders and scales.
+    """Check a layer's orders and scales, which the headers of the files do not show.
 
     Raises:
-        CheckpointError: an order is no permutation, or a scale no finite number from 0 up.
+        CheckpointError: an order is not a permutation, or a scale is negative or not finite.
     """
     for part, tensor in layer.named_buffers():
         if tensor.is_meta:

@@ -1,4 +1,4 @@
-"""Dense weights in four bits, round to nearest: the reference that low rank is to be held against.
+"""Dense weights in four bits, round to nearest: the baseline that low rank must beat.
 
 Symmetric codes −7 … 7, two to a byte, and one fp16 scale for every group of a row's entries.
 """

@@ -1,4 +1,4 @@
-"""Eight bits an entry and one fp16 scale a row: the primitive of all quantisations (METHODS 6)."""
+"""Eight bits per entry, one fp16 scale per row: the primitive of all quantisations (METHODS 6)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _LARGEST_SCALE = torch.finfo(torch.float16).max
 
 
 class Code(Enum):
-    """Which 255 or 256 multiples of a row's scale an entry can be.
+    """The 255 or 256 multiples of a row's scale that entries are rounded to.
 
     linear: −127 … 127. dynamic: the 8-bit dynamic tree (arXiv 2110.02861) on [−1, 1], whose steps
     are proportional to the value over seven decades. Dobi-SVD (arXiv 2502.02723) stores factors in
-    a non-uniform 8-bit code for their bell-shaped entries; which one is not stated, and this is
-    the one its library provides.
+    a non-uniform 8-bit code for their bell-shaped entries; it does not state which one, and this is
+    the code that its library provides.
     """
 
     linear = "linear"

@@ -1,4 +1,4 @@
-"""The layers that take a linear layer's place: two factors, or the weight itself in rows."""
+"""The layers that replace a linear layer: two factors, or the weight in rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class CompressedLinear(nn.Module):
-    """A layer that takes a linear layer's place, and can be turned back into one."""
+    """A layer that replaces a linear layer and can be turned back into one."""
 
     def __init__(
         self,
@@ -31,10 +31,10 @@ class CompressedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         empty_bias = torch.empty(out_features, device=device, dtype=dtype)
         self.bias = nn.Parameter(empty_bias) if bias else None
-        self.added_bias = False  # Whether the layer that it replaces has none.
+        self.added_bias = False  # Whether the replaced layer has no bias.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the layer, all but the scales' type: bfloat16 would round them."""
+        """Move or cast the layer but keep the dtype of scales, which bfloat16 would round."""
         buffers = self.named_buffers(recurse=False)
         scales = {name: tensor for name, tensor in buffers if name.endswith("scale")}
         super()._apply(fn, recurse)
@@ -45,7 +45,7 @@ class CompressedLinear(nn.Module):
         return self
 
     def replacing(self, layer: nn.Linear | CompressedLinear) -> Self:
-        """Take over the bias of the layer it replaces, and whether that one is trained."""
+        """Copy bias and requires_grad of the layer it replaces."""
         if self.bias is not None and layer.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(layer.bias)
@@ -76,9 +76,9 @@ class StoredLinear(CompressedLinear):
     """A linear layer that holds matrices: each a parameter in the model's dtype, or `Rows`.
 
     The matrix `left` in rows is the parameter `left` (the rows in 16 bits) and the buffers
-    `left_int8`, `left_scale` and `left_order`. One matrix is always called `weight`, and where
-    anything is compressed its shape is not the (out, in) of the layer replaced, so transformers
-    refuses to load the checkpoint into a model without these layers.
+    `left_int8`, `left_scale` and `left_order`. One matrix is always called `weight`. If anything is
+    compressed its shape differs from the replaced layer's (out, in), so transformers refuses to
+    load the checkpoint into a model without these layers.
     """
 
     layouts: Mapping[str, RowLayout]
@@ -122,7 +122,7 @@ class StoredLinear(CompressedLinear):
         return Rows(getattr(self, name), *parts)
 
     def matrix(self, name: str) -> Tensor:
-        """Return what a matrix (out, in) stands for, in float32 or better."""
+        """Return the values of a matrix (out, in), in float32 or better."""
         if name in self.layouts:
             return restore(self.rows(name), self.layouts[name])
         values: Tensor = getattr(self, name)
@@ -164,7 +164,7 @@ class LowRankLinear(StoredLinear):
 
     @classmethod
     def from_factors(cls, layer: nn.Linear, factors: Factors) -> LowRankLinear:
-        """Return the low-rank form of a dense layer, whose dtype and bias it takes over."""
+        """Return the low-rank form of a dense layer, with its dtype and bias."""
         like, biased = layer.weight, layer.bias is not None
         m, n = like.shape
         new = cls(n, m, factors.rank, biased, like.device, like.dtype)

@@ -1,10 +1,13 @@
-"""Swap layers of a model by qualified name."""
+"""Install compressed layers in a model, and truncate weights for a while."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +17,62 @@ from iosvd.errors import NumericalError
 from iosvd.layers.modules import CompressedLinear, LowRankLinear
 from iosvd.types import Site, Spectrum, Stored
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def replace_(model: nn.Module, sites: Mapping[str, Site]) -> None:
-    """Put low-rank layers in the model's dtype in place of those that have factors, one by one."""
+
+def install_(model: nn.Module, sites: Mapping[str, Site]) -> None:
+    """Put compressed sites in place of the dense layers of a model, one at a time.
+
+    Sites without factors stay dense and take the site's weight. The dense weights of factorised
+    sites are freed.
+    """
     for name, site in sites.items():
-        if site.factors is not None:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
-            model.set_submodule(name, LowRankLinear.from_factors(layer, site.factors))
-            layer.to("meta")  # Frees the weight, even where a reference to the layer is left.
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        new = compressed_layer(layer, site)
+        if new is not layer:
+            model.set_submodule(name, new)
+            layer.to("meta")  # Frees the weight even if a reference to the layer is left.
 
 
-def store_(model: nn.Module, stored: Mapping[str, Stored]) -> None:
+def compressed_layer(layer: nn.Linear, site: Site) -> nn.Linear | LowRankLinear:
+    """Return the layer that computes a compressed site, in the dtype of the dense layer.
+
+    The dense layer itself is returned if nothing about it changes; otherwise it is left as it is.
+    """
+    if site.factors is None and site.bias is None and site.weight is layer.weight:
+        return layer
+    new: nn.Linear | LowRankLinear
+    if site.factors is None:
+        new = _linear(layer, site.weight)
+    else:
+        new = LowRankLinear.from_factors(layer, site.factors)
+    if site.bias is not None:
+        trained = layer.weight.requires_grad
+        new.bias = nn.Parameter(site.bias.to(new.weight.dtype), requires_grad=trained)
+        if isinstance(new, LowRankLinear):
+            new.added_bias = layer.bias is None
+    return new
+
+
+def _linear(layer: nn.Linear, weight: Tensor) -> nn.Linear:
+    """Return a dense layer with another weight, and a copy of this layer's bias."""
+    new = copy.deepcopy(layer, {id(layer.weight): layer.weight})
+    trained = layer.weight.requires_grad
+    new.weight = nn.Parameter(weight.detach().to(layer.weight.dtype), requires_grad=trained)
+    return new
+
+
+def twin_of(module: Module) -> Module:
+    """Return a copy of a module that shares all its parameters and buffers.
+
+    Layers installed in the twin leave the original as it is.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def install_quantized_(model: nn.Module, stored: Mapping[str, Stored]) -> None:
     """Put quantised layers in place of the named ones, dense or of low rank."""
     for name, site in stored.items():
         model.set_submodule(name, site.module(model.get_submodule(name)))
@@ -50,7 +97,7 @@ def densify_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def stored_bytes(model: nn.Module, names: Iterable[str]) -> int:
-    """Return the bytes that the weights of the named layers take, and biases that were added."""
+    """Return the bytes of the named layers' weights and of the biases that were added."""
     layers = [model.get_submodule(name) for name in names]
     tensors = [
         tensor
@@ -62,7 +109,7 @@ def stored_bytes(model: nn.Module, names: Iterable[str]) -> int:
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
-    """Return the layers of a model that took a dense one's place, by qualified name."""
+    """Return the compressed layers of a model by qualified name."""
     return {n: layer for n, layer in model.named_modules() if isinstance(layer, CompressedLinear)}
 
 
@@ -75,9 +122,9 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 def truncated_weights(
     sites: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]
 ) -> Iterator[None]:
-    """Give these sites the weights W_k of their ranks, and their own back at the end.
+    """Truncate the weights of these sites to W_k, and restore them at the end.
 
-    Only pointers move: the dense weights stay where they are.
+    Only pointers are swapped; the dense weights are not copied.
     """
     dense = {site: sites[site].weight.data for site in ranks}
     try:
@@ -95,7 +142,7 @@ def truncated_weights(
 def gated(
     sites: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], gates: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Let these sites compute left (gate ⊙ (right x)), with the first components of spectra."""
+    """Make these sites compute left (gate ⊙ (right x)), with the first components of spectra."""
 
     def forward(site: nn.Linear, name: str, x: Tensor) -> Tensor:
         place = (x.device, x.dtype)
@@ -111,5 +158,5 @@ def gated(
     finally:
         for name in gates:
             vars(sites[name]).pop("forward", None)
-            if (own := before[name]) is not None:  # A hook of those who placed the layer.
+            if (own := before[name]) is not None:  # accelerate's hook.
                 sites[name].forward = own  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
 """A matrix whose rows are stored in two widths: some as int8 with a scale, the others in 16 bits.
 
-What a row is can be chosen: the weights of one output of the matrix, or of one input. Either way
-the tensors keep the orientation (out, in) of a linear layer's weight, in which products are fast.
-Nothing is expanded to the whole matrix but, on a GPU, a temporary of its int8 part.
+A row holds the weights of one output of the matrix, or of one input. Either way the tensors keep
+the orientation (out, in) of a linear layer's weight, in which products are fast. No product expands
+the whole matrix; on a GPU, the int8 part is expanded temporarily.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from iosvd.errors import NumericalError
 from iosvd.layers.int8 import Code, levels_of, quantize_rows
 
 SCALE_BITS = 16
-PACKED_ROWS = 8  # Up to so many tokens the packed kernel is faster (make bench).
-BLOCK_ENTRIES = 2**20  # Of int8 that are expanded at a time on a CPU (make bench).
-_PACKED_WIDTH = 32  # The kernel reads in such blocks, beyond the end of other rows: it crashes.
+PACKED_ROWS = 8  # The packed kernel is faster up to this many tokens (make bench).
+BLOCK_ENTRIES = 2**20  # Entries of int8 expanded at a time on a CPU (make bench).
+_PACKED_WIDTH = 32  # The kernel reads blocks of this size, past the end of other rows, and crashes.
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """What cannot be seen from the tensors; config.json stores it."""
+    """The layout of a matrix in rows, which the tensors do not show; config.json stores it."""
 
     int8: int  # Rows stored as int8.
     by_output: bool  # A row holds the weights of one output of the matrix, else of one input.
@@ -35,15 +35,15 @@ class RowLayout:
     code: Code = Code.linear
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
+        """Return the layout as JSON."""
         return {**asdict(self), "code": self.code.value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RowLayout:
-        """Read what `to_dict` wrote.
+        """Read the result of `to_dict`.
 
         Raises:
-            TypeError, ValueError, KeyError: it did not.
+            TypeError, ValueError, KeyError: it is something else.
         """
         layout = cls(**{**values, "code": Code(values["code"])})
         if (type(layout.int8), type(layout.by_output), type(layout.ordered)) != (int, bool, bool):
@@ -54,8 +54,8 @@ class RowLayout:
 class Rows(NamedTuple):
     """The tensors of a matrix (out, in) of R rows, b of them in int8.
 
-    `order` is the index that brings outputs back to their places after the int8 rows and the kept
-    ones were multiplied, or that brings inputs to the rows as stored.
+    `order` is the index that restores the order of outputs after int8 and 16-bit rows were
+    multiplied, or that brings inputs into the order of the stored rows.
     """
 
     kept: Tensor  # (R − b, in) or, where a row is an input, (out, R − b); 16 bits
@@ -77,7 +77,7 @@ def int8_row_bits(columns: int) -> int:
 
 
 def half_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the 16-bit type of the rows that are kept in a model of this type."""
+    """Return the 16-bit dtype of the other rows in a model of this dtype."""
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
@@ -112,7 +112,7 @@ def store_rows(
     rows, int8 = matrix if by_output else matrix.T, int8.to(matrix.device)
     count = int(int8.sum())
     kept = rows[~int8].to(dtype)
-    if not torch.isfinite(rows.to(dtype)).all():  # Of int8 rows too: fp16 computes with them.
+    if not torch.isfinite(rows.to(dtype)).all():  # Int8 rows too: products with them are in fp16.
         raise NumericalError(
             f"a weight of {what} is not finite in {str(dtype).removeprefix('torch.')} (fp16 ends at"
             " 65504); try model.dtype=bfloat16 or exclude the site (model.sites.exclude)"
@@ -131,7 +131,7 @@ def store_rows(
 
 
 def restore(rows: Rows, layout: RowLayout, accumulate: torch.dtype = torch.float32) -> Tensor:
-    """Return the matrix (out, in) that the rows stand for."""
+    """Return the matrix (out, in) that the rows represent."""
     axis = 0 if layout.by_output else 1
     scale = rows.scale.to(accumulate)
     decoded = levels_of(rows.codes, layout.code, accumulate) * scale.unsqueeze(1 - axis)
@@ -143,7 +143,7 @@ def restore(rows: Rows, layout: RowLayout, accumulate: torch.dtype = torch.float
 
 
 def multiply(x: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
-    """Return x Aᵀ for inputs (…, in) and the matrix A (out, in) that the rows stand for."""
+    """Return x Aᵀ for inputs (…, in) and the matrix A (out, in) that the rows represent."""
     return _by_output(x, rows, layout) if layout.by_output else _by_input(x, rows, layout)
 
 
@@ -198,7 +198,7 @@ def _times_levels(x: Tensor, codes: Tensor, code: Code) -> Tensor:
 
 
 def _packed_is_faster(x: Tensor, code: Code) -> bool:
-    """Whether torch's packed kernel can be used, and is worth it: few rows of bfloat16 on a CPU."""
+    """Whether torch's packed kernel works and pays off: few rows of bfloat16 on a CPU."""
     few = 0 < x.numel() <= PACKED_ROWS * x.shape[-1] and x.shape[-1] % _PACKED_WIDTH == 0
     suited = x.dtype == torch.bfloat16 and x.device.type == "cpu" and code is Code.linear
     # The kernel has no derivative.

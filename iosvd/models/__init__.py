@@ -1,1 +1,1 @@
-"""Models: loading them, finding their sites and blocks, their loss."""
+"""Models: loading, sites, decoder blocks, losses."""

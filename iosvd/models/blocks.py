@@ -1,7 +1,7 @@
 """Hidden states carried from one decoder block to the next.
 
-Whatever changes block by block is measured this way in a few forward passes altogether, with one
-block and the hidden states in memory, instead of one pass for every site.
+A computation that changes the model block by block takes a few forward passes in all, instead of
+one per site, and holds one block and the hidden states in memory.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch.utils.checkpoint import checkpoint
 from iosvd.models.sites import decoder_blocks
 from iosvd.system.machine import free_bytes
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
-SHARE = 0.2  # Of what is free, the most that one set of hidden states may take there.
+SHARE = 0.2  # Share of the free memory that one set of hidden states may take.
 
 
 class _ArrivedError(Exception):
-    """Ends a forward pass that has seen what it was for."""
+    """Ends a forward pass as soon as the wanted input is captured."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with beside the hidden states; it hangs on the batch's size alone."""
+    """A block's arguments other than the hidden states; they depend only on the batch size."""
 
     positional: tuple[Any, ...]
     named: Mapping[str, Any]
@@ -45,7 +45,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Carried:
+class HiddenStates:
     """The hidden states of all calibration windows in front of one block, (windows, length, d)."""
 
     states: Tensor  # On the model's device, in main memory, or mapped from a file.
@@ -61,13 +61,13 @@ class Carried:
 
     def pass_(
         self, block: nn.Module, calls: Mapping[int, Call], names: Sequence[str] = ()
-    ) -> dict[str, Carried]:
-        """Replace the states by what a block makes of them.
+    ) -> dict[str, HiddenStates]:
+        """Replace the states by the outputs of a block.
 
         Returns:
-            What reached the named layers of the block; the block itself is called "".
+            The inputs of the named layers of the block; the block itself is "".
         """
-        reached: dict[str, Carried] = {}
+        reached: dict[str, HiddenStates] = {}
         for where, hidden in self.batches(device_of(block)):
             with ExitStack() as stack:
                 for name in names:
@@ -79,7 +79,7 @@ class Carried:
 
     def _see(
         self,
-        reached: dict[str, Carried],
+        reached: dict[str, HiddenStates],
         name: str,
         where: slice,
         _: nn.Module,
@@ -90,24 +90,24 @@ class Carried:
         states = reached[name].states
         states[where] = given[0].reshape_as(states[where])
 
-    def _beside(self, width: int) -> Carried:
-        """Return room for what reaches a layer, beside the states."""
+    def _beside(self, width: int) -> HiddenStates:
+        """Allocate the inputs of a layer of this width, for the same windows."""
         shape = (*self.states.shape[:2], width)
         states = _room(shape, self.states.dtype, self.device, self.limit_bytes)
         return replace(self, states=states)
 
 
-def carried_of(
+def hidden_states_of(
     model: PreTrainedModel, tokens: Tensor, batch_size: int, limit_bytes: float | None = None
-) -> Carried:
-    """Return what reaches the first block, kept where there is room for it.
+) -> HiddenStates:
+    """Return the inputs of the first block, on the device or wherever they fit.
 
     Args:
         model: a causal language model.
         tokens: windows (windows, length).
         batch_size: windows per forward pass.
-        limit_bytes: that may be taken of the model's device, and then of main memory; beyond, the
-            states are mapped from a temporary file. None: a fifth of what is free.
+        limit_bytes: of the model's device, and then of main memory; larger states are mapped from
+            a temporary file. None: a fifth of what is free.
     """
     first = decoder_blocks(model)[0]
     width = model.config.get_text_config().hidden_size
@@ -121,11 +121,11 @@ def carried_of(
                 model(input_ids=tokens[where].to(model.device), use_cache=False)
             except _ArrivedError:
                 states[where] = seen[0]
-    return Carried(states, batch_size, model.device, limit_bytes)
+    return HiddenStates(states, batch_size, model.device, limit_bytes)
 
 
 def calls_of(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> list[dict[int, Call]]:
-    """Return, by block, what it is called with, by the number of windows in a batch."""
+    """Return each block's other arguments, by the number of windows in a batch."""
     blocks = decoder_blocks(model)
     calls: list[dict[int, Call]] = [{} for _ in blocks]
     for size in {min(batch_size, len(tokens)), len(tokens) % batch_size} - {0}:
@@ -146,14 +146,14 @@ def calls_of(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> list[di
     return calls
 
 
-def arrive(
+def capture_input(
     block: nn.Module, hidden: Tensor, call: Call, name: str, writers: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
     """Run a block until one of its layers is reached.
 
     Returns:
-        That layer's input, and the residual stream that its output would be added to: what entered
-        the block, and what the layers named in `writers` have added to it by then.
+        The layer's input, and the residual stream that its output would be added to: the block's
+        input plus the outputs of the layers named in `writers`.
     """
     stream, seen = [hidden], list[Tensor]()
     with ExitStack() as stack:
@@ -172,20 +172,20 @@ def arrive(
 
 @dataclass(frozen=True)
 class Layout:
-    """How the sites of a block hang together."""
+    """Which sites of a block share inputs, and which write to the residual stream."""
 
-    groups: tuple[tuple[str, ...], ...]  # In the order of their use; a group reads one tensor.
-    writers: tuple[str, ...]  # Sites whose output is added to the residual stream as it is.
+    groups: tuple[tuple[str, ...], ...]  # In order of use; the sites of a group read one tensor.
+    writers: tuple[str, ...]  # Sites whose output is added to the residual stream unchanged.
 
 
 def layout_of(block: nn.Module, hidden: Tensor, call: Call, sites: Sequence[str]) -> Layout:
-    """Find out by running a block which sites share an input, and which write to the stream.
+    """Run a block to find which sites share an input and which write to the residual stream.
 
-    A site writes to the stream if, with all other sites silent, the block returns its input plus
-    what the site puts out. Blocks that normalise after the addition have no such site.
+    A site writes to the stream if, with all other sites returning zero, the block returns its input
+    plus the site's output. Blocks that normalise after the addition have no such site.
     """
     seen: dict[int, list[str]] = {}
-    inputs: list[Tensor] = []  # Kept, so that an id stays its own.
+    inputs: list[Tensor] = []  # Kept alive, so that ids stay unique.
     with ExitStack() as stack:
         for name in sites:
 
@@ -221,7 +221,7 @@ def _writes(block: nn.Module, hidden: Tensor, call: Call, name: str, sites: Sequ
 
 
 def device_of(block: nn.Module) -> torch.device:
-    """Return where a block computes."""
+    """Return the device of a block."""
     return next(block.parameters()).device
 
 
@@ -243,14 +243,14 @@ def _room(
         if count * dtype.itemsize <= limit:
             return torch.empty(shape, dtype=dtype, device=place)
     with tempfile.TemporaryDirectory(prefix="iosvd-") as folder:
-        # The file has no name any more when this ends; its bytes go with the tensor.
+        # The file is unlinked when this block ends; its bytes are freed with the tensor.
         path = str(Path(folder) / "states")
         return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
 
 
 @contextmanager
 def checkpointed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Keep of each decoder block its input alone, and compute the rest again when it is needed."""
+    """Keep only the input of each decoder block, and recompute its activations when needed."""
     # Not transformers' own: it works in training mode only, where dropout would be on.
     blocks = decoder_blocks(model) if wanted else []
     for block in blocks:
@@ -259,4 +259,4 @@ def checkpointed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            del block.forward  # What stood in front of the method of the class.
+            del block.forward  # Remove the instance attribute that shadows the method.

@@ -13,7 +13,7 @@ from iosvd.errors import ConfigError, IosvdError, ModelError, one_line
 from iosvd.models.sites import SiteSelection
 from iosvd.system.json_files import read_json
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -37,7 +37,7 @@ class Dtype(Enum):
 
 @dataclass(frozen=True)
 class Model:
-    """Which model, in which precision, and which of its layers are targets."""
+    """A model, its precision, and which of its layers are targets."""
 
     name: str
     path: str | None = None  # A local folder, which takes precedence over the hub.
@@ -54,8 +54,8 @@ def load_model(model: Model, device: str = "cpu", device_map: str | None = None)
     """Load the weights in the model's dtype, in evaluation mode.
 
     Args:
-        device: where to put it, for instance "cuda:0"; unused with a device map.
-        device_map: transformers' own, for instance "auto" to spread it over the GPUs.
+        device: for instance "cuda:0"; ignored with a device map.
+        device_map: passed to transformers, for instance "auto" to use all GPUs.
 
     Raises:
         ModelError: no such model, no network, or a damaged file; the text says what to set.
@@ -73,12 +73,12 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def load_config(model: Model) -> Any:
-    """Load the model's configuration alone."""
+    """Load only the model's configuration."""
     return _load("AutoConfig", model, {})
 
 
 def context_of(folder: str) -> int:
-    """Return how many tokens the model in a folder can read at once.
+    """Return the context length of the model in a folder, in tokens.
 
     Raises:
         ModelError: the folder has no readable config.json that says so.
@@ -116,7 +116,7 @@ def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
         return getattr(transformers, loader).from_pretrained(folder or model.hub_id, **options)
     except IosvdError:
         raise
-    # transformers, safetensors and the hub client raise many types for a model that cannot be had.
+    # transformers, safetensors and the hub client raise many types for a model they cannot load.
     except Exception as error:
         cause = one_line(error)[:300]
         if folder is not None:

@@ -1,8 +1,8 @@
-"""Forward passes that begin at the first decoder block that was changed.
+"""Forward passes that start at the first decoder block that was changed.
 
-A trial truncates one site, and what comes before its block computes what it always did. So the
-outputs of the dense model's blocks are kept, and the blocks before the changed one answer with
-them: half the work on the average, with the same result to the bit.
+A trial truncates one site; the blocks before it compute what they always did. So the outputs of the
+dense model's blocks are kept, and the blocks before the changed one return them: half the work on
+average, with the same result to the bit.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ from torch import Tensor, nn
 from iosvd.models.sites import decoder_blocks
 from iosvd.system.machine import free_bytes
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
-_SHARE = 0.25  # Of the memory that is free, what the outputs may take.
+_SHARE = 0.25  # Share of the free memory that the outputs may take.
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """What the dense model's blocks put out for some windows, batch by batch."""
+    """Outputs of the dense model's blocks for some windows, batch by batch."""
 
     blocks: tuple[nn.Module, ...]
     outputs: Mapping[int, tuple[Any, ...]]  # By the first window of a batch: of every block.
 
     @contextmanager
     def from_block(self, first: int, start: int) -> Iterator[None]:
-        """Let the blocks before `first` answer with what they put out for the batch at `start`."""
+        """Make the blocks before `first` return their stored outputs for the batch at `start`."""
         if first == 0 or start not in self.outputs:
             yield
             return
         known = self.outputs[start][first - 1]
-        for block in self.blocks[:first]:  # Only the last one's answer is looked at.
+        for block in self.blocks[:first]:  # Only the last one's output is used.
             block.forward = partial(_answer, known)
         try:
             yield
         finally:
             for block in self.blocks[:first]:
-                del block.forward  # What stood in front of the method of the class.
+                del block.forward  # Remove the instance attribute that shadows the method.
 
     def first_changed(self, layers: Iterable[nn.Module]) -> int:
-        """Return the first block that holds one of these layers; 0 if one is in none."""
+        """Return the first block that holds one of these layers; 0 if a layer is in none."""
         places = {m: i for i, block in enumerate(self.blocks) for m in block.modules()}
         return min((places.get(layer, 0) for layer in layers), default=len(self.blocks))
 
 
 @torch.inference_mode()
 def remember(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Prefixes:
-    """Run the model once and keep what its blocks put out, unless memory is short.
+    """Run the model once and keep the outputs of its blocks, unless memory is short.
 
     Args:
-        model: as it is while nothing is tried.
+        model: dense.
         windows: (windows, length).
         batch_size: windows per forward pass.
     """

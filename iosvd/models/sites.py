@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from iosvd.errors import ConfigError, ModelError, NumericalError
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class SiteSelection:
-    """Which modules are targets: their qualified names by glob (`*` also matches dots), and types.
+    """Selects target modules by globs of qualified names (`*` also matches dots) and by type.
 
     The default takes every linear layer inside the decoder blocks of Llama, Mistral, Qwen, OPT and
     GPT-NeoX, and leaves embeddings and the language-model head alone.
@@ -33,7 +33,7 @@ class SiteSelection:
 
 
 def find_sites(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Linear]:
-    """Return the target layers by qualified name, in the order of the model, fit for compression.
+    """Return the target layers by qualified name, in model order, and check their weights.
 
     Raises:
         ConfigError: a module type does not exist or is not a linear layer.
@@ -53,7 +53,7 @@ def find_sites(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Linea
 
 
 def find_linears(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Linear]:
-    """Return the target layers by qualified name, in the order of the model, whatever they hold.
+    """Return the target layers by qualified name, in model order, whatever their weights hold.
 
     Raises:
         ConfigError: a module type does not exist or is not a linear layer.
@@ -76,7 +76,7 @@ def find_linears(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Lin
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of the longest list of modules of one kind: the decoder's."""
+    """Return the decoder blocks: the longest list of modules of one type."""
     lists = [
         m for m in model.modules() if isinstance(m, nn.ModuleList) and len({*map(type, m)}) == 1
     ]
@@ -110,7 +110,7 @@ def _module_type(path: str) -> type[nn.Linear]:
 def shared_inputs(
     model: PreTrainedModel, tokens: Tensor, sites: Mapping[str, nn.Module]
 ) -> dict[str, str]:
-    """Map each site to the first one that reads the very same tensor (q, k, v; gate, up).
+    """Map each site to the first site that reads the same tensor (q, k, v; gate, up).
 
     Args:
         model: a causal language model, on any device, the meta device too.
@@ -120,7 +120,7 @@ def shared_inputs(
     Raises:
         ModelError: a site is not used; it is named.
     """
-    seen: dict[int, tuple[str, Tensor]] = {}  # The tensor is kept so that its id stays its own.
+    seen: dict[int, tuple[str, Tensor]] = {}  # The tensor is kept alive so that ids stay unique.
     shared: dict[str, str] = {}
 
     def see(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -130,7 +130,7 @@ def shared_inputs(
         for name, site in sites.items():
             stack.callback(site.register_forward_pre_hook(partial(see, name)).remove)
         few = tokens[:1, :8].to(model.device)
-        # With a mask, transformers looks at no values; meta tensors have none.
+        # With a mask, transformers does not look at values; meta tensors have none.
         model(input_ids=few, attention_mask=torch.ones_like(few), use_cache=False)
     for name in sites:
         if name not in shared:

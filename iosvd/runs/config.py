@@ -1,6 +1,6 @@
 """From Hydra's configuration to the typed values of a run, checked before anything is loaded.
 
-The schemas are the implementing dataclasses themselves, so no option is written twice.
+`config_of` goes the other way: what a run records is derived from the values.
 """
 
 from __future__ import annotations
@@ -9,39 +9,43 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import hydra
 import torch
 from hydra.errors import HydraException
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from iosvd.data.texts import Dataset
 from iosvd.errors import ConfigError, check_at_least, check_name, one_line
-from iosvd.factorization import Factorization
+from iosvd.method import Goal
 from iosvd.models.loading import Model, context_of
-from iosvd.runs.run import Calibration, Evaluation, Run, Runtime, Tracking
+from iosvd.options import number, to_json, typed_group
+from iosvd.presets import conf_folder, method_of
+from iosvd.runs.run import (
+    CalibrationOptions,
+    Data,
+    Evaluation,
+    Output,
+    Parallelism,
+    Resources,
+    Run,
+    Runtime,
+    Tracking,
+)
 from iosvd.runs.validation import check_combination
 from iosvd.system.machine import cores
 
-CONF = Path(__file__).parents[2] / "conf"
 METHOD_GROUPS = ("whitening", "allocation", "correction", "quantization", "factorization")
 PROTOCOL_LENGTH = 2048  # Tokens of a window (METHODS 9).
-Value = TypeVar("Value")
+_RUNTIME: dict[str, type] = {"resources": Resources, "output": Output, "parallel": Parallelism}
+_OPTIONAL = ("ratio", "target_kl")
+_GROUPS = (
+    *("model", "dataset", "calibration", *METHOD_GROUPS, "min_rank_fraction"),
+    *(*_OPTIONAL, "eval", "runtime", "wandb"),
+)
 
-# The default of `ratio`; there is none beside a target.
-OmegaConf.register_new_resolver(
-    "ratio_unless", lambda target: 0.8 if target is None else None, replace=True
-)
-OmegaConf.register_new_resolver(
-    "below",
-    lambda ratio, limit, then, otherwise: (
-        then if ratio is not None and ratio < limit else otherwise
-    ),
-    replace=True,
-)
 OmegaConf.register_new_resolver("folder_name", lambda path: Path(path).resolve().name, replace=True)
 # Workers side by side: as many as there are GPUs, and the cores divided among them.
 OmegaConf.register_new_resolver(
@@ -117,50 +121,73 @@ def to_run(composed: DictConfig, label: str) -> Run:
         # A resolver's own error is the cause, and says more than its wrapper.
         raise ConfigError(one_line(error.__cause__ or error)) from None
     assert isinstance(config, dict)
-    known = {f.name for f in dataclasses.fields(Run)} - {"label", "config"}
-    optional = {"ratio", "target_kl"}
-    if unknown := sorted(set(config) - known):
-        raise ConfigError(f"unknown option {unknown[0]}; options: {', '.join(sorted(known))}")
-    for name in sorted(known):
-        if name not in config or (name not in optional and config.get(name) is None):
+    if unknown := sorted(set(config) - set(_GROUPS)):
+        raise ConfigError(f"unknown option {unknown[0]}; options: {', '.join(sorted(_GROUPS))}")
+    for name in sorted(_GROUPS):
+        if name not in config or (name not in _OPTIONAL and config.get(name) is None):
             raise ConfigError(f"{name} is not set; choose one of its options")
     run = Run(
         label=label,
         model=typed_group(Model, composed, "model"),
-        dataset=typed_group(Dataset, composed, "dataset"),
-        calibration=typed_group(Calibration, composed, "calibration"),
-        whitening=_variant(composed, "whitening"),
-        allocation=_variant(composed, "allocation"),
-        correction=_variant(composed, "correction"),
-        quantization=_variant(composed, "quantization"),
-        factorization=typed_group(Factorization, composed, "factorization"),
-        ratio=_optional(composed.ratio, "ratio"),
-        target_kl=_optional(composed.target_kl, "target_kl"),
-        min_rank_fraction=number(composed.min_rank_fraction, "min_rank_fraction"),
+        data=Data(
+            dataset=typed_group(Dataset, composed, "dataset"),
+            calibration=typed_group(CalibrationOptions, composed, "calibration"),
+        ),
+        method=method_of(composed),
+        goal=Goal(
+            ratio=_optional(composed.ratio, "ratio"),
+            target_kl=_optional(composed.target_kl, "target_kl"),
+        ),
         eval=_evaluation(composed),
-        runtime=typed_group(Runtime, composed, "runtime"),
-        wandb=typed_group(Tracking, composed, "wandb"),
-        config=config,  # type: ignore[arg-type]
+        runtime=_runtime(composed),
     )
     _check(run)
     return run
 
 
+def config_of(run: Run) -> dict[str, Any]:
+    """Return the options of a run as JSON, in the groups of conf/config.yaml."""
+    method, runtime = run.method, run.runtime
+    variants = {name: getattr(method, name) for name in METHOD_GROUPS}
+    values: dict[str, Any] = {
+        "model": run.model,
+        "dataset": run.data.dataset,
+        "calibration": run.data.calibration,
+        **variants,
+        "min_rank_fraction": method.min_rank_fraction,
+        "ratio": run.goal.ratio,
+        "target_kl": run.goal.target_kl,
+        "eval": run.eval,
+        "wandb": runtime.tracking,
+    }
+    parts = (getattr(runtime, name) for name in _RUNTIME)
+    config = {name: to_json(value) for name, value in values.items()}
+    config["runtime"] = {key: value for part in parts for key, value in to_json(part).items()}
+    for name in set(METHOD_GROUPS) - {"factorization"}:
+        cls = type(variants[name])
+        config[name] = {"_target_": f"{cls.__module__}.{cls.__qualname__}", **config[name]}
+    return config
+
+
 def _check(run: Run) -> None:
     """Raise on values that are of the right type but make no sense."""
     check_name("model.name", run.model.name)
-    check_name("dataset.name", run.dataset.name)
+    check_name("dataset.name", run.data.dataset.name)
     for key, text in run.eval.texts.items():
         check_name(f"eval.texts.{key}.name", text.name)
     at_least_one = {
-        "calibration.windows": run.calibration.windows,
-        "runtime.batch_tokens": run.runtime.batch_tokens,
-        "runtime.batch_requests": run.runtime.batch_requests,
-        **({} if run.runtime.threads is None else {"runtime.threads": run.runtime.threads}),
+        "calibration.windows": run.data.calibration.windows,
+        "runtime.batch_tokens": run.runtime.resources.batch_tokens,
+        "runtime.batch_requests": run.runtime.resources.batch_requests,
+        **(
+            {}
+            if run.runtime.parallel.threads is None
+            else {"runtime.threads": run.runtime.parallel.threads}
+        ),
     }
     # A window of one token predicts nothing.
     at_least_two = {
-        "calibration.seq_len": run.calibration.seq_len,
+        "calibration.seq_len": run.data.calibration.seq_len,
         "eval.seq_len": run.eval.seq_len,
     }
     check_at_least(1, **at_least_one)
@@ -168,26 +195,15 @@ def _check(run: Run) -> None:
     at_least_zero: dict[str, float] = {
         "eval.windows": run.eval.windows,
         "eval.kl_windows": run.eval.kl_windows,
-        "runtime.cache_gib": run.runtime.cache_gib,
-        "runtime.memory_gib": run.runtime.memory_gib or 0.0,
+        "runtime.cache_gib": run.runtime.output.cache_gib,
+        "runtime.memory_gib": run.runtime.resources.memory_gib or 0.0,
     }
     check_at_least(0, **at_least_zero)
     if not run.eval.texts:
         raise ConfigError("eval.texts is empty; choose eval=own, eval=pydoc or eval=paper")
-    if run.wandb.checkpoint and not run.runtime.save_checkpoint:
+    if run.runtime.tracking.checkpoint and not run.runtime.output.save_checkpoint:
         raise ConfigError("wandb.checkpoint=true needs runtime.save_checkpoint=true")
     check_combination(run)
-
-
-def _variant(composed: DictConfig, group: str) -> Any:
-    """Build the value of a group whose `_target_` says which dataclass implements it."""
-    node = composed[group]
-    try:
-        implementation = get_class(node["_target_"])
-    except Exception as error:  # noqa: BLE001 (whatever the import of a named class raises)
-        raise ConfigError(f"{group}._target_ names no class: {one_line(error)}") from None
-    options = OmegaConf.masked_copy(node, [key for key in node if key != "_target_"])
-    return typed_group(implementation, OmegaConf.create({group: options}), group)
 
 
 def _evaluation(composed: DictConfig) -> Evaluation:
@@ -200,30 +216,19 @@ def _evaluation(composed: DictConfig) -> Evaluation:
     return dataclasses.replace(evaluation, texts=texts)
 
 
-def typed_group(cls: type[Value], composed: DictConfig, group: str, shown: str = "") -> Value:
-    """Check one group against its dataclass and return the value."""
-    shown = shown or group
-    schema = OmegaConf.structured(cls)
-    # Frozen dataclasses make read-only configs, which could not be filled.
-    OmegaConf.set_readonly(schema, False)
-    _unfreeze(schema)
-    try:
-        value = OmegaConf.to_object(OmegaConf.merge(schema, composed[group]))
-    except ConfigKeyError as error:
-        key, options = error.full_key, ", ".join(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
-        raise ConfigError(f"unknown option {shown}.{key}; options of {shown}: {options}") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{shown}.{error.full_key}: {_first_line(error)}") from None
-    assert isinstance(value, cls)
-    return value
-
-
-def _unfreeze(node: Any) -> None:
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
-        return
-    OmegaConf.set_readonly(node, False)
-    for key in node:
-        _unfreeze(node._get_node(key))
+def _runtime(composed: DictConfig) -> Runtime:
+    """Divide the options of `runtime` among the values that hold them."""
+    names = {part: [f.name for f in dataclasses.fields(cls)] for part, cls in _RUNTIME.items()}
+    known = [name for part in names.values() for name in part]
+    if unknown := [str(key) for key in composed.runtime if key not in known]:
+        raise ConfigError(
+            f"unknown option runtime.{unknown[0]}; options of runtime: {', '.join(known)}"
+        )
+    parts: dict[str, Any] = {}
+    for part, cls in _RUNTIME.items():
+        mine = OmegaConf.masked_copy(composed.runtime, names[part])
+        parts[part] = typed_group(cls, OmegaConf.create({"runtime": mine}), "runtime")
+    return Runtime(**parts, tracking=typed_group(Tracking, composed, "wandb"))
 
 
 def _missing(node: Any, prefix: str) -> Iterator[str]:
@@ -232,13 +237,6 @@ def _missing(node: Any, prefix: str) -> Iterator[str]:
         yield prefix
     for key, value in node.items() if isinstance(node, dict) else ():
         yield from _missing(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-def number(value: Any, name: str) -> float:
-    """Return a number, or raise ConfigError naming the option."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name}={value} is not a number")
-    return float(value)
 
 
 def _optional(value: Any, name: str) -> float | None:
@@ -252,7 +250,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         ConfigError: one line that names the option and what it may be.
     """
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
             return hydra.compose("config", list(overrides), return_hydra_config=True)
     except HydraException as error:
         raise ConfigError(_explain(error, overrides)) from None
@@ -273,7 +271,3 @@ def _explain(error: HydraException, overrides: Sequence[str]) -> str:
     known = siblings if isinstance(siblings, DictConfig) else compose([])
     listed = ", ".join(str(k) for k in known if k not in ("hydra", "_target_")) or "none"
     return f"unknown option {match[1]}; {where}: {listed}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]

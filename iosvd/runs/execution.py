@@ -19,6 +19,7 @@ from filelock import Timeout
 from omegaconf import OmegaConf
 
 from iosvd.errors import IosvdError, one_line
+from iosvd.runs.config import config_of
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.measurement import measure, save_checkpoint_of
 from iosvd.runs.partial_results import PARTS
@@ -66,8 +67,8 @@ def execute(run: Run) -> Outcome:
     tried again on the next launch.
     """
     folder = run_folder(run)
-    if run.runtime.threads is not None:
-        torch.set_num_threads(run.runtime.threads)
+    if run.runtime.parallel.threads is not None:
+        torch.set_num_threads(run.runtime.parallel.threads)
     try:
         with of_run(folder.name.rpartition("-")[0]), locked(run):
             return _execute(run)
@@ -87,7 +88,7 @@ def locked(run: Run, patience: float = _PATIENCE_SECONDS) -> Iterator[None]:
     Raises:
         Timeout: one does.
     """
-    folder = own_folder(Path(run.runtime.results) / "runs", ".locks")
+    folder = own_folder(Path(run.runtime.output.results) / "runs", ".locks")
     lock = process_lock(folder / f"{digest(run)}.lock", timeout=patience)
     with write_failures_explained(folder):
         lock.acquire()
@@ -100,18 +101,18 @@ def locked(run: Run, patience: float = _PATIENCE_SECONDS) -> Iterator[None]:
 def _execute(run: Run) -> Outcome:
     folder = run_folder(run)
     check_inside(folder, run)
-    if not run.runtime.force and read_record(folder) is not None:
+    if not run.runtime.output.force and read_record(folder) is not None:
         return _complete_already(run, folder)
     log.info("begins: %s", folder)
     with write_failures_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
-    stale = (METRICS, FAILURE, TRACKED, *([PARTS] if run.runtime.force else []))
+    stale = (METRICS, FAILURE, TRACKED, *([PARTS] if run.runtime.output.force else []))
     for name in stale:
         (folder / name).unlink(missing_ok=True)
     remove(folder / CHECKPOINT)  # Of a measurement that this one replaces.
     with written_whole(folder / "config.yaml") as temporary:
-        OmegaConf.save(OmegaConf.create(run.config), temporary)
+        OmegaConf.save(OmegaConf.create(config_of(run)), temporary)
     with tracked(run, folder):
         measured, retried = _with_less_memory(run, partial(measure, folder=folder))
         if retried is not None:
@@ -126,7 +127,7 @@ def _complete_already(run: Run, folder: Path) -> Outcome:
     """Add to a complete run what it was not asked for when it was measured."""
     log.info("complete already: %s", folder)
     remove_partial(folder)
-    without = run.runtime.save_checkpoint and not has_checkpoint(folder)
+    without = run.runtime.output.save_checkpoint and not has_checkpoint(folder)
     if without:
         log.info("its checkpoint is made now; nothing is measured again")
         (folder / FAILURE).unlink(missing_ok=True)
@@ -156,20 +157,21 @@ def _with_less_memory(
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    smaller = with_half_the_batch(run)
+    again = with_half_the_batch(run)
+    smaller = again.runtime.resources
     log.warning(
         "out of memory; tried once more with batches of %d tokens and %d requests%s",
-        smaller.runtime.batch_tokens,
-        smaller.runtime.batch_requests,
-        ", block by block" if smaller.runtime.checkpoint_blocks else "",
+        smaller.batch_tokens,
+        smaller.batch_requests,
+        ", block by block" if smaller.checkpoint_blocks else "",
     )
     retried = {
         "error": reason,
-        "batch_tokens": smaller.runtime.batch_tokens,
-        "batch_requests": smaller.runtime.batch_requests,
-        "checkpoint_blocks": smaller.runtime.checkpoint_blocks,
+        "batch_tokens": smaller.batch_tokens,
+        "batch_requests": smaller.batch_requests,
+        "checkpoint_blocks": smaller.checkpoint_blocks,
     }
-    return work(smaller), retried
+    return work(again), retried
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -185,17 +187,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 def with_half_the_batch(run: Run) -> Run:
     """Return a run with half the batch; one window is not divided, but its blocks are."""
-    runtime, length = run.runtime, max(run.calibration.seq_len, run.eval.seq_len)
-    whole = runtime.batch_tokens // length <= 1
-    return replace(
-        run,
-        runtime=replace(
-            runtime,
-            batch_tokens=max(1, runtime.batch_tokens // 2),
-            batch_requests=max(1, runtime.batch_requests // 2),
-            checkpoint_blocks=runtime.checkpoint_blocks or whole,
-        ),
+    resources, length = run.runtime.resources, max(run.data.calibration.seq_len, run.eval.seq_len)
+    whole = resources.batch_tokens // length <= 1
+    smaller = replace(
+        resources,
+        batch_tokens=max(1, resources.batch_tokens // 2),
+        batch_requests=max(1, resources.batch_requests // 2),
+        checkpoint_blocks=resources.checkpoint_blocks or whole,
     )
+    return replace(run, runtime=replace(run.runtime, resources=smaller))
 
 
 def record_failure(run: Run, error: Exception) -> None:

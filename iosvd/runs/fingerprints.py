@@ -1,4 +1,4 @@
-"""What a run's inputs are, independent of where they lie on this machine."""
+"""The identity of a run: a hash of its options and of the contents of its inputs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from iosvd.errors import DataError, ModelError
 from iosvd.evaluation import pydoc_task
 from iosvd.evaluation.zero_shot import ZeroShot, task_folder
 from iosvd.models.loading import folder_of
+from iosvd.runs.config import config_of
 from iosvd.runs.run import Run
 from iosvd.system.files import blocks_of, own_folder
 from iosvd.system.json_files import DamagedError, read_sealed, write_sealed
@@ -24,18 +25,25 @@ _LARGE_BYTES = 2**28  # A second to read.
 
 
 def digest(run: Run) -> str:
-    """Return the identity of a run: a hash of everything that its result depends on.
+    """Return the identity of a run: a hash of everything its result depends on.
 
     Local folders count by their content, not their path; `runtime`, `wandb` and the label do not
     count.
     """
     apart = ("runtime", "eval", "wandb")
-    identity: dict[str, Any] = {k: v for k, v in run.config.items() if k not in apart}
+    config = config_of(run)
+    identity: dict[str, Any] = {k: v for k, v in config.items() if k not in apart}
     # 1 and 1.0 are the same ratio.
-    identity["ratio"] = int(run.ratio) if run.ratio == 1 else run.ratio
-    identity |= _sources(run)
-    tasks = _tasks(run.config["eval"]["zero_shot"], run.eval.zero_shot)
-    identity["eval"] = {**run.config["eval"], "texts": _texts(run), "zero_shot": tasks}
+    identity["ratio"] = int(run.goal.ratio) if run.goal.ratio == 1 else run.goal.ratio
+    dataset = run.data.dataset
+    identity["model"] = _without_place(config["model"]) | {"content": _model_content(run)}
+    identity["dataset"] = _dataset(config["dataset"], dataset, dataset.calibration)
+    tasks = _tasks(config["eval"]["zero_shot"], run.eval.zero_shot)
+    texts = {
+        name: _dataset(config["eval"]["texts"][name], text, text.evaluation)
+        for name, text in run.eval.texts.items()
+    }
+    identity["eval"] = {**config["eval"], "texts": texts, "zero_shot": tasks}
     return _hash_of(identity)[:12]
 
 
@@ -74,20 +82,6 @@ def _hash_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _sources(run: Run) -> dict[str, Any]:
-    return {
-        "model": _without_place(run.config["model"]) | {"content": _model_content(run)},
-        "dataset": _dataset(run.config["dataset"], run.dataset, run.dataset.calibration),
-    }
-
-
-def _texts(run: Run) -> dict[str, Any]:
-    return {
-        name: _dataset(run.config["eval"]["texts"][name], text, text.evaluation)
-        for name, text in run.eval.texts.items()
-    }
-
-
 def _without_place(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != "path"}
 
@@ -99,7 +93,7 @@ def _model_content(run: Run) -> str | None:
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a model folder; set model.path")
     try:
-        return _hash_files(*_files(folder), cache=Path(run.runtime.cache))
+        return _hash_files(*_files(folder), cache=Path(run.runtime.output.cache))
     except OSError as error:
         raise ModelError(
             f"cannot read the model in {folder}: {error.strerror}: {error.filename}; ask its owner"

@@ -24,13 +24,14 @@ from iosvd.evaluation.zero_shot import TaskScore, ZeroShotResult, load_tasks, ze
 from iosvd.layers.replacement import stored_bytes, truncated_weights
 from iosvd.models.loading import load_config, load_tokenizer
 from iosvd.models.sites import find_sites
-from iosvd.pipeline import Compressed, feasible_budget
+from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.plan import Plan
+from iosvd.runs.config import config_of
 from iosvd.runs.fingerprints import digest
-from iosvd.runs.partial_results import Parts
+from iosvd.runs.partial_results import PartialResults
 from iosvd.runs.records import ANSWERS, CHECKPOINT, PLAN, SPECTRA, read_plan
 from iosvd.runs.run import KL, Run
-from iosvd.runs.steps import batch_size, cache_of, compress_as, factorize_as, loaded
+from iosvd.runs.steps import batch_size, cache_of, calibration_of, loaded
 from iosvd.runs.tokens import calibration_tokens, evaluation_tokens
 from iosvd.system.files import remove, written_whole
 from iosvd.system.json_files import write_json
@@ -53,7 +54,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     """
     started, cache = datetime.now(timezone.utc), cache_of(run)
     clock = StageClock()
-    parts = Parts(folder, f"{digest(run)} {commit()}", clock)
+    parts = PartialResults(folder, f"{digest(run)} {commit()}", clock)
     with clock.stage("data"):
         _check_context(run)
         tokenizer = load_tokenizer(run.model)
@@ -65,16 +66,16 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         model = loaded(run)
         for windows in (tokens, *texts.values()):
             check_vocabulary(windows, model.config.get_text_config().vocab_size)
+    calibration = calibration_of(run, model, tokens, cache)
     # Before the work: an impossible budget should not cost a pass over the calibration set.
-    sites = find_sites(model, run.model.sites)
-    feasible_budget(sites, run.ratio, run.quantization, run.min_rank_fraction, run.correction)
-    del sites  # They would keep the dense weights.
-    factorized = factorize_as(run, model, tokens, cache)
-    compressed = compress_as(run, model, tokens, factorized, cache)
+    run.goal.budget(calibration.sites, run.method)
+    factorized = spectra_for(run.goal, run.method, calibration)
+    compressed = compress_to(run.goal, run.method, calibration, factorized)
+    del calibration  # It would keep the layers that were replaced.
     if cache.has_written:
         cache.evict(used_before=started.timestamp())
     _write_plan(compressed, folder)
-    if run.runtime.save_checkpoint:
+    if run.runtime.output.save_checkpoint:
         _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, tokenizer)
     evaluated = _evaluation(run, model, tokenizer, tasks, texts, parts)
     write_json(folder / ANSWERS, evaluated.pop("answers"))
@@ -88,7 +89,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "model": run.model.name,
         "model_revision": getattr(model.config, "_commit_hash", None),
         "ratio": compressed.plan.ratio_asked,
-        "target_kl": run.target_kl,
+        "target_kl": run.goal.target_kl,
         **_plan_summary(compressed.plan),
         "target_bytes": stored_bytes(model, compressed.plan.sites),
         **evaluated,
@@ -102,7 +103,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "started": started.isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": library_versions(),
-        "config": run.config,
+        "config": config_of(run),
     }
 
 
@@ -119,7 +120,7 @@ def save_checkpoint_of(run: Run, folder: Path) -> None:
     cache, tokenizer = cache_of(run), load_tokenizer(run.model)
     revision = getattr(load_config(run.model), "_commit_hash", None)
     tokens, model = calibration_tokens(run, tokenizer, cache, revision), loaded(run)
-    compressed = compress_as(run, model, tokens, store=cache)
+    compressed = compress_to(run.goal, run.method, calibration_of(run, model, tokens, cache))
     measured = read_plan(folder)["sites"]
     now = {name: asdict(site) for name, site in compressed.plan.sites.items()}
     stored = ("rank", "dense", "bits", "rounded_rows")
@@ -138,7 +139,7 @@ def _evaluation(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Mapping[str, Task],
     texts: Mapping[str, Tensor],
-    parts: Parts,
+    parts: PartialResults,
 ) -> dict[str, Any]:
     """Measure perplexity on every text and accuracy on every task; each is kept at once."""
 
@@ -146,7 +147,7 @@ def _evaluation(
         return perplexity(model, texts[name], batch_size(run, texts[name]))
 
     def task_scores(name: str) -> dict[str, Any]:
-        limit, requests = run.eval.zero_shot.limit, run.runtime.batch_requests
+        limit, requests = run.eval.zero_shot.limit, run.runtime.resources.batch_requests
         found = zero_shot(model, tokenizer, [tasks[name]], limit, requests)
         return {"score": asdict(found.scores[name]), "correct": list(found.correct[name])}
 
@@ -175,7 +176,7 @@ def _divergence(
     compressed: Compressed,
     factorized: Factorized,
     texts: Mapping[str, Tensor],
-    parts: Parts,
+    parts: PartialResults,
 ) -> dict[str, Any]:
     """Measure the exact divergence from the dense model, as `eval.kl` asks for it."""
     ranks = compressed.plan.ranks
@@ -196,7 +197,7 @@ def _divergence(
 
     found = parts.of("divergence", texts, of_text)
     whole = {name: of_text.pop(WHOLE) for name, of_text in found.items()}
-    kl = run.whitening.predicts_kl
+    kl = run.method.whitening.predicts_kl
     planned = {
         site: {
             "predicted_kl": plan.dropped_energy / 2 if kl else None,
@@ -243,7 +244,7 @@ def _save_checkpoint(
 def _check_context(run: Run) -> None:
     """Fail before loading where windows are longer than the model's context."""
     context = getattr(load_config(run.model), "max_position_embeddings", None)
-    longest = max(run.calibration.seq_len, run.eval.seq_len)
+    longest = max(run.data.calibration.seq_len, run.eval.seq_len)
     if context is not None and longest > context:
         raise ModelError(
             f"windows of {longest} tokens exceed the context of {context} of {run.model.name};"

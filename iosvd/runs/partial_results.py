@@ -1,6 +1,6 @@
-"""The parts of a run that were measured, kept in its folder until all of it is.
+"""Results of a run that is not complete yet, kept in its folder.
 
-A run that is killed goes on after the last part: a text or a task is not measured twice.
+A killed run resumes after the last of them: no text or task is measured twice.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Results by name, in a file; the folder belongs to one process at a time."""
+class PartialResults:
+    """Results by name, in a file; only one process at a time writes to the folder."""
 
     folder: Path
     identity: str  # Of the run, and of the code that measures it.
     clock: StageClock
 
     def of(self, stage: str, names: Iterable[str], measure: Callable[[str], Any]) -> dict[str, Any]:
-        """Return the result of each name, JSON; what was not measured before is measured and kept.
+        """Return the result of each name, as JSON; measure and keep those that are missing.
 
-        What it took, then or now, is added to the stage.
+        Their cost, also of those measured earlier, is added to the stage.
         """
         self.clock.add(stage, Stage(0.0, 0))
         with of_stage(stage):
@@ -65,7 +65,7 @@ class Parts:
         return kept[key].result
 
     def forget(self) -> None:
-        """Remove them: the record of the whole run holds them all."""
+        """Remove the file: the complete run's record holds all results."""
         (self.folder / PARTS).unlink(missing_ok=True)
 
     def _read(self) -> dict[str, _Part]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from iosvd.errors import RecordError, one_line, plain, shortened
+from iosvd.metric import AVERAGE, Metric, accuracy_on, other, perplexity_on
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.metrics import Failure, Metrics, SitePlans
 from iosvd.runs.run import Run
@@ -36,17 +37,17 @@ def run_folder(run: Run) -> Path:
     A run that exists already keeps its folder, whatever its row was called when it was made: two
     tables that name it differently share it.
     """
-    folder, identity = Path(run.runtime.results) / "runs" / run.model.name, digest(run)
+    folder, identity = Path(run.runtime.output.results) / "runs" / run.model.name, digest(run)
     if found := sorted(folder.glob(f"*-{identity}")):
         return found[0]
     label = re.sub(r"[^\w.=]+", "_", run.label).strip("_")[:_LONGEST_LABEL]
-    goal = f"kl{run.target_kl:g}" if run.ratio is None else f"{run.ratio:g}"
+    goal = f"kl{run.goal.target_kl:g}" if run.goal.ratio is None else f"{run.goal.ratio:g}"
     return folder / f"{label}-{goal}-{identity}"
 
 
 def check_inside(folder: Path, run: Run) -> None:
     """Raise RecordError where a link leads from the results to a folder that is not theirs."""
-    runs = (Path(run.runtime.results) / "runs").resolve()
+    runs = (Path(run.runtime.output.results) / "runs").resolve()
     if not folder.resolve().is_relative_to(runs):
         raise RecordError(
             f"{folder} is a link out of the results, to {folder.resolve()}; nothing is written"
@@ -63,30 +64,22 @@ class Record:
     ratio: float
     ratio_achieved: float
     target_bytes: int  # That the weights of the target layers take.
-    perplexity: Mapping[str, float]  # By the name of the data set.
-    accuracy: Mapping[str, float]  # `acc`, by task.
-    average_acc: float | None
-    extra: Mapping[str, float]  # Predictions and divergences, by the name of their column.
-    spread: Mapping[str, float]  # Standard deviation by column, where it is a mean over runs.
+    values: Mapping[Metric, float]  # Perplexities, accuracies, predictions and divergences.
+    spread: Mapping[Metric, float]  # Standard deviations, if the record is a mean over runs.
     seconds: float  # Of the compression: statistics to replacement.
     started: str
     device: str
     model_revision: str | None
     commit: str
 
-    def value(self, metric: str) -> float | None:
-        """Return a metric by the name of its column, None if it was not measured."""
-        if metric.endswith("_ppl"):
-            return self.perplexity.get(metric.removesuffix("_ppl"))
-        numbers = {
-            "average_acc": self.average_acc,
-            "ratio_achieved": self.ratio_achieved,
-            "target_bytes": self.target_bytes,
-            "seconds": self.seconds,
+    def value(self, metric: Metric) -> float | None:
+        """Return the value of a metric, None if it was not measured."""
+        sizes = {
+            other("ratio_achieved"): self.ratio_achieved,
+            other("target_bytes"): self.target_bytes,
+            other("seconds"): self.seconds,
         }
-        if metric in numbers:
-            return numbers[metric]
-        return self.accuracy.get(metric, self.extra.get(metric))
+        return sizes.get(metric, self.values.get(metric))
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -175,10 +168,7 @@ def record_of(metrics: Metrics) -> Record:
         ratio=metrics.ratio,
         ratio_achieved=metrics.ratio_achieved,
         target_bytes=metrics.target_bytes,
-        perplexity={names[key]: value for key, value in metrics.perplexity.items()},
-        accuracy={name: task.acc for name, task in metrics.zero_shot.items()},
-        average_acc=metrics.average_acc,
-        extra=dict(_extra(metrics, names)),
+        values=dict(_values(metrics, names)),
         spread={},
         seconds=metrics.compression_seconds,
         started=plain(metrics.started),
@@ -188,21 +178,27 @@ def record_of(metrics: Metrics) -> Record:
     )
 
 
-def _extra(metrics: Metrics, names: Mapping[str, str]) -> Iterator[tuple[str, float]]:
+def _values(metrics: Metrics, names: Mapping[str, str]) -> Iterator[tuple[Metric, float]]:
+    for text, value in metrics.perplexity.items():
+        yield perplexity_on(names[text]), value
+    for task, score in metrics.zero_shot.items():
+        yield accuracy_on(task), score.acc
+    if metrics.average_acc is not None:
+        yield AVERAGE, metrics.average_acc
     if metrics.predicted_kl is not None:
-        yield "predicted_kl", metrics.predicted_kl
+        yield other("predicted_kl"), metrics.predicted_kl
     if metrics.predicted_loss_change is not None:
-        yield "predicted_loss_change", metrics.predicted_loss_change
+        yield other("predicted_loss_change"), metrics.predicted_loss_change
     for text, measured in metrics.divergence.items():
-        yield f"{names[text]}_kl", measured.kl
-        yield f"{names[text]}_loss_change", measured.loss_change
+        yield other(f"{names[text]}_kl"), measured.kl
+        yield other(f"{names[text]}_loss_change"), measured.loss_change
     for text, sites in metrics.site_divergence.items():
         # A truncation that changes nothing at all was predicted neither well nor badly.
         predicted = [(s.predicted_kl, s.kl) for s in sites.values() if s.kl > 0]
         if ratios := [guess / kl for guess, kl in predicted if guess is not None]:
-            yield f"{names[text]}_site_median", statistics.median(ratios)
+            yield other(f"{names[text]}_site_median"), statistics.median(ratios)
             within = [0.5 <= ratio <= 2 for ratio in ratios]
-            yield f"{names[text]}_sites_within_two", sum(within) / len(within)
+            yield other(f"{names[text]}_sites_within_two"), sum(within) / len(within)
 
 
 def read_plan_and_spectra(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What a run is made of: one frozen value for each group of options, checked by config.py."""
+"""The values that define a run; config.py builds and checks them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from iosvd.allocation import Allocation
-from iosvd.correction import Correction
 from iosvd.data.texts import Dataset
 from iosvd.evaluation.zero_shot import ZeroShot
-from iosvd.factorization import Factorization
+from iosvd.method import Goal, Method
 from iosvd.models.loading import Model
-from iosvd.quantization import Quantization
-from iosvd.whitening import Whitening
 
 
 class Halves(Enum):
@@ -27,7 +23,7 @@ class Halves(Enum):
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationOptions:
     """Which windows of the data set's calibration split are used, and for what."""
 
     windows: int = 256
@@ -37,11 +33,11 @@ class Calibration:
 
     @property
     def windows_each(self) -> int:
-        """Windows that whiten, and windows there are for the gradient."""
+        """Number of windows that whiten, and of windows for the gradient."""
         return self.windows if self.halves is Halves.none else self.windows // 2
 
     def divided(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the windows that whiten, and those of the gradient if they are others."""
+        """Return the windows that whiten, and the windows of the gradient if they differ."""
         first, second = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
         if self.halves is Halves.none:
             return tokens, None
@@ -69,24 +65,36 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Runtime:
-    """How a run is carried out; nothing here changes what it measures, but by rounding."""
+class Resources:
+    """Devices and memory of a run; they change what it measures by rounding only."""
 
     device: str = "auto"
     device_map: str | None = None
     batch_tokens: int = 2048
     batch_requests: int = 32
-    workers: int = 1
-    threads: int | None = None
-    gpu_per_worker: bool = False
     memory_gib: float | None = None
     metrics_on_cpu: bool = False
     checkpoint_blocks: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes, and what it keeps and replaces there."""
+
     results: str = "results"
     cache: str = "results/cache"
     cache_gib: float = 200.0
     save_checkpoint: bool = False
     force: bool = False
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How many runs share this machine, and what each of them takes."""
+
+    workers: int = 1
+    threads: int | None = None
+    gpu_per_worker: bool = False
 
 
 class TrackingMode(Enum):
@@ -109,22 +117,31 @@ class Tracking:
 
 
 @dataclass(frozen=True)
+class Runtime:
+    """How a run is carried out; nothing here changes what it measures, except by rounding."""
+
+    resources: Resources = field(default_factory=Resources)
+    output: Output = field(default_factory=Output)
+    parallel: Parallelism = field(default_factory=Parallelism)
+    tracking: Tracking = field(default_factory=Tracking)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The calibration text, and the windows that are drawn from it."""
+
+    dataset: Dataset
+    calibration: CalibrationOptions
+
+
+@dataclass(frozen=True)
 class Run:
     """One cell of a table: everything a run depends on."""
 
-    label: str  # The method's name in tables; names what was changed from its preset.
+    label: str  # The method's name in tables, with the changes to its preset.
     model: Model
-    dataset: Dataset
-    calibration: Calibration
-    whitening: Whitening
-    allocation: Allocation
-    correction: Correction
-    quantization: Quantization
-    factorization: Factorization
-    ratio: float | None  # None: what target_kl needs.
-    target_kl: float | None
-    min_rank_fraction: float
+    data: Data
+    method: Method
+    goal: Goal
     eval: Evaluation
     runtime: Runtime
-    wandb: Tracking
-    config: dict[str, Any]  # The same as composed, for the record.

@@ -1,4 +1,4 @@
-"""Load, factorise and compress the way a run says."""
+"""Load and calibrate a run's model, and plan the memory of its statistics."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from iosvd.cache.calibration import Calibration
 from iosvd.cache.disk import Cache
-from iosvd.cache.spectra import Factorized
 from iosvd.cache.store import NoStore, Store
 from iosvd.errors import ConfigError
 from iosvd.models.loading import load_model
-from iosvd.pipeline import Compressed, compress, factorize
 from iosvd.runs.fingerprints import model_identity
 from iosvd.runs.run import Run
 from iosvd.statistics.memory import MemoryUse, sums_limit
@@ -22,88 +21,68 @@ from iosvd.statistics.needs import Needs
 from iosvd.statistics.planning import Outline, activations_of, outline
 from iosvd.system.machine import GIB, taken_bytes
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 
 def loaded(run: Run) -> PreTrainedModel:
-    """Load the run's model, on the device that it says; compression will change it."""
-    return load_model(run.model, device_for(run.runtime.device), run.runtime.device_map)
+    """Load the run's model on the run's device; compression changes it."""
+    return load_model(
+        run.model, device_for(run.runtime.resources.device), run.runtime.resources.device_map
+    )
 
 
 def cache_of(run: Run) -> Cache:
     """Return where a run keeps what other runs may need too."""
-    return Cache(Path(run.runtime.cache), run.runtime.cache_gib * GIB)
+    return Cache(Path(run.runtime.output.cache), run.runtime.output.cache_gib * GIB)
 
 
-def factorize_as(
-    run: Run, model: PreTrainedModel, tokens: Tensor, store: Store | None = None
-) -> Factorized:
-    """Return the spectra of a loaded model the way a run says."""
-    whitening_tokens, gradient_tokens = run.calibration.divided(tokens)
-    return factorize(
-        model,
-        whitening_tokens,
-        ratio=run.ratio,
-        whitening=run.whitening,
-        allocation=run.allocation,
-        quantization=run.quantization,
-        factorization=run.factorization,
-        selection=run.model.sites,
-        gradient_tokens=gradient_tokens,
-        batch_size=batch_size(run, tokens),
-        memory=memory_use(run, model, tokens),
-        store=store or NoStore(),
-        identity=_identity(run, model),
-    )
-
-
-def compress_as(
+def calibration_of(
     run: Run,
     model: PreTrainedModel,
     tokens: Tensor,
-    factorized: Factorized | None = None,
-    store: Store | None = None,
-) -> Compressed:
-    """Compress a loaded model the way a run says."""
-    whitening_tokens, gradient_tokens = run.calibration.divided(tokens)
-    return compress(
+    store: Store = NoStore(),  # noqa: B008 (frozen)
+) -> Calibration:
+    """Return a loaded model with its calibration windows, as the run divides them.
+
+    Args:
+        run: what is measured.
+        model: dense.
+        tokens: calibration windows (windows, length).
+        store: where statistics, spectra and losses are cached.
+    """
+    whitening_tokens, gradient_tokens = run.data.calibration.divided(tokens)
+    return Calibration.of(
         model,
         whitening_tokens,
-        ratio=run.ratio,
-        target_kl=run.target_kl,
-        whitening=run.whitening,
-        allocation=run.allocation,
-        correction=run.correction,
-        quantization=run.quantization,
-        factorization=run.factorization,
         selection=run.model.sites,
-        min_rank_fraction=run.min_rank_fraction,
         gradient_tokens=gradient_tokens,
         batch_size=batch_size(run, tokens),
         memory=memory_use(run, model, tokens),
-        store=store or NoStore(),
-        identity=_identity(run, model),
-        factorized=factorized,
+        store=store,
+        identity=model_identity(run, getattr(model.config, "_commit_hash", None)),
     )
 
 
 def memory_use(run: Run, model: PreTrainedModel, tokens: Tensor) -> MemoryUse:
     """Return what the sums of one pass may take beside the loaded model and its activations."""
-    runtime, needs = run.runtime, run.whitening.needs | run.allocation.needs
+    resources, needs = (
+        run.runtime.resources,
+        run.method.whitening.needs | run.method.allocation.needs,
+    )
     devices = {parameter.device for parameter in model.parameters()}
-    where = {torch.device("cpu")} if runtime.metrics_on_cpu else devices
+    where = {torch.device("cpu")} if resources.metrics_on_cpu else devices
     beside = 0
     if where == devices:
         shapes = activations_of(model, run.model.sites, batch_size(run, tokens) * tokens.shape[1])
-        beside = shapes.bytes(needs, runtime.checkpoint_blocks)
-    limit = sums_limit(runtime.memory_gib, where, beside, runtime.workers)
-    return MemoryUse(limit, runtime.metrics_on_cpu, runtime.checkpoint_blocks)
+        beside = shapes.bytes(needs, resources.checkpoint_blocks)
+    limit = sums_limit(resources.memory_gib, where, beside, run.runtime.parallel.workers)
+    return MemoryUse(limit, resources.metrics_on_cpu, resources.checkpoint_blocks)
 
 
 def batch_size(run: Run, windows: Tensor) -> int:
     """Return how many windows make up `runtime.batch_tokens`, at least one."""
-    return max(1, run.runtime.batch_tokens // windows.shape[1])
+    return max(1, run.runtime.resources.batch_tokens // windows.shape[1])
 
 
 def device_for(name: str) -> str:
@@ -119,17 +98,13 @@ def device_for(name: str) -> str:
     return name
 
 
-def _identity(run: Run, model: PreTrainedModel) -> str:
-    return model_identity(run, getattr(model.config, "_commit_hash", None))
-
-
 @dataclass(frozen=True)
 class Planned:
-    """What the statistics of a run will take of the memory, in bytes."""
+    """Memory that the statistics of a run will take, in bytes."""
 
     outline: Outline
     needs: Needs
-    where: torch.device  # The sums are.
+    where: torch.device  # Of the sums.
     activations: int
     limit: float  # Of the sums of one pass.
     passes: tuple[int, ...]  # The sums of each.
@@ -143,13 +118,13 @@ class Planned:
 
 def plan_statistics(run: Run, device: torch.device) -> Planned:
     """Plan the statistics of a run on a device, before anything of it is loaded."""
-    runtime, length = run.runtime, run.calibration.seq_len
-    shapes = outline(run.model, max(1, runtime.batch_tokens // length) * length)
-    needs = run.whitening.needs | run.allocation.needs
-    where = torch.device("cpu") if runtime.metrics_on_cpu else device
-    activations = shapes.activations.bytes(needs, runtime.checkpoint_blocks)
+    resources, length = run.runtime.resources, run.data.calibration.seq_len
+    shapes = outline(run.model, max(1, resources.batch_tokens // length) * length)
+    needs = run.method.whitening.needs | run.method.allocation.needs
+    where = torch.device("cpu") if resources.metrics_on_cpu else device
+    activations = shapes.activations.bytes(needs, resources.checkpoint_blocks)
     beside = activations + shapes.weight_bytes if where == device else 0
-    limit = sums_limit(runtime.memory_gib, [where], beside, runtime.workers)
+    limit = sums_limit(resources.memory_gib, [where], beside, run.runtime.parallel.workers)
     passes = shapes.passes(needs, limit)
     peak = taken_bytes(device) + shapes.weight_bytes
     if passes:

@@ -13,7 +13,7 @@ from iosvd.data.windows import calibration_windows, evaluation_windows
 from iosvd.runs.fingerprints import tokens_identity
 from iosvd.runs.run import Run
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedTokenizerBase
 
 
@@ -28,7 +28,7 @@ def calibration_tokens(
         store: where they are kept.
         revision: of the hub that the tokenizer was loaded from.
     """
-    c, text = run.calibration, run.dataset
+    c, text = run.data.calibration, run.data.dataset
     options = {"windows": c.windows, "length": c.seq_len, "seed": c.seed, "use": "calibration"}
     key = tokens_key(tokens_identity(run, text, text.calibration, options, revision))
     return _kept(

@@ -14,8 +14,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iosvd.errors import ConfigError, one_line
+from iosvd.errors import ConfigError, extra, one_line
 from iosvd.plan import plan_frame
+from iosvd.runs.config import config_of
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.records import CHECKPOINT, TRACKED, read_metrics, read_plan_and_spectra
 from iosvd.runs.run import Run, Tracking, TrackingMode
@@ -38,8 +39,8 @@ def check_tracking(tracking: Tracking) -> None:
     """
     if tracking.mode is not TrackingMode.online:
         return
-    import wandb
-
+    with extra():
+        import wandb
     try:
         reason = None if wandb.login(prompt=False) else "there is no key"
     except Exception as error:  # noqa: BLE001 (wandb raises many types, for instance for a bad key)
@@ -58,11 +59,11 @@ def tracked(run: Run, folder: Path) -> Iterator[None]:
     An exception inside marks the wandb run as failed. What wandb itself dies of is a warning: a
     dashboard must not cost a measurement.
     """
-    if run.wandb.mode is TrackingMode.disabled:
+    if run.runtime.tracking.mode is TrackingMode.disabled:
         yield
         return
     opened = None
-    config = {**run.config, "label": run.label}  # Dashboards group by it.
+    config = {**config_of(run), "label": run.label}  # Dashboards group by it.
     with _forgiven("this run is not logged"):
         opened = open_run(run, folder.name, digest(run), config=config)
     try:
@@ -74,9 +75,9 @@ def tracked(run: Run, folder: Path) -> Iterator[None]:
         raise
     with _forgiven("complete, but not logged; launch it again to log it"):
         if opened is not None:
-            log_complete(opened, folder, checkpoint=run.wandb.checkpoint)
+            log_complete(opened, folder, checkpoint=run.runtime.tracking.checkpoint)
             opened.finish()
-            write_json(folder / TRACKED, {"id": opened.id, "mode": run.wandb.mode.value})
+            write_json(folder / TRACKED, {"id": opened.id, "mode": run.runtime.tracking.mode.value})
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def open_run(run: Run, name: str, identity: str, **options: Any) -> wandb.Run:
     """
     import wandb
 
-    tracking, results = run.wandb, Path(run.runtime.results)
+    tracking, results = run.runtime.tracking, Path(run.runtime.output.results)
     results.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
     return wandb.init(
@@ -141,7 +142,7 @@ def log_sweep(
     figures: Mapping[str, Figure],
 ) -> None:
     """Log what belongs to a whole sweep, in a wandb run of its own; the sweep says where to."""
-    if example.wandb.mode is TrackingMode.disabled:
+    if example.runtime.tracking.mode is TrackingMode.disabled:
         return
     with _forgiven("the sweep is not logged"):
         run = open_run(example, sweep, f"sweep-{sweep}", job_type="sweep")

@@ -18,7 +18,7 @@ def check_combination(run: Run) -> None:
     _check_floor(run)
     _check_gradient(run)
     _check_trials(run)
-    f = run.factorization
+    f = run.method.factorization
     if f.precision is Precision.float32 and f.algorithm is Algorithm.gram:
         raise ConfigError(
             "factorization.precision=float32 needs factorization.algorithm=svd: a Gram matrix in"
@@ -27,38 +27,42 @@ def check_combination(run: Run) -> None:
 
 
 def _check_goal(run: Run) -> None:
-    if run.target_kl is None:
-        if run.ratio is None:
+    if run.goal.target_kl is None:
+        if run.goal.ratio is None:
             raise ConfigError("ratio is not set; set ratio=0.8 or target_kl=0.05")
-        check_ratio(run.ratio)
+        check_ratio(run.goal.ratio)
         return
-    if run.ratio is not None:
+    if run.goal.ratio is not None:
         raise ConfigError(
-            f"target_kl chooses the ratio; leave out ratio={run.ratio:g} or target_kl"
+            f"target_kl chooses the ratio; leave out ratio={run.goal.ratio:g} or target_kl"
         )
-    check_target(run.target_kl, run.whitening, run.quantization)
+    check_target(run.goal.target_kl, run.method.whitening, run.method.quantization)
 
 
 def _check_floor(run: Run) -> None:
-    fraction = run.min_rank_fraction
+    fraction = run.method.min_rank_fraction
     check_fraction(fraction)
     # At its break-even rank a site costs nearly as much as dense; what exactly it costs is known
     # when the model is.
-    if not run.quantization.rounds and run.ratio is not None and _NEARLY * fraction > run.ratio:
+    if (
+        not run.method.quantization.rounds
+        and run.goal.ratio is not None
+        and _NEARLY * fraction > run.goal.ratio
+    ):
         raise ConfigError(
-            f"min_rank_fraction={fraction:g} keeps more than ratio={run.ratio:g} allows;"
+            f"min_rank_fraction={fraction:g} keeps more than ratio={run.goal.ratio:g} allows;"
             " lower it, or raise ratio"
         )
 
 
 def _check_trials(run: Run) -> None:
     """Windows of a trial are the first ones of those that whiten."""
-    if (windows := run.allocation.trial_windows) is not None:
+    if (windows := run.method.allocation.trial_windows) is not None:
         _check_windows("allocation.windows", windows, run)
 
 
 def _check_gradient(run: Run) -> None:
-    asked, calibration = run.allocation.needs.gradient_windows, run.calibration
+    asked, calibration = run.method.allocation.needs.gradient_windows, run.data.calibration
     if calibration.windows_each < 1:
         raise ConfigError(f"calibration.halves={calibration.halves.value} needs 2 windows at least")
     if calibration.halves is Halves.other and not asked:
@@ -71,7 +75,7 @@ def _check_gradient(run: Run) -> None:
 
 
 def _check_windows(option: str, asked: int, run: Run) -> None:
-    there = run.calibration.windows_each
+    there = run.data.calibration.windows_each
     if asked > there:
         raise ConfigError(
             f"{option}={asked}, but only {there} windows are there for it; set it to 0 for all,"

@@ -1,1 +1,1 @@
-"""Statistics of the calibration set: what can be asked for, and the one pass that collects it."""
+"""Statistics of the calibration set: which there are, and the pass that collects them."""

@@ -1,4 +1,4 @@
-"""Running sums over the calibration set: what the hooks of `statistics` add to."""
+"""Running sums over the calibration set, which the hooks of collect.py add to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iosvd.statistics.needs import Needs, SiteStatistics
 
 
 class Phase(Enum):
-    """What arrives at the hooks."""
+    """The kinds of signals that reach the hooks."""
 
     INPUTS = auto()
     KL = auto()
@@ -46,7 +46,7 @@ class Sums:
 
     def see_output(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         """Add a site's inputs, and watch for the cotangents of its output."""
-        if self.phase is not Phase.INPUTS:  # A checkpointed block computes its activations again.
+        if self.phase is not Phase.INPUTS:  # A checkpointed block recomputes its activations.
             return
         x = inputs[0].detach()
         if self.shared[name] == name and not self.only_kronecker:
@@ -60,7 +60,7 @@ class Sums:
             y.register_hook(partial(self.see_cotangent, name, x if weighs else None))
 
     def see_cotangent(self, name: str, x: Tensor | None, cotangent: Tensor) -> None:
-        """Add what was back-propagated to a site's output."""
+        """Add the cotangents of a site's output."""
         rows = rows_of(cotangent)
         if self.phase is Phase.KL:
             self._add_gram(self.kl_metric, name, rows)
@@ -96,7 +96,7 @@ class Sums:
         )
 
     def _add_gram(self, sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
-        """Add rowsᵀ rows, of which only the lower triangle's blocks are computed."""
+        """Add rowsᵀ rows, computing only the blocks of the lower triangle."""
         width = rows.shape[1]
         if name not in sums:
             sums[name] = rows.new_zeros(width, width, device="cpu" if self.on_cpu else None)
@@ -113,7 +113,7 @@ class Sums:
         return term.cpu() if self.on_cpu else term
 
     def check(self) -> None:
-        """Raise for the first site, in the order of the model, whose sums are not finite."""
+        """Raise for the first site in the model whose sums are not finite."""
         for name in self.shared:
             for what, sums in self._named():
                 if name in sums and not torch.isfinite(sums[name]).all():
@@ -132,7 +132,7 @@ class Sums:
         yield "Kronecker factor", self.kronecker.sums
 
     def finish(self, windows: int, length: int) -> None:
-        """Turn the sums into means, in place: sites that share a metric share its memory."""
+        """Turn the sums into means in place; sites that share a metric share its memory."""
         estimates = self.needs.kl_metric.estimates if self.needs.kl_metric else 1
         predictions = length - 1  # In a window; its loss is their mean.
         for sums, count in (

@@ -1,4 +1,4 @@
-"""Collect what the calibration set tells about the sites, in one pass of hooks (METHODS 2).
+"""Collect the statistics of sites in one pass over the calibration set (METHODS 2).
 
 Cost in units of one forward pass: the forward itself 1; each backward pass of the KL metric, or of
 the loss of drawn labels, 1, because no parameter asks for a gradient; the true loss another 1, plus
@@ -26,7 +26,7 @@ from iosvd.statistics.kl_metric import cotangents
 from iosvd.statistics.needs import Needs, SiteStatistics
 from iosvd.system.progress import track
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 
@@ -45,9 +45,9 @@ def collect(
     Args:
         model: a causal language model; its weights and their `requires_grad` are left as they were.
         tokens: calibration windows (windows, length), without padding.
-        sites: target layers by qualified name; linear, or what took a linear layer's place.
-        needs: which statistics; none at all costs nothing.
-        batch_size: windows per forward pass; it changes results by rounding only.
+        sites: target layers by qualified name; linear or compressed.
+        needs: which statistics; asking for none costs nothing.
+        batch_size: windows per forward pass; it changes results only by rounding.
         on_cpu: keep the sums in main memory, wherever the model is.
         checkpoint_blocks: for each backward pass compute the activations of one decoder block at a
             time again, instead of keeping those of all.
@@ -73,16 +73,16 @@ def _pass_over(model: PreTrainedModel, tokens: Tensor, batch_size: int, sums: Su
     for start in track(starts, len(starts), "statistics", "batch"):
         _pass(model, tokens[start : start + batch_size], start, sums)
         if start == 0:
-            sums.check()  # A broken model fails at once, not after the whole pass.
+            sums.check()  # A broken model fails now, not after the whole pass.
 
 
 def _pass(model: PreTrainedModel, batch: Tensor, first_window: int, sums: Sums) -> None:
-    """Forward one batch, then back-propagate what is needed; the hooks do the sums."""
+    """Run one batch forward, then back-propagate what is needed; the hooks sum."""
     batch = batch.to(model.device)
     sums.phase, sums.first_window, sums.windows = Phase.INPUTS, first_window, len(batch)
     logits = model(input_ids=batch, use_cache=False).logits
     if not torch.isfinite(logits).all():
-        sums.check()  # Names the site where it began, if it began in one.
+        sums.check()  # Names the site where it began, if a site did.
         raise NumericalError(
             f"the logits of calibration windows {first_window} to {first_window + len(batch) - 1}"
             " have NaN or infinity; try model.dtype=float32 or bfloat16"
@@ -97,7 +97,7 @@ def _pass(model: PreTrainedModel, batch: Tensor, first_window: int, sums: Sums) 
 
 
 def _scalars(logits: Tensor, batch: Tensor, sums: Sums) -> Iterator[tuple[Phase, Tensor]]:
-    """Yield what is to be back-propagated, with the phase it belongs to."""
+    """Yield the quantities to back-propagate, each with its phase."""
     needs, first = sums.needs, sums.first_window
     once = not sums.only_kronecker
     if needs.kl_metric is not None and once:
@@ -114,7 +114,7 @@ def _scalars(logits: Tensor, batch: Tensor, sums: Sums) -> Iterator[tuple[Phase,
 
 @contextmanager
 def _observed(model: PreTrainedModel, sites: Mapping[str, nn.Module], sums: Sums) -> Iterator[None]:
-    """Attach the hooks, with gradients only of activations; put everything back at the end."""
+    """Attach the hooks, with gradients of activations only; restore everything at the end."""
     asked = {p: p.requires_grad for p in model.parameters()}
     training = model.training
     with ExitStack() as stack:
@@ -122,7 +122,7 @@ def _observed(model: PreTrainedModel, sites: Mapping[str, nn.Module], sums: Sums
         model.eval().requires_grad_(False)
         embeddings = model.get_input_embeddings()
         if sums.needs.backward:
-            # The leaf that activation gradients start from, since no parameter is one.
+            # The leaf of the activation gradients, since no parameter requires one.
             hook = embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_())
             stack.callback(hook.remove)
         for name, site in sites.items():

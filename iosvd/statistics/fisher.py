@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Labels(Enum):
-    """Which next tokens the loss is of: those of the text, or draws from the model's prediction."""
+    """Labels of the loss: the text's next tokens, or draws from the model's predictions."""
 
     text = "text"
     sampled = "sampled"
@@ -22,7 +22,7 @@ class Labels(Enum):
 
 @dataclass(frozen=True)
 class FisherMetric:
-    """Which Fisher metric is meant."""
+    """Options of the Fisher metric."""
 
     labels: Labels = Labels.text
     seed: int = 0  # Of the draws.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Estimator(Enum):
-    """How C is estimated: one backward pass per probe, or one per top-K token."""
+    """Estimators of C: one backward pass per probe, or one per top-K token."""
 
     probe = "probe"
     exact = "exact"
@@ -28,10 +28,9 @@ class Estimator(Enum):
 
 @dataclass(frozen=True)
 class KLMetric:
-    """Which KL metric is meant. top_k = 0 is the whole vocabulary.
+    """Options of the KL metric. top_k = 0 is the whole vocabulary.
 
-    Whether the paper renormalises the K probabilities is not documented; here they are not unless
-    asked for.
+    The paper does not say whether it renormalises the K probabilities; the default here does not.
     """
 
     top_k: int = 5
@@ -42,7 +41,7 @@ class KLMetric:
 
     @property
     def estimates(self) -> int:
-        """How many estimates of C are summed over the backward passes.
+        """Number of estimates of C that the backward passes sum.
 
         Each probe is one; the K passes of the exact estimator together are one.
         """
@@ -51,7 +50,7 @@ class KLMetric:
     def signs(self, window: int, length: int, columns: int) -> Tensor:
         """Random signs (passes, length, columns) of one calibration window.
 
-        They depend on the window's index, not on the batch it came in.
+        They depend on the window's index, not on its batch.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + window)
         passes = self.probes if self.estimator is Estimator.probe else columns

@@ -6,8 +6,8 @@ first singular pair is vec(B), vec(A); each half of a power iteration,
 
     B ← E[G_s A G_sᵀ]   and   A ← E[G_sᵀ B G_s],   the other factor of unit norm,
 
-is a sum over windows. So nothing of the size of the Fisher is formed and no gradient is kept, at
-the price of one pass over the calibration set for each half. The first starts from A = I and gives
+is a sum over windows. Nothing of the Fisher's size is formed and no gradient is kept; the price is
+one pass over the calibration set per half. The first starts from A = I and gives
 E[G_s G_sᵀ]. This is not the pair of marginal covariances, whose product leaves out what couples
 the two sides.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass
 class KroneckerSums:
-    """Alternating power iterations for all sites; one half of each a pass."""
+    """Alternating power iterations for all sites, one half per pass."""
 
     left: dict[str, Tensor] = field(default_factory=dict)  # B by site, (m, m)
     right: dict[str, Tensor] = field(default_factory=dict)  # A by site, (n, n)

@@ -1,4 +1,4 @@
-"""How much memory there is, and what a pass of statistics takes of it."""
+"""Memory limits, and the memory that a pass of statistics takes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from iosvd.budget import Shape
 from iosvd.statistics.needs import Needs
 from iosvd.system.machine import GIB, free_bytes, taken_bytes
 
-SPARE = 0.1  # Of what is free: allocators and libraries take some too.
+SPARE = 0.1  # Share of free memory left to allocators and libraries.
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """How statistics share the memory; it changes their values by rounding only."""
+    """Memory limits of the statistics; they change values only by rounding."""
 
     limit_bytes: float = math.inf  # Of the sums of one pass over the calibration set.
-    metrics_on_cpu: bool = False  # The sums are in main memory, wherever the model is.
+    metrics_on_cpu: bool = False  # Keep the sums in main memory, wherever the model is.
     checkpoint_blocks: bool = (
-        False  # Activations of one decoder block at a time, and a forward more.
+        False  # Keep activations of one decoder block at a time, for one more forward.
     )
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What one batch of windows takes beside weights and sums, in bytes, by shapes alone.
+    """Memory of one batch of windows besides weights and sums, in bytes, from shapes alone.
 
     Counted for blocks of linear layers whose weights ask for no gradient: the output of every
     layer, the activation function's result, both norms in float32, and for a weight's gradient
@@ -43,7 +43,7 @@ class Activations:
     entry_bytes: int  # Of the model's dtype.
 
     def bytes(self, needs: Needs, checkpoint_blocks: bool) -> int:
-        """Return the bytes at the most crowded moment of a forward and backward pass."""
+        """Return the peak bytes of a forward and backward pass."""
         blocks = [self._block(shapes, needs) for shapes in self.shapes]
         logits = self.tokens * self.vocabulary
         if not needs.backward:
@@ -68,13 +68,13 @@ def sums_limit(
     beside: int,
     workers: int = 1,
 ) -> float:
-    """Return how many bytes the sums of a pass may take.
+    """Return the bytes that the sums of a pass may take.
 
     Args:
-        memory_gib: that this process may take of the devices' memory; None: what is free.
-        devices: where the sums are kept.
-        beside: bytes that are still to be taken there: by activations, or weights.
-        workers: processes that share main memory alike.
+        memory_gib: limit of this process on the devices; None: what is free.
+        devices: hold the sums.
+        beside: bytes that activations or weights will still take there.
+        workers: processes that share main memory equally.
     """
     if memory_gib is not None:
         return memory_gib * GIB - sum(map(taken_bytes, devices)) - beside
@@ -88,13 +88,13 @@ def statistics_bytes(shapes: Mapping[str, Shape], needs: Needs, shared: Mapping[
     Args:
         shapes: of the sites' weights.
         needs: what is collected.
-        shared: what `shared_inputs` returned, of these sites or more.
+        shared: the result of `shared_inputs`, of these sites or more.
     """
     entries = 0
     readers: set[str] = set()
     for name, shape in shapes.items():
         m, n = shape.m, shape.n
-        if shared[name] not in readers:  # It pays for those that read the same.
+        if shared[name] not in readers:  # Sites that read the same tensor share one sum.
             readers.add(shared[name])
             entries += n * n * needs.input_metric + n * needs.input_magnitude
         entries += m * m * ((needs.kl_metric is not None) + (needs.fisher_metric is not None))
@@ -107,7 +107,7 @@ def statistics_bytes(shapes: Mapping[str, Shape], needs: Needs, shared: Mapping[
 def groups_within(
     shapes: Mapping[str, Shape], needs: Needs, shared: Mapping[str, str], limit_bytes: float
 ) -> list[list[str]]:
-    """Divide sites, in their order, so that the sums of a group are within a limit."""
+    """Divide sites, in order, so that the sums of each group are within a limit."""
 
     def size(group: list[str]) -> int:
         return statistics_bytes({name: shapes[name] for name in group}, needs, shared)
@@ -118,7 +118,7 @@ def groups_within(
 def in_groups(
     sites: Iterable[str], size_bytes: Callable[[list[str]], int], limit_bytes: float
 ) -> list[list[str]]:
-    """Divide sites, in their order, into as few groups as a limit allows, one site at least each.
+    """Divide sites, in order, into as few groups as a limit allows, with at least one site each.
 
     Args:
         sites: qualified names.

@@ -1,4 +1,4 @@
-"""Which statistics can be asked for, and what of them there is for one site."""
+"""The statistics that can be requested, and those of one site."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from iosvd.errors import ConfigError
 from iosvd.statistics.fisher import FisherMetric
 from iosvd.statistics.kl_metric import KLMetric
 
-ALL_WINDOWS = 10**9  # As many as there are.
+ALL_WINDOWS = 10**9  # More than any calibration set has.
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Which statistics a whitening, an allocation or a quantisation asks for."""
+    """Statistics that a whitening, an allocation or a quantisation requests."""
 
     input_metric: bool = False
     input_magnitude: bool = False
@@ -38,7 +38,7 @@ class Needs:
         )
 
     def parts(self) -> dict[str, Needs]:
-        """Return what is asked for one by one, by the name of the field that asks for it."""
+        """Return the single requests, by the name of their field."""
         asked = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: Needs(**{name: value}) for name, value in asked.items() if value}
 
@@ -54,19 +54,19 @@ class Needs:
 
     @property
     def every_loss(self) -> bool:
-        """Whether it is needed for every window, not only for those of the gradient."""
+        """Whether it is needed for every window, not only for the gradient's."""
         empirical = self.fisher_metric is not None and not self.fisher_metric.sampled
         return empirical or self.every_gradient
 
     @property
     def every_gradient(self) -> bool:
-        """Whether the weight's gradient of each window by itself is needed."""
+        """Whether the weight's gradient is needed for each window separately."""
         return self.fisher_rows or self.kronecker_passes > 0
 
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What the calibration set tells about one site; what was not asked for is None."""
+    """Calibration statistics of one site; None if not requested."""
 
     site: str
     input_metric: Tensor | None = None  # R = E[x xᵀ], (n, n)
@@ -79,7 +79,7 @@ class SiteStatistics:
     gradient: Tensor | None = None  # of the mean next-token loss with respect to W, (m, n)
 
     def need(self, name: str) -> Tensor:
-        """Return a statistic that must be there.
+        """Return a statistic that must have been collected.
 
         Raises:
             ConfigError: it was not collected.
@@ -93,7 +93,7 @@ class SiteStatistics:
         return value
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> SiteStatistics:
-        """Return the same statistics elsewhere, in another precision if one is given."""
+        """Move the statistics to a device, and cast them if a dtype is given."""
         found = {name: getattr(self, name) for name in STATISTICS}
         cast = {
             n: one.to(device, dtype or one.dtype) for n, one in found.items() if one is not None
@@ -104,17 +104,17 @@ class SiteStatistics:
 STATISTICS = tuple(field.name for field in fields(SiteStatistics) if field.name != "site")
 
 
-# What is found for each field of `Needs`, where it is not what the field is called.
+# The statistics behind a field of `Needs`, if they are not named like the field.
 _FOUND = {
     "kronecker_passes": ("kronecker_left", "kronecker_right"),
     "gradient_windows": ("gradient",),
 }
 
 
-# What depends on the input of a site alone; sites that read the same tensor share it.
+# These depend only on the site's input; sites that read the same tensor share them.
 OF_INPUT = frozenset({"input_metric", "input_magnitude"})
 
 
 def statistics_for(need: str) -> tuple[str, ...]:
-    """Return which statistics a field of `Needs` asks for."""
+    """Return the statistics that a field of `Needs` requests."""
     return _FOUND.get(need, (need,))

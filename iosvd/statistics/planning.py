@@ -1,4 +1,4 @@
-"""What a run will take, from the shapes of its model alone: bytes, passes, multiplications."""
+"""Plan bytes, passes and multiplications of a run from the shapes of its model alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from iosvd.statistics.kl_metric import Estimator
 from iosvd.statistics.memory import Activations, groups_within, statistics_bytes
 from iosvd.statistics.needs import Needs
 
-if TYPE_CHECKING:  # transformers' models take seconds to import.
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 
@@ -25,7 +25,7 @@ class Work:
     """Multiplications per token."""
 
     model: float  # Forward and backward through the layers, in the model's dtype.
-    sums: float  # The products that the statistics are sums of, in float32.
+    sums: float  # The products that the statistics sum, in float32.
 
     @property
     def total(self) -> float:
@@ -56,9 +56,9 @@ class Outline:
         return head + sum(shape.entries for shape in self.sites.values())
 
     def statistics(self, needs: Needs, length: int) -> Work:
-        """Return what one collection of all statistics takes, per token.
+        """Return the work of collecting all statistics once, per token.
 
-        Attention, norms and the softmax are left out.
+        Attention, norms and the softmax are not counted.
 
         Args:
             needs: what is collected.
@@ -68,7 +68,7 @@ class Outline:
             return Work(0, 0)
         passes, kl = max(1, needs.kronecker_passes), needs.kl_metric
         sampled = needs.fisher_metric is not None and needs.fisher_metric.sampled
-        # One backward pass and one product a probe, or for each of the K tokens.
+        # One backward pass and one product per probe, or per top-K token.
         probes = 0 if kl is None else kl.probes if kl.estimator is Estimator.probe else kl.top_k
         backward = probes + sampled + needs.true_loss * passes
         weighed = (needs.gradient_windows > 0) + needs.every_gradient * passes
@@ -101,13 +101,13 @@ def outline(model: Model, tokens: int) -> Outline:
             load_config(model),
             dtype=model.dtype.torch,
             trust_remote_code=model.trust_remote_code,
-            attn_implementation="eager",  # The others look at values, and these have none.
+            attn_implementation="eager",  # Other implementations look at values.
         )
     return outline_of(empty.eval(), model.sites, tokens)
 
 
 def outline_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) -> Outline:
-    """Return the shapes of a model that is there, on the meta device perhaps."""
+    """Return the shapes of a loaded model, also on the meta device."""
     sites = find_linears(model, selection)
     few = torch.zeros(1, 8, dtype=torch.long)
     return Outline(
@@ -119,7 +119,7 @@ def outline_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) ->
 
 
 def activations_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) -> Activations:
-    """Return what decides how much memory a batch of so many tokens takes."""
+    """Return the activations of a batch of this many tokens."""
     linears = set(find_linears(model, selection).values())
     blocks = [
         tuple(Shape(*m.weight.shape) for m in block.modules() if m in linears)

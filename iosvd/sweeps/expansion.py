@@ -11,14 +11,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from iosvd.errors import ConfigError, one_line
+from iosvd.options import number
 from iosvd.runs.config import (
     METHOD_GROUPS,
     compose,
     compose_run,
+    config_of,
     group_of,
     label,
     method_options,
-    number,
     refers_to_ratio,
     run_of,
 )
@@ -69,8 +70,11 @@ def sweep_jobs(overrides: Sequence[str]) -> list[Job]:
         ConfigError: one line that names the option and what it may be.
     """
     cells = _cells(overrides)
-    ratios = list(dict.fromkeys(job.run.ratio for job in cells))
-    ordered = [*_baselines(overrides), *sorted(cells, key=lambda job: ratios.index(job.run.ratio))]
+    ratios = list(dict.fromkeys(job.run.goal.ratio for job in cells))
+    ordered = [
+        *_baselines(overrides),
+        *sorted(cells, key=lambda job: ratios.index(job.run.goal.ratio)),
+    ]
     return list({digest(job.run): job for job in reversed(ordered)}.values())[::-1]
 
 
@@ -100,7 +104,7 @@ def _baselines(overrides: Sequence[str]) -> list[Job]:
     found = [Job(compose_run(job), job) for job in dict.fromkeys(jobs)]
     # What calibrates does not change the dense model.
     measured = {
-        json.dumps([job.run.config["model"], job.run.config["eval"]]): job
+        json.dumps([config_of(job.run)["model"], config_of(job.run)["eval"]]): job
         for job in reversed(found)
     }
     return list(reversed(measured.values()))
@@ -146,7 +150,7 @@ def _composed_once(jobs: Sequence[Sequence[str]]) -> list[Run]:
 def _at_ratio(run: Run, override: str) -> Run:
     (parsed,) = OverridesParser.create().parse_overrides([override])
     ratio = number(parsed.value(), "ratio")
-    changed = dataclasses.replace(run, ratio=ratio, config={**run.config, "ratio": parsed.value()})
+    changed = dataclasses.replace(run, goal=dataclasses.replace(run.goal, ratio=ratio))
     check_combination(changed)
     return changed
 

@@ -19,14 +19,15 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from iosvd.errors import IosvdError, RecordError, WorkerError, one_line
-from iosvd.runs.config import CONF, label, method_options, to_run
+from iosvd.presets import conf_folder
+from iosvd.runs.config import label, method_options, to_run
 from iosvd.runs.execution import execute, locked, record_failure
 from iosvd.runs.records import METRICS, TRACKED, check_inside, run_folder
 from iosvd.runs.run import Run, TrackingMode
 from iosvd.sweeps.expansion import Job
 from iosvd.sweeps.gpus import COUNT_ONLY, take_gpu
 from iosvd.sweeps.hydra_internals import launcher
-from iosvd.sweeps.status import Stamps, Standing, State, standing
+from iosvd.sweeps.status import RunStatus, Stamps, State, status_of
 from iosvd.system.files import remove_abandoned
 from iosvd.system.interrupts import end_with, raise_if_asked, shield_workers
 from iosvd.system.progress import quiet_libraries
@@ -47,13 +48,13 @@ def carry_out_one(composed: DictConfig) -> None:
             end_with(parent)
     options = method_options(hydra_config.overrides.task)
     run = to_run(composed, label(hydra_config.runtime.choices.get("method"), options))
-    if run.runtime.gpu_per_worker:
+    if run.runtime.parallel.gpu_per_worker:
         take_gpu()
     quiet_libraries()
     execute(run)
 
 
-def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[Standing]:
+def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[RunStatus]:
     """Carry out the runs of a sweep that are not complete, and return where all of them stand.
 
     A run that another sweep carries out is waited for. Where workers die, what they were at is
@@ -79,7 +80,7 @@ def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[Standing]:
                 _one_by_one([job for job in left if _record_of(job.run).exists()], overrides)
                 break
             pending = left
-    return [before.standing(run, _PATIENCE_SECONDS) for run in runs]
+    return [before.status_of(run, _PATIENCE_SECONDS) for run in runs]
 
 
 def _record_of(run: Run) -> Path:
@@ -95,7 +96,7 @@ def _tidy(run: Run) -> None:
 
 
 def _state(job: Job, before: Stamps) -> State:
-    return before.standing(job.run, _PATIENCE_SECONDS).state
+    return before.status_of(job.run, _PATIENCE_SECONDS).state
 
 
 def _left(launched: Sequence[Job], before: Stamps) -> list[Job]:
@@ -113,7 +114,7 @@ def _try_alone(died: Job, overrides: Sequence[str]) -> None:
     """Go on with a run whose process was killed; nobody else's worker is to die of it again."""
     log.warning("%s was killed with its process; tried once more", run_folder(died.run).name)
     error = _launch([died], overrides)
-    if standing(died.run, _PATIENCE_SECONDS).state is State.interrupted:
+    if status_of(died.run, _PATIENCE_SECONDS).state is State.interrupted:
         reason = "its process was killed twice, perhaps for want of memory; launch again to go on"
         if isinstance(error, IosvdError):  # It was not even begun.
             reason = str(error)
@@ -127,10 +128,10 @@ def _one_by_one(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
 
 
 def _has_work(run: Run) -> bool:
-    if run.runtime.force or standing(run).state is not State.done:
+    if run.runtime.output.force or status_of(run).state is not State.done:
         return True
     untracked = not (run_folder(run) / TRACKED).exists()
-    return run.wandb.mode is not TrackingMode.disabled and untracked
+    return run.runtime.tracking.mode is not TrackingMode.disabled and untracked
 
 
 def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> Exception | None:
@@ -141,10 +142,10 @@ def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> Exception | None:
     """
     shield_workers()
     os.environ[_LAUNCHER] = str(os.getpid())
-    if any(each.run.runtime.gpu_per_worker for each in jobs):
+    if any(each.run.runtime.parallel.gpu_per_worker for each in jobs):
         os.environ[COUNT_ONLY] = "1"  # For the workers.
     try:
-        with launcher(str(CONF), overrides, carry_out_one) as launch:
+        with launcher(str(conf_folder()), overrides, carry_out_one) as launch:
             results = launch.launch([list(each.overrides) for each in jobs], initial_job_idx=0)
             for result in results:
                 _ = result.return_value  # Raises what a job raised: nothing that belongs to a run.
@@ -179,7 +180,7 @@ def _watch(runs: Sequence[Run], stop: threading.Event) -> None:
             bar.update(done - bar.n)
             # A record is checked when it is read: not again and again those that are there.
             others = [run for run in runs if not (run_folder(run) / METRICS).exists()]
-            running = sum(standing(run).state is State.running for run in others)
+            running = sum(status_of(run).state is State.running for run in others)
             bar.set_postfix(running=running)
             if done > last and not sys.stderr.isatty():
                 left = (time.monotonic() - started) / (done - before) * (total - done)

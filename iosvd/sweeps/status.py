@@ -33,7 +33,7 @@ class State(Enum):
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """A run, where it stands, and the first line of its failure."""
 
     run: Run
@@ -53,10 +53,10 @@ class Stamps:
         """Remember the runs as they are now."""
         return cls({folder: _written(folder) for folder in map(run_folder, runs)})
 
-    def standing(self, run: Run, patience: float = 0.0) -> Standing:
+    def status_of(self, run: Run, patience: float = 0.0) -> RunStatus:
         """Look where a run stands; one that is to be measured again counts once it has been."""
-        found = standing(run, patience)
-        again = run.runtime.force and found.state is State.done
+        found = status_of(run, patience)
+        again = run.runtime.output.force and found.state is State.done
         if not again or _written(found.folder) != self.times.get(found.folder):
             return found
         if (reason := read_failure(found.folder)) is not None:
@@ -71,7 +71,7 @@ def _written(folder: Path) -> int | None:
         return None
 
 
-def standing(run: Run, patience: float = 0.0) -> Standing:
+def status_of(run: Run, patience: float = 0.0) -> RunStatus:
     """Look where a run stands. It is done when all that is asked of it is there.
 
     Args:
@@ -83,20 +83,20 @@ def standing(run: Run, patience: float = 0.0) -> Standing:
         check_inside(folder, run)
         complete = read_record(folder) is not None
     except RecordError as error:
-        return Standing(run, State.failed, folder, str(error))
-    if complete and (has_checkpoint(folder) or not run.runtime.save_checkpoint):
-        return Standing(run, State.done, folder)
+        return RunStatus(run, State.failed, folder, str(error))
+    if complete and (has_checkpoint(folder) or not run.runtime.output.save_checkpoint):
+        return RunStatus(run, State.done, folder)
     if not folder.exists():
-        return Standing(run, State.missing, folder)
+        return RunStatus(run, State.missing, folder)
     try:
         with locked(run, patience=patience):
             pass
     except Timeout:
-        return Standing(run, State.running, folder)
+        return RunStatus(run, State.running, folder)
     except (StorageError, OSError) as error:
-        return Standing(run, State.failed, folder, one_line(error))
+        return RunStatus(run, State.failed, folder, one_line(error))
     if (reason := read_failure(folder)) is not None:
-        return Standing(run, State.failed, folder, reason)
+        return RunStatus(run, State.failed, folder, reason)
     if complete:
-        return Standing(run, State.missing, folder, "complete, but for its checkpoint")
-    return Standing(run, State.interrupted, folder)
+        return RunStatus(run, State.missing, folder, "complete, but for its checkpoint")
+    return RunStatus(run, State.interrupted, folder)

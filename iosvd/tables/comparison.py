@@ -61,7 +61,7 @@ def _with_rows(table: Table, rows: dict, tolerance: Tolerance) -> Iterator[Compa
     for row in table.rows:
         earlier = rows.get((row.model, row.ratio, row.label), {})
         for cell, column in zip(row.cells, table.columns, strict=True):
-            reference = earlier.get(column.metric)
+            reference = earlier.get(column.metric.name)
             if column.better == 0 or pandas.isna(reference):
                 continue
             yield _compare(row, column, cell.measured, float(reference), tolerance)
@@ -70,7 +70,8 @@ def _with_rows(table: Table, rows: dict, tolerance: Tolerance) -> Iterator[Compa
 def _compare(
     row: Row, column: Column, measured: float | None, reference: float, tolerance: Tolerance
 ) -> Comparison:
-    allowed = tolerance.perplexity * reference if column.is_perplexity else tolerance.accuracy
+    perplexity = column.metric.is_perplexity
+    allowed = tolerance.perplexity * reference if perplexity else tolerance.accuracy
     ratio = "unknown" if row.ratio is None else f"{row.ratio:g}"
     where = plain(f"{row.model}, ratio {ratio}, {row.name}, {column.metric}")
     within = measured is not None and abs(measured - reference) <= allowed

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iosvd.errors import RecordError, one_line, plain
+from iosvd.metric import Kind
 from iosvd.models.loading import ASSETS
 from iosvd.plan import plan_frame
 from iosvd.runs.config import METHOD_GROUPS
@@ -44,17 +45,16 @@ def to_page(runs: list[dict[str, Any]]) -> str:
 def _run(folder: Path) -> dict[str, Any]:
     (written, metrics), plan = read_both(folder), read_plan(folder)
     record = record_of(metrics)
-    measures = {f"{name}_ppl": value for name, value in record.perplexity.items()}
-    measures |= record.accuracy
-    if record.average_acc is not None and len(record.accuracy) > 1:
-        measures["average_acc"] = record.average_acc
+    shown = [m for m in record.values if m.kind is not Kind.other]
+    if sum(m.kind is Kind.accuracy for m in shown) == 1:
+        shown = [m for m in shown if m.kind is not Kind.average_accuracy]
     return {
         "folder": folder.name,
         "setting": plain(_setting(written["config"], metrics.config)),
         "label": record.label,
         "ratio": record.ratio,
         "target_bytes": record.target_bytes,
-        "measures": measures,
+        "measures": {metric.name: record.values[metric] for metric in shown},
         "started": record.started,
         "device": record.device,
         "commit": record.commit,

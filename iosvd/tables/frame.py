@@ -21,7 +21,7 @@ def _row(row: Row, table: Table) -> dict[str, object]:
     }
     for cell, column in zip(row.cells, table.columns, strict=True):
         if not column.reference:
-            values[column.metric] = cell.measured
+            values[column.metric.name] = cell.measured
             if cell.spread is not None:
                 values[f"{column.metric}_spread"] = cell.spread
         if cell.published is not None:

@@ -101,10 +101,10 @@ def _protocol(runs: Sequence[Run]) -> str:
     windows, lengths, seeds, sources = (
         _listed(str(value(r)) for r in used)
         for value in (
-            lambda r: r.calibration.windows,
-            lambda r: r.calibration.seq_len,
-            lambda r: r.calibration.seed,
-            lambda r: r.dataset.name,
+            lambda r: r.data.calibration.windows,
+            lambda r: r.data.calibration.seq_len,
+            lambda r: r.data.calibration.seed,
+            lambda r: r.data.dataset.name,
         )
     )
     source = model.path or (f"embedded {model.name}" if model.embedded else model.hub_id)

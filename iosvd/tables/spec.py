@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from omegaconf import OmegaConf
 
 from iosvd.errors import ConfigError, check_name
-from iosvd.runs.config import CONF, typed_group
+from iosvd.options import typed_group
+from iosvd.presets import conf_folder
 
 # Columns beside the metrics; those of BY_TEXT are one for each text.
 BY_TEXT = ("kl", "loss_change", "site_median", "sites_within_two")
@@ -68,7 +69,7 @@ def table_spec(name: str) -> TableSpec:
         ConfigError: there is no such table, or it has an unknown option.
     """
     check_name("table", name)
-    path = CONF / "table" / f"{name}.yaml"
+    path = conf_folder() / "table" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
         raise ConfigError(f"there is no table {name}; tables: {known}")

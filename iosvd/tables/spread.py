@@ -13,12 +13,13 @@ from typing import Any
 import pandas
 
 from iosvd.errors import RecordError
+from iosvd.metric import other
 from iosvd.plan import plan_frame
 from iosvd.runs.config import label
 from iosvd.runs.records import Record, read_plan, run_folder
 from iosvd.tables.table import Found
 
-RANK_AGREEMENT = "rank_agreement"
+RANK_AGREEMENT = other("rank_agreement")
 
 
 def merged_over(option: str, found: Sequence[Found]) -> list[Found]:
@@ -52,37 +53,21 @@ def _mean(found: Sequence[Found]) -> Record | None:
         return None
     first = records[0]
 
-    def means(field: str) -> dict[str, float]:
-        """Of what every run has."""
-        values = [getattr(record, field) for record in records]
-        common = [key for key in values[0] if all(key in v for v in values)]
-        return {key: statistics.mean(v[key] for v in values) for key in common}
-
+    common = [metric for metric in first.values if all(metric in r.values for r in records)]
     merged = replace(
         first,
-        perplexity=means("perplexity"),
-        accuracy=means("accuracy"),
-        extra=means("extra"),
+        values={m: statistics.mean(r.values[m] for r in records) for m in common},
         ratio_achieved=statistics.mean(record.ratio_achieved for record in records),
         target_bytes=round(statistics.mean(record.target_bytes for record in records)),
         seconds=statistics.mean(record.seconds for record in records),
         commit=", ".join(dict.fromkeys(record.commit for record in records)),
-        average_acc=_mean_of([record.average_acc for record in records]),
     )
     if len(records) == 1:
         return merged
-    metrics = [f"{name}_ppl" for name in first.perplexity]
-    metrics += [*first.accuracy, *first.extra, "average_acc"]
-    values = {m: [v for r in records if (v := r.value(m)) is not None] for m in metrics}
-    spread = {m: statistics.stdev(v) for m, v in values.items() if len(v) == len(records)}
+    spread = {m: statistics.stdev(r.values[m] for r in records) for m in common}
     agreement = _rank_agreement(found)
     more = {} if agreement is None else {RANK_AGREEMENT: agreement}
-    return replace(merged, spread=spread, extra={**merged.extra, **more})
-
-
-def _mean_of(values: Sequence[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return statistics.mean(there) if len(there) == len(values) else None
+    return replace(merged, spread=spread, values={**merged.values, **more})
 
 
 def _rank_agreement(found: Sequence[Found]) -> float | None:

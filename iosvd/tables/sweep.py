@@ -43,7 +43,7 @@ class Sweep:
 
     @property
     def results(self) -> Path:
-        return Path(self.runs[0].runtime.results)
+        return Path(self.runs[0].runtime.output.results)
 
     @property
     def name(self) -> str:

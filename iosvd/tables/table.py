@@ -6,19 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from iosvd.figures import DENSE
+from iosvd.metric import AVERAGE, Metric, accuracy_on, other, perplexity_on
 from iosvd.runs.config import PROTOCOL_LENGTH
 from iosvd.runs.records import Record
 from iosvd.runs.run import Run
 from iosvd.tables.published import Library, Published, look_up
 from iosvd.tables.spec import BY_TEXT, RowSpec, TableSpec
 
-AVERAGE = "average_acc"
 # METHODS 9: what the papers' average is over.
 SEVEN_TASKS = frozenset(
     ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa"]
 )
 # What papers print of a model other than the table's, shown in columns of its own.
-_REFERENCE_METRICS = ("wikitext2_ppl", "ptb_ppl", "c4_ppl", AVERAGE)
+_REFERENCE_METRICS = (*map(perplexity_on, ("wikitext2", "ptb", "c4")), AVERAGE)
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,22 @@ class Found:
     @property
     def ratio(self) -> float | None:
         """Of the run; where it had a target instead, the one that was found, once it was."""
-        return self.record.ratio if self.run.ratio is None and self.record else self.run.ratio
+        return (
+            self.record.ratio
+            if self.run.goal.ratio is None and self.record
+            else self.run.goal.ratio
+        )
 
 
 @dataclass(frozen=True)
 class Column:
-    """One measure. Perplexities end in _ppl; `reference` columns hold published values only."""
+    """One metric; `reference` columns hold published values only."""
 
-    metric: str
+    metric: Metric
     title: str
     digits: int
     better: int  # −1: lower is better, 1: higher, 0: no winner.
     reference: bool = False
-
-    @property
-    def is_perplexity(self) -> bool:
-        return self.metric.endswith("_ppl")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _row(
     def cell(column: Column) -> Cell:
         source = spec.model if column.reference else model
         published = (
-            look_up(library, spec.published, row.published, source, ratio, column.metric)
+            look_up(library, spec.published, row.published, source, ratio, column.metric.name)
             if source is not None
             else None
         )
@@ -159,9 +159,9 @@ def _row(
     return Row(model, ratio, row.name, row.label, cells, record, mine is not None)
 
 
-def _same_items(run: Run, metric: str) -> bool:
+def _same_items(run: Run, metric: Metric) -> bool:
     """Whether a run measures a metric on all that the papers measure it on."""
-    if metric.endswith("_ppl"):
+    if metric.is_perplexity:
         return run.eval.windows == 0 and run.eval.seq_len == PROTOCOL_LENGTH
     tasks = run.eval.zero_shot
     return tasks.limit == 0 and (metric != AVERAGE or set(tasks.tasks) == SEVEN_TASKS)
@@ -171,8 +171,8 @@ def _columns(spec: TableSpec, found: Sequence[Found]) -> tuple[Column, ...]:
     runs = [f.run for f in found]
     texts = dict.fromkeys(t.name for run in runs for t in run.eval.texts.values())
     tasks = dict.fromkeys(task for run in runs for task in run.eval.zero_shot.tasks)
-    columns = [Column(f"{text}_ppl", f"{text} ppl ↓", 2, -1) for text in texts]
-    columns += [Column(task, f"{task} ↑", 3, 1) for task in tasks]
+    columns = [Column(perplexity_on(text), f"{text} ppl ↓", 2, -1) for text in texts]
+    columns += [Column(accuracy_on(task), f"{task} ↑", 3, 1) for task in tasks]
     if len(tasks) > 1:
         columns.append(Column(AVERAGE, "average ↑", 3, 1))
     for name in spec.extra:
@@ -183,12 +183,12 @@ def _columns(spec: TableSpec, found: Sequence[Found]) -> tuple[Column, ...]:
 
 
 _EXTRA = {
-    "ratio_achieved": Column("ratio_achieved", "achieved", 4, 0),
-    "seconds": Column("seconds", "seconds", 1, 0),
-    "target_bytes": Column("target_bytes", "bytes", 0, 0),
-    "predicted_kl": Column("predicted_kl", "predicted KL", 4, 0),
-    "predicted_loss_change": Column("predicted_loss_change", "predicted Δloss", 4, 0),
-    "rank_agreement": Column("rank_agreement", "rank agreement", 2, 0),
+    "ratio_achieved": Column(other("ratio_achieved"), "achieved", 4, 0),
+    "seconds": Column(other("seconds"), "seconds", 1, 0),
+    "target_bytes": Column(other("target_bytes"), "bytes", 0, 0),
+    "predicted_kl": Column(other("predicted_kl"), "predicted KL", 4, 0),
+    "predicted_loss_change": Column(other("predicted_loss_change"), "predicted Δloss", 4, 0),
+    "rank_agreement": Column(other("rank_agreement"), "rank agreement", 2, 0),
 }
 _BY_TEXT_TITLES = {
     "kl": "KL",
@@ -201,12 +201,13 @@ _BY_TEXT_TITLES = {
 def _by_text(name: str, texts: Iterable[str]) -> list[Column]:
     digits = 4 if name in ("kl", "loss_change") else 2
     return [
-        Column(f"{text}_{name}", f"{text} {_BY_TEXT_TITLES[name]}", digits, 0) for text in texts
+        Column(other(f"{text}_{name}"), f"{text} {_BY_TEXT_TITLES[name]}", digits, 0)
+        for text in texts
     ]
 
 
-def _reference(metric: str, model: str) -> Column:
-    name = "average" if metric == AVERAGE else metric.replace("_ppl", " ppl")
+def _reference(metric: Metric, model: str) -> Column:
+    name = "average" if metric == AVERAGE else f"{metric.of} ppl"
     return Column(metric, f"published, {model}: {name}", 2, 0, reference=True)
 
 

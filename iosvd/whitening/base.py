@@ -11,8 +11,8 @@ from iosvd.types import Whitener
 class Whitening(Protocol):
     """Chooses the two roots that a site's weight is whitened with: a frozen dataclass.
 
-    A whitening says which statistics it needs and turns those of a site into roots. Everything
-    else has a default here.
+    A whitening names the statistics it needs and turns those of a site into roots. Everything else
+    has a default here.
     """
 
     @property
@@ -22,12 +22,12 @@ class Whitening(Protocol):
 
     @property
     def predicts_kl(self) -> bool:
-        """Whether ½ Σ σ² of what is dropped is a KL divergence, or its top-K share (METHODS 1)."""
+        """Whether ½ Σ σ² of dropped components is a KL divergence or its top-K share."""
         return False
 
     @property
     def predicts_whole_kl(self) -> bool:
-        """Whether it is the divergence itself, over the whole vocabulary."""
+        """Whether it is the whole divergence, over the full vocabulary."""
         return False
 
     def __call__(self, statistics: SiteStatistics) -> Whitener:

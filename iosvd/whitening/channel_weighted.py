@@ -16,7 +16,7 @@ from iosvd.whitening.base import Whitening
 
 
 class Weighting(Enum):
-    """How channels are weighted up: the columns of R, as the public code; or the inputs."""
+    """Readings of the weighting: of R's columns, as in the public code, or of the inputs."""
 
     columns = "columns"
     inputs = "inputs"

@@ -20,13 +20,13 @@ from iosvd.whitening.base import Whitening
 class InputOutput(Whitening):
     """M = L_Cᵀ W L_R with roots of R = E[x xᵀ] and of the KL metric C (METHODS 2.2).
 
-    C is per token, so ½ Σ σ² of what is dropped predicts KL(dense ‖ compressed) in nats per token,
-    wholly with top_k = 0 and the share of the K most probable tokens otherwise. The paper damps
-    both metrics, by how much is not documented.
+    C is per token, so ½ Σ σ² of the dropped components predicts KL(dense ‖ compressed) in nats per
+    token: all of it with top_k = 0, else the share of the K most probable tokens. The paper damps
+    both metrics; by how much is not documented.
 
     Sites whose role is not in `output_metric_roles` have only the mean of C's diagonal as output
-    metric, the same for all outputs: they are whitened by their inputs alone, and their σ² stay
-    comparable with those of other sites.
+    metric, the same for all outputs: only their inputs whiten them, and their σ² stay comparable
+    with those of other sites.
     """
 
     top_k: int = 5  # Figure 3's best choice; 0 is the whole vocabulary.

@@ -1,4 +1,4 @@
-"""What an allocation may find out by trying ranks on the calibration set."""
+"""The calibration loss as a function of ranks, for allocations that measure it."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -6,8 +6,8 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Trial(Protocol):
-    """The dense model and its calibration set, as an allocation sees them."""
+class CalibrationObjective(Protocol):
+    """Measures the loss of the dense model on its calibration set, with some sites truncated."""
 
     @property
     def tokens(self) -> int:
@@ -24,7 +24,7 @@ class Trial(Protocol):
 
         Args:
             gates: by site, a factor for each component of its spectrum; may ask for gradients.
-            chosen: the windows that count, by number.
+            chosen: indices of the windows.
         """
         ...
 
@@ -33,6 +33,6 @@ class Trial(Protocol):
 
         Args:
             ranks: by site; above break-even a site is dense.
-            windows: only the first so many of the calibration set; 0: all.
+            windows: number of first windows of the calibration set; 0: all.
         """
         ...

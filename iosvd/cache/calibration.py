@@ -1,0 +1,102 @@
+"""A dense model and its calibration windows: the input of every method, built once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from iosvd.budget import Shape
+from iosvd.cache.keys import CacheKeys
+from iosvd.cache.store import NoStore, Store
+from iosvd.errors import ConfigError, ModelError
+from iosvd.layers.replacement import compressed_layers
+from iosvd.models.sites import SiteSelection, find_sites, shared_inputs
+from iosvd.statistics.memory import MemoryUse
+
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A dense model, its target layers, and the token windows that calibrate it.
+
+    Use `Calibration.of`, which checks the model.
+    """
+
+    model: PreTrainedModel
+    sites: Mapping[str, nn.Linear]  # Target layers by qualified name.
+    tokens: Tensor  # (windows, length)
+    gradient_tokens: Tensor | None = None  # Windows of the loss gradient; None: the same.
+    batch_size: int = 8  # Windows per forward pass.
+    memory: MemoryUse = MemoryUse()  # noqa: RUF009 (frozen)
+    store: Store = NoStore()  # noqa: RUF009 (frozen)
+    identity: str = ""  # Tells the model's weights from all others in the store.
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        *,
+        selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
+        gradient_tokens: Tensor | None = None,
+        batch_size: int = 8,
+        memory: MemoryUse = MemoryUse(),  # noqa: B008 (frozen)
+        store: Store = NoStore(),  # noqa: B008 (frozen)
+        identity: str = "",
+    ) -> Calibration:
+        """Find the target layers of a dense model and check that they can be compressed.
+
+        Args:
+            model: a causal language model.
+            tokens: calibration windows (windows, length).
+            selection: which layers are targets.
+            gradient_tokens: windows of the loss gradient; None: the same windows.
+            batch_size: windows per forward pass.
+            memory: limits on the memory of statistics; a lower limit takes more passes over the
+                calibration set, each for some of the sites.
+            store: keeps statistics, spectra and losses so that each is computed once; see `Cache`.
+            identity: tells the model's weights from those of other models in the store.
+
+        Raises:
+            ConfigError: the store needs an identity.
+            ModelError: the model is compressed already, or no layer matches.
+            NumericalError: a weight is not finite.
+        """
+        if store.keeps and not identity:
+            raise ConfigError(
+                "a store needs identity=…, which tells this model's weights from those of others"
+                " in it"
+            )
+        if compressed_layers(model):
+            raise ModelError("this model is compressed already; start from the dense one")
+        return cls(
+            model=model,
+            sites=find_sites(model, selection),
+            tokens=tokens,
+            gradient_tokens=gradient_tokens,
+            batch_size=batch_size,
+            memory=memory,
+            store=store,
+            identity=identity,
+        )
+
+    @cached_property
+    def shared_inputs(self) -> Mapping[str, str]:
+        """Each site, and the first site that reads the same tensor."""
+        return shared_inputs(self.model, self.tokens, self.sites)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The shape of each site's weight, (out, in)."""
+        return {name: Shape(*site.weight.shape) for name, site in self.sites.items()}
+
+    @cached_property
+    def keys(self) -> CacheKeys:
+        """The cache keys of this model and these windows."""
+        return CacheKeys.of(self.identity, self.tokens, self.gradient_tokens)

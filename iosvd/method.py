@@ -1,0 +1,63 @@
+"""A compression method, and the goal that it is to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from iosvd.allocation import Allocation
+from iosvd.budget import Budget, Shape
+from iosvd.correction import Correction, NoCorrection
+from iosvd.errors import ConfigError
+from iosvd.factorization import Factorization
+from iosvd.quantization import NoQuantization, Quantization
+from iosvd.target import check_target
+from iosvd.whitening import Whitening
+
+
+@dataclass(frozen=True)
+class Method:
+    """One variant of each step: the row of a table."""
+
+    whitening: Whitening
+    allocation: Allocation
+    correction: Correction = NoCorrection()  # noqa: RUF009 (frozen)
+    quantization: Quantization = NoQuantization()  # noqa: RUF009 (frozen)
+    factorization: Factorization = Factorization()  # noqa: RUF009 (frozen)
+    min_rank_fraction: float = 0.0  # Of its break-even rank, which every site keeps at least.
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A maintenance ratio, or a predicted quality."""
+
+    ratio: float | None = None  # Bits kept / 16 bits for every parameter of the sites, in (0, 1].
+    target_kl: float | None = None  # Nats per token: the smallest ratio predicted to stay within.
+
+    def check(self, method: Method) -> None:
+        """Raise ConfigError unless exactly one is set and the method can reach it."""
+        if (self.ratio is None) == (self.target_kl is None):
+            raise ConfigError("give either a ratio or a target_kl")
+        if self.target_kl is not None:
+            check_target(self.target_kl, method.whitening, method.quantization)
+
+    def budget(self, sites: Mapping[str, nn.Linear], method: Method) -> Budget:
+        """Return the budget of the ratio (of ratio 1 for a target_kl) over these sites.
+
+        Raises:
+            BudgetError: it cannot be met.
+        """
+        shapes = {
+            name: Shape(
+                site.out_features,
+                site.in_features,
+                adds_bias=method.correction.adds_bias and site.bias is None,
+            )
+            for name, site in sites.items()
+        }
+        ratio = 1.0 if self.ratio is None else self.ratio
+        budget = Budget(shapes, ratio, method.quantization.cost, method.min_rank_fraction)
+        method.quantization.rank_budgets(budget)  # Raises if the ranks cannot be planned.
+        return budget

@@ -1,0 +1,108 @@
+"""From OmegaConf nodes to the frozen dataclasses that implement them.
+
+The dataclasses are the schemas, so no option is written twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from enum import Enum
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from iosvd.errors import ConfigError, one_line
+
+Value = TypeVar("Value")
+
+# The default of `ratio`; a target_kl leaves none.
+OmegaConf.register_new_resolver(
+    "ratio_unless", lambda target: 0.8 if target is None else None, replace=True
+)
+OmegaConf.register_new_resolver(
+    "below",
+    lambda ratio, limit, then, otherwise: (
+        then if ratio is not None and ratio < limit else otherwise
+    ),
+    replace=True,
+)
+
+
+def typed_group(cls: type[Value], composed: DictConfig, group: str, shown: str = "") -> Value:
+    """Check one group of options against its dataclass and return the value.
+
+    Args:
+        cls: a frozen dataclass.
+        composed: the node that holds the group.
+        group: its key.
+        shown: its name in error messages.
+
+    Raises:
+        ConfigError: an option is unknown, missing, of the wrong type or out of range.
+    """
+    shown = shown or group
+    schema = OmegaConf.structured(cls)
+    # Frozen dataclasses make read-only configs, which could not be filled.
+    OmegaConf.set_readonly(schema, False)
+    _unfreeze(schema)
+    try:
+        value = OmegaConf.to_object(OmegaConf.merge(schema, composed[group]))
+    except ConfigKeyError as error:
+        key, options = error.full_key, ", ".join(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+        raise ConfigError(f"unknown option {shown}.{key}; options of {shown}: {options}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{shown}.{error.full_key}: {first_line(error)}") from None
+    assert isinstance(value, cls)
+    return value
+
+
+def variant(composed: DictConfig, group: str) -> Any:
+    """Return the value of a group whose `_target_` names the dataclass that implements it.
+
+    Raises:
+        ConfigError: as `typed_group`, or `_target_` names no class.
+    """
+    node = composed[group]
+    try:
+        module, _, name = str(node["_target_"]).rpartition(".")
+        implementation = getattr(importlib.import_module(module), name)
+        if not dataclasses.is_dataclass(implementation) or not isinstance(implementation, type):
+            raise TypeError(f"{name} is no dataclass")
+    except Exception as error:  # noqa: BLE001 (importing a module may raise anything)
+        raise ConfigError(f"{group}._target_ names no class: {one_line(error)}") from None
+    options = OmegaConf.masked_copy(node, [key for key in node if key != "_target_"])
+    return typed_group(implementation, OmegaConf.create({group: options}), group)
+
+
+def to_json(value: Any) -> Any:
+    """Return a value of options as JSON: dataclasses as objects, members of an Enum as values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(inside) for inside in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def number(value: Any, name: str) -> float:
+    """Return a number, or raise ConfigError naming the option."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name}={value} is not a number")
+    return float(value)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _unfreeze(node: Any) -> None:
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        _unfreeze(node._get_node(key))

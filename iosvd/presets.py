@@ -1,0 +1,94 @@
+"""Named methods: the presets of conf/method, composed without Hydra for use from Python.
+
+The commands in experiments/ compose the same files by Hydra; a test checks that both agree.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from iosvd.errors import ConfigError, one_line
+from iosvd.factorization import Factorization
+from iosvd.method import Method
+from iosvd.options import number, typed_group, variant
+
+_PACKAGE = Path(__file__).parent
+
+
+def conf_folder() -> Path:
+    """Return the folder of YAML files, which an installed package holds itself."""
+    inside = _PACKAGE / "conf"  # In a checkout a link, which some systems cannot make.
+    return inside if inside.is_dir() else _PACKAGE.parent / "conf"
+
+
+def preset_names() -> list[str]:
+    """Return the names of all presets."""
+    return sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
+
+
+def preset(name: str, ratio: float | None = None) -> Method:
+    """Return the method of a preset.
+
+    Args:
+        name: of a file in conf/method.
+        ratio: the maintenance ratio, which some options follow; the floor of zs_svd, for instance.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if name not in (names := preset_names()):
+        near = get_close_matches(name, names, n=3) or names
+        raise ConfigError(f"no method is called {name}; did you mean {', '.join(near)}?")
+    options: dict[str, str] = {}
+    body = _collect(name, options)
+    groups = {group: _load(group, option) for group, option in options.items()}
+    defaults = {"factorization": {}, "min_rank_fraction": 0.0}
+    composed = OmegaConf.merge(defaults, groups, body, {"ratio": ratio})
+    assert isinstance(composed, DictConfig)
+    try:
+        OmegaConf.resolve(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"conf/method/{name}.yaml: {one_line(error)}") from None
+    return method_of(composed)
+
+
+def method_of(composed: DictConfig) -> Method:
+    """Return the method of a composed configuration, whose interpolations are resolved.
+
+    Raises:
+        ConfigError: an option is unknown, of the wrong type or out of range.
+    """
+    return Method(
+        whitening=variant(composed, "whitening"),
+        allocation=variant(composed, "allocation"),
+        correction=variant(composed, "correction"),
+        quantization=variant(composed, "quantization"),
+        factorization=typed_group(Factorization, composed, "factorization"),
+        min_rank_fraction=number(composed.min_rank_fraction, "min_rank_fraction"),
+    )
+
+
+def _collect(name: str, options: dict[str, str]) -> dict[str, Any]:
+    """Return a preset's own values, those of its bases first; add the options it chooses."""
+    loaded = _load("method", name)
+    body: dict[str, Any] = {}
+    for entry in loaded.pop("defaults", []):
+        if isinstance(entry, str):
+            body |= {} if entry == "_self_" else _collect(entry, options)
+        else:
+            ((group, option),) = entry.items()
+            options[group.removeprefix("override /")] = option
+    merged = OmegaConf.to_container(OmegaConf.merge(body, loaded))
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
+
+
+def _load(group: str, option: str) -> dict[str, Any]:
+    loaded = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{option}.yaml"))
+    assert isinstance(loaded, dict)
+    return {str(key): value for key, value in loaded.items()}
