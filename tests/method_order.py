@@ -56,9 +56,10 @@ class Bench:
     @functools.cache  # noqa: B019
     def relative(self, method: str, ratio: float, seed: int = 0, *options: str) -> float:
         """Perplexity of a method, in units of the dense model's."""
-        # Fewer windows for the rows' gradient, which no run here shares with another.
-        fewer = ["quantization.windows=40"] if method == "io_svd_plus" else []
-        run = compose_run([f"method={method}", *fewer, *options])
+        # Fewer windows for what no run here shares with another.
+        fewer = {"io_svd_plus": "quantization.windows=40", "asvd": "allocation.windows=3"}
+        less = [fewer[method]] if method in fewer else []
+        run = compose_run([f"method={method}", *less, *options])
         result = compress(
             load_model(self.model),
             self.calibration(seed),

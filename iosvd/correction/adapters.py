@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 FACTORS = ("left", "right")
-_WARM_UP = 0.1  # Of the steps; the learning rate then falls along a cosine.
+_WARM_UP = 0.1  # Share of the steps; afterwards the learning rate falls along a cosine.
 
 # Of a model and a batch of windows (windows, length): a mean over tokens, to be minimised.
 Loss = Callable[[nn.Module, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""How far the inputs of a site have moved, and the best weight for them in closed form.
+"""The drift of a site's inputs behind the compressed prefix, and the best weight for them.
 
 Symbols are those of METHODS 7: x_d and x_c are a site's inputs in the dense model and behind the
 compressed prefix, R_c = E[x_c x_cᵀ], K = E[x_d x_cᵀ] = R_c + D with D = E[(x_d − x_c) x_cᵀ].
@@ -19,7 +19,7 @@ from iosvd.linalg import Root, add_lower_gram_, damped, mirror_, rows_of
 
 @dataclass(frozen=True)
 class Drift:
-    """Second moments of the inputs behind the compressed prefix, and of what they lack."""
+    """Second moments of the inputs behind the compressed prefix, and of their drift."""
 
     inputs: Tensor  # R_c, (n, n)
     shift: Tensor  # D, (n, n)
@@ -27,13 +27,13 @@ class Drift:
     mean_input: Tensor  # E[x_c], (n,)
     mean_shift: Tensor  # E[x_d − x_c], (n,)
     mean_stream: Tensor | None  # E[s_d − s_c], (m,)
-    tokens: int = 1  # That these are means over.
+    tokens: int = 1  # Number of tokens of these means.
 
     def target(self, weight: Tensor) -> Tensor:
-        """Return E[(t − W x_c) x_cᵀ], (m, n): what the output lacks, against the inputs.
+        """Return E[(t − W x_c) x_cᵀ], (m, n), of the target t.
 
-        The target t is what the dense model's site puts out, W x_d, and beyond it what its
-        residual stream has more than ours.
+        The target is the dense site's output W x_d plus, if the stream was collected, what the
+        residual stream lacks.
         """
         lacking = weight @ self.shift
         return lacking if self.stream is None else lacking + self.stream
@@ -44,7 +44,7 @@ class Drift:
         return lacking if self.mean_stream is None else lacking + self.mean_stream
 
     def centred(self) -> Drift:
-        """Return the same about the means: what a bias leaves to the weight."""
+        """Return the central moments, which are left to the weight if a bias takes the means."""
         mean, stream = self.mean_input, self.stream
         if stream is not None and self.mean_stream is not None:
             stream = stream - torch.outer(self.mean_stream, mean)
@@ -65,7 +65,7 @@ class Drift:
         return replace(self, **mixed, tokens=tokens)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Drift:
-        """Return the same elsewhere, in another precision."""
+        """Move the moments to a device and cast them."""
         moved: dict[str, Any] = {n: one.to(device, dtype) for n, one in self._tensors().items()}
         return replace(self, **moved)
 
@@ -75,11 +75,11 @@ class Drift:
 
 
 def best_weight(weight: Tensor, drift: Drift, trust: float, ridge: float, site: str) -> Tensor:
-    """Return the weight (m, n) that does best behind the compressed prefix, at full rank.
+    """Return the full-rank weight (m, n) with the least error behind the compressed prefix.
 
     W* = W + trust (W D + P) (R_c + ridge · mean diag(R_c) · I)⁻¹ minimises
     E‖t' − A x_c‖² + ridge · mean diag(R_c) · ‖A − W‖² with the target
-    t' = W x_c + trust (t − W x_c) between what the site would put out and what it should.
+    t' = W x_c + trust (t − W x_c) between the site's own output and its target t.
     The output metric cancels at full rank.
 
     Raises:
@@ -97,7 +97,7 @@ def best_weight(weight: Tensor, drift: Drift, trust: float, ridge: float, site: 
 
 
 def squared_error(change: Tensor, weight: Tensor, drift: Drift, left: Root) -> float:
-    """Return E‖L_Cᵀ (t − A x_c)‖², but for a constant, of A = W + change."""
+    """Return E‖L_Cᵀ (t − A x_c)‖² of A = W + change, up to a constant."""
     ours, lacking = left.apply(change), left.apply(drift.target(weight))
     return float((ours @ drift.inputs * ours).sum() - 2 * (lacking * ours).sum())
 

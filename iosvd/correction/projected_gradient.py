@@ -26,13 +26,13 @@ class ProjectedGradient(Correction):
 
     With g the gradient of the calibration loss at the truncated weight W_k and ΔW = W − W_k, a
     round makes W_k + (⟨g, ΔW⟩ / ⟨g, g⟩) g and takes its spectrum in the same metrics (METHODS 7).
-    The paper keeps the ranks; its public code plans them anew in each round, scored by that g: here
-    under the budget itself, whatever budget of ranks the quantisation has chosen.
+    The paper keeps the ranks; its public code plans them anew in each round, scored by that g. Here
+    that is done under the budget itself, not under a quantisation's budget of ranks.
     A site that is planned to stay dense stays W.
     """
 
     rounds: int = 1  # The paper's tables have 1, 5 and 10.
-    replan: bool = True  # As the public code; False: the ranks of the first truncation.
+    replan: bool = True  # Like the public code; False: keep the ranks of the first truncation.
     gradient_windows: int = 0  # Calibration windows of g; 0: all of them.
 
     def __post_init__(self) -> None:

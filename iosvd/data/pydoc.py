@@ -1,4 +1,4 @@
-"""The text every Python brings along: the standard library's documentation topics and docstrings.
+"""The text that comes with Python: the standard library's documentation topics and docstrings.
 
 Real English for a first run without a network. Modules, not sentences, are divided between the
 splits, so nothing of a test module was seen in training. The text differs a little from one

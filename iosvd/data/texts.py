@@ -20,7 +20,7 @@ class Split:
 
     name: str
     hub_files: str | None = None  # Files of the hub's repository, instead of all of the split.
-    max_documents: int = 0  # Only the first so many; 0: all.
+    max_documents: int = 0  # Only this many first documents; 0: all.
 
     def __post_init__(self) -> None:
         check_at_least(0, max_documents=self.max_documents)
@@ -28,7 +28,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where a text comes from, and how its documents become one sequence of tokens."""
+    """The source of a text, and how its documents become one sequence of tokens."""
 
     name: str
     path: str | None = None  # A local folder, which takes precedence over the hub.

@@ -1,4 +1,4 @@
-"""From texts to windows of tokens: exactly as many, and exactly as long, as asked for."""
+"""From texts to token windows of exactly the requested number and length."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def warn_if_few(tokens: Tensor, widths: Mapping[str, int]) -> None:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    # verbose=False: a text longer than the context is what is wanted here.
+    # verbose=False: a text longer than the context is intended.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 

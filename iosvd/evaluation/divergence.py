@@ -40,8 +40,8 @@ def divergences(
 
     Args:
         dense: the reference.
-        variants: by name, a model and a context in which it is the variant; it may be the dense
-            one, changed within the context, which is entered once a batch.
+        variants: by name, a model and a context that turns it into the variant; it may be the dense
+            model. The context is entered for every batch.
         windows: (windows, length).
         batch_size: windows per forward pass.
 

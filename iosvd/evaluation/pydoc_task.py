@@ -1,8 +1,8 @@
-"""The embedded zero-shot task: which of four continuations stands in the documentation of Python?
+"""The embedded zero-shot task: which of four continuations is in the documentation of Python?
 
-Made from the test split of `pydoc`, so it needs no download, and scored by lm-eval like any other.
-The three false continuations are the true one with one word exchanged. Spans from elsewhere were
-tried instead: their own likelihood decided, and the embedded model was near chance (37 %).
+It is made from the test split of `pydoc`, so it needs no download, and scored by lm-eval like any
+other. The three false continuations are the true one with one word exchanged. Spans from elsewhere
+did not work: their own likelihood decided, and the embedded model was near chance (37 %).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _item(span: list[str], vocabulary: list[str], chooser: random.Random) -> dic
 
 
 def task_config() -> dict[str, Any]:
-    """Return the task as lm-eval describes one."""
+    """Return the task in lm-eval's format."""
     metrics = ("acc", "acc_norm")
     return {
         "task": NAME,

@@ -24,7 +24,7 @@ SUFFIXES = (".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Which tasks are measured, and where their items come from."""
+    """The tasks to measure, and the source of their items."""
 
     # Names of lm-eval's, or the embedded pydoc_continuation.
     tasks: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class ZeroShot:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What lm-eval measured on one task; accuracies are shares of the items, in [0, 1]."""
+    """lm-eval's results on one task; accuracies are shares of the items, in [0, 1]."""
 
     acc: float
     acc_stderr: float | None  # None of a single item.
@@ -49,20 +49,20 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class ZeroShotResult:
-    """The scores, and for each task which of its items (by position) were answered rightly."""
+    """The scores, and for each task which of its items (by position) were answered correctly."""
 
     scores: Mapping[str, TaskScore]
     correct: Mapping[str, Sequence[bool]]
 
     @property
     def average(self) -> float | None:
-        """The mean of `acc` over the tasks, which is what the papers' tables average."""
+        """The mean of `acc` over the tasks, as in the papers' tables."""
         values = [score.acc for score in self.scores.values()]
         return sum(values) / len(values) if values else None
 
 
 def load_tasks(options: ZeroShot) -> list[Task]:
-    """Load the tasks and their items, before anything expensive is begun.
+    """Load the tasks and their items, before any expensive work.
 
     Raises:
         DataError: no such task, one without an accuracy, a folder without its split, or no
@@ -89,7 +89,7 @@ def zero_shot(
     limit: int = 0,
     batch_size: int = 32,
 ) -> ZeroShotResult:
-    """Measure a model that is in memory.
+    """Measure a loaded model.
 
     Args:
         model: a causal language model.
@@ -120,7 +120,7 @@ def zero_shot(
                 numpy_random_seed=None,
                 torch_random_seed=None,
             )
-    except AssertionError as error:  # How lm-eval says that an answer alone exceeds the context.
+    except AssertionError as error:  # lm-eval's way to report an answer longer than the context.
         raise DataError(
             f"lm-eval refused a request, most likely an answer longer than the context of"
             f" {lm.max_length} tokens; leave its task out of eval.zero_shot.tasks"
@@ -190,7 +190,7 @@ def _load_named(name: str, yaml: str, where: str) -> Task:
         try:
             manager = TaskManager(include_path=folder, include_defaults=False)
             return _only(manager.load([name])["tasks"])
-        # datasets and templates raise many types for items that are damaged or cannot be had.
+        # datasets and templates raise many types for damaged or missing items.
         except Exception as error:
             cause = one_line(error.__cause__ or error)[:200]
             raise DataError(

@@ -1,4 +1,4 @@
-"""Quantisations: how the factors are stored, and so how many bits an entry costs; one file each."""
+"""Quantisations: how factors are stored, and the bits that an entry costs; one file each."""
 
 from iosvd.quantization.axis import Axis
 from iosvd.quantization.base import Quantization

@@ -1,4 +1,4 @@
-"""What a row of a factor is, and what a site costs with all of its rows in int8."""
+"""The rows of factors, and the cost of a site with all rows in int8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from iosvd.layers.rows import SCALE_BITS, int8_row_bits
 
 
 class Axis(Enum):
-    """Which entries share a scale. The row of a dense weight is always an output channel.
+    """The entries that share a scale. The row of a dense weight is always an output channel.
 
     channel: a row of U (m, k) is an output channel, a row of V (n, k) an input channel.
     component: a row is a component's vector, a column of U or of V.

@@ -1,4 +1,4 @@
-"""What a quantisation is given, what it returns, and what every quantisation is."""
+"""The contract of a quantisation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from iosvd.types import Site, Stored
 
 
 class Quantization(Protocol):
-    """What every quantisation is: a frozen dataclass, one file each.
+    """Stores the matrices of sites within a budget of bits: a frozen dataclass, one file each.
 
-    What it does not say otherwise, it inherits: no gradient is needed, and ranks are planned under
-    the budget itself.
+    The defaults need no gradient and plan the ranks under the budget itself.
     """
 
     @property
     def rounds(self) -> bool:
-        """Whether anything is stored otherwise than in the model's dtype."""
+        """Whether anything is stored in another dtype than the model's."""
         return True
 
     @property
@@ -29,29 +28,29 @@ class Quantization(Protocol):
         return 0
 
     def cost(self, shape: Shape) -> SiteCost:
-        """Return what ranks are planned with: the fewest bits that a site may take."""
+        """Return the cost that ranks are planned with: the fewest bits that a site may take."""
         ...
 
     def rank_budgets(self, budget: Budget) -> list[Budget]:
-        """Return the budgets that ranks may be planned under; of several the best is taken.
+        """Return the budgets that ranks may be planned under; the pipeline takes the best.
 
         Raises:
-            BudgetError: what was asked does not fit.
+            BudgetError: the ranks do not fit.
         """
         return [budget]
 
     def predicted_loss(self, sites: Mapping[str, Site], limit: int, dtype: torch.dtype) -> float:
-        """Return what rounding these sites would cost to second order; needs no gradient."""
+        """Return the second-order loss of rounding these sites; needs no gradient."""
         return sum(stored.rounding_loss for stored in self(sites, limit, dtype).values())
 
     def __call__(
         self, sites: Mapping[str, Site], limit: int, dtype: torch.dtype
     ) -> dict[str, Stored]:
-        """Return what is stored otherwise than in the model's dtype, within a limit of bits.
+        """Return the sites that are not stored in the model's dtype, within a limit of bits.
 
         Args:
             sites: all sites.
             limit: bits for all of them.
-            dtype: of what stays in 16 bits.
+            dtype: of the rows that stay in 16 bits.
         """
         ...

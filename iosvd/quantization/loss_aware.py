@@ -25,7 +25,7 @@ SEARCHED = 6  # Rank budgets that a search compares.
 
 
 class RankBudget(Enum):
-    """How much the SVD stage keeps before rows are rounded: ρ' of the parameters (METHODS 6).
+    """The share ρ' of the parameters that the SVD keeps before rows are rounded (METHODS 6).
 
     double: min(1, 2ρ), as much as fits with all rows in int8. fixed: `rank_ratio`. search: the best
     of six from ρ to min(1, 2ρ) by predicted loss.
@@ -38,9 +38,9 @@ class RankBudget(Enum):
 
 @dataclass(frozen=True)
 class LossAwareRemap(Quantization):
-    """Truncate, score every row, round those of the lowest scores until the bytes fit.
+    """Truncate, score every row, and round the rows with the lowest scores until the bytes fit.
 
-    What the paper leaves open is decided by results/tables/rounding-*.md (`make rounding`):
+    Choices that the paper leaves open follow results/tables/rounding-*.md (`make rounding`):
     held-out text of babyllama-1.0M and books-6M at 0.8, 0.6 and 0.4.
 
     * `rank_budget`: double is best everywhere and what search chooses. KL from the dense model with
@@ -89,7 +89,7 @@ class LossAwareRemap(Quantization):
         if self.rank_budget is RankBudget.search:
             step = max(0.0, most - budget.ratio) / (SEARCHED - 1)
             shares = [budget.ratio + step * i for i in range(SEARCHED - 1)]
-            floor = budget.smallest_ratio  # The first ones may be too small for it.
+            floor = budget.smallest_ratio  # The smallest may be infeasible.
             feasible = [share for share in shares if floor < share * whole < budget.ratio]
             return [*(replace(budget, ratio=share * whole) for share in feasible), budget]
         if self.rank_ratio > most:
@@ -127,7 +127,7 @@ class LossAwareRemap(Quantization):
         for name, site in track(sites.items(), len(sites), "row scores", "site"):
             for key, matrix in site.matrices().items():
                 by_output = self.axis.by_output(key, site.factors is None)
-                seed = self.seed * 1_000_003 + len(scored)  # Another for each matrix.
+                seed = self.seed * 1_000_003 + len(scored)  # A different one for each matrix.
                 scored[name, key] = self._score(matrix, by_output, name, seed)
         return scored
 

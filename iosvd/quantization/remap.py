@@ -20,8 +20,8 @@ from iosvd.types import Site, Stored
 class Remap(Quantization):
     """The first min(m, n) channels of both factors are int8, the rest stay in 16 bits (METHODS 6).
 
-    So a component costs max(m, n) entries, and every rank but the last few is smaller than the
-    dense weight: the scales, which the papers do not count, take two entries a channel.
+    A component costs max(m, n) entries, so all but the highest few ranks are smaller than the dense
+    weight: the scales, which the papers do not count, take two entries per channel.
     """
 
     code: Code = Code.linear

@@ -1,4 +1,4 @@
-"""The dense model rounded to nearest, at the same bytes: why not just quantise?"""
+"""The dense model rounded to nearest, at the same bytes: the baseline of plain quantisation."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from iosvd.types import Site, Stored
 
 @dataclass(frozen=True)
 class RoundToNearest(Quantization):
-    """No factorisation and no calibration: as many bits for each dense weight as the ratio allows.
+    """Store dense weights with as many bits as the ratio allows, without any calibration.
 
-    Where int8 rows fit (a ratio of about 0.5), the rows with the largest rounding error stay in 16
-    bits as far as the rest of the budget goes. Below, weights are 4-bit in groups, and those that
-    gain most for a bit are int8.
+    If int8 rows fit (from a ratio of about 0.5), the rows with the largest rounding error stay in
+    16 bits as far as the budget allows. Below, weights are 4-bit in groups, and those that gain
+    most per bit are int8.
     """
 
-    group: int = 128  # Entries of a row that share a 4-bit scale, as the field's 4-bit formats do.
+    group: int = 128  # Entries of a row that share a 4-bit scale, as in common 4-bit formats.
 
     def __post_init__(self) -> None:
         check_at_least(1, group=self.group)

@@ -1,4 +1,4 @@
-"""What storing a row in int8 does to the loss, predicted from its rounding error."""
+"""Predict the change of the loss when a row is stored in int8, from its rounding error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from iosvd.types import Matrix
 
 
 class Score(Enum):
-    """How rows are compared.
+    """Scores that compare rows.
 
     signed: the first-order change of the calibration loss ⟨∂L/∂F_row, Q(F_row) − F_row⟩ at the
     truncated weights (IO-SVD+, METHODS 6). absolute: its absolute value; the paper does not say
@@ -32,13 +32,13 @@ class Score(Enum):
 def row_scores(
     matrix: Matrix, error: Tensor, by_output: bool, score: Score, seed: int = 0
 ) -> Tensor:
-    """Return one score a row: the higher, the worse it is to round the row.
+    """Return one score per row: the higher, the worse rounding the row is.
 
     Args:
-        matrix: what is rounded, (out, in).
+        matrix: before rounding, (out, in).
         error: Q(F) − F, (out, in).
         by_output: whether a row holds the weights of one output, or of one input.
-        score: how.
+        score: the kind of score.
         seed: of the random control.
     """
     if score is Score.second_order:

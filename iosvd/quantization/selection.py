@@ -1,4 +1,4 @@
-"""Which rows become int8, so that all of them together fit."""
+"""Choose the rows that become int8 so that all matrices together fit a limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """The rows of a matrix: how wide they are, and what rounding each costs."""
+    """The rows of a matrix: their width, and the score of rounding each."""
 
     columns: int
     scores: Tensor  # (R,)
@@ -28,7 +28,7 @@ class ScoredRows:
         return ENTRY_BITS * self.columns - int8_row_bits(self.columns)
 
     def bits(self, int8: int) -> int:
-        """Bits of the matrix with so many rows in int8; an order is stored where both kinds are."""
+        """Bits of the matrix with this many rows in int8; mixed matrices also store an order."""
         rows = len(self.scores)
         mixed = 0 < int8 < rows
         order = rows * torch.iinfo(order_dtype(rows)).bits if mixed else 0
@@ -36,11 +36,11 @@ class ScoredRows:
 
 
 def choose_int8(matrices: Mapping[Key, ScoredRows], limit: int) -> dict[Key, Tensor]:
-    """Return which rows of each matrix become int8: those of the lowest scores, as few as fit.
+    """Return the rows of each matrix that become int8: as few as fit, those with the lowest scores.
 
-    From all rows in int8 (where that saves anything) the highest scores are put back into 16 bits
-    as long as they fit; a row that does not fit is passed over for smaller ones. So the bytes used
-    are within one row of the limit, and that row's order where no matrix is mixed.
+    Starting with all rows in int8 (if that saves anything), the rows with the highest scores go
+    back to 16 bits as long as they fit; a row that does not fit is skipped for smaller ones. The
+    bytes used end within one row of the limit, plus that row's order if no matrix is mixed.
 
     Args:
         matrices: the scores of all rows.

@@ -76,10 +76,10 @@ def store_site(
     Args:
         site: what is stored.
         int8: by matrix, which rows; booleans.
-        by_output: by matrix, what a row is.
+        by_output: by matrix, whether a row holds the weights of one output.
         dtype: of the other rows.
         code: of the int8 rows.
-        first: whether they are the first ones.
+        first: whether the int8 rows are the first ones.
     """
     rows: dict[str, Rows] = {}
     layouts: dict[str, RowLayout] = {}

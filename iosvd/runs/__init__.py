@@ -1,1 +1,1 @@
-"""One run: its options, its identity, what it measures, and the record it leaves."""
+"""One run: options, identity, measurement, record."""

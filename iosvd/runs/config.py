@@ -1,6 +1,6 @@
-"""From Hydra's configuration to the typed values of a run, checked before anything is loaded.
+"""From Hydra's configuration to the typed values of a run, checked before a model is loaded.
 
-`config_of` goes the other way: what a run records is derived from the values.
+`config_of` goes the other way: the options that a run records are derived from the values.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _GROUPS = (
 )
 
 OmegaConf.register_new_resolver("folder_name", lambda path: Path(path).resolve().name, replace=True)
-# Workers side by side: as many as there are GPUs, and the cores divided among them.
+# One worker per GPU; they share the cores.
 OmegaConf.register_new_resolver(
     "workers_here", lambda: torch.cuda.device_count() or 2, replace=True
 )
@@ -82,7 +82,7 @@ def method_options(overrides: Sequence[str]) -> list[str]:
 
 
 def own_option(overrides: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Return the value of a command's own option, written as the others are, and the others.
+    """Return the value of an option that only one command has, and the other overrides.
 
     Args:
         overrides: of the command line.
@@ -99,7 +99,7 @@ def group_of(override: str) -> str:
 
 
 def refers_to_ratio(composed: DictConfig) -> bool:
-    """Whether an option of this composition hangs on the ratio."""
+    """Whether an option of this composition refers to the ratio."""
     mine = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     return "${ratio}" in str(OmegaConf.to_container(mine, resolve=False))
 
@@ -170,7 +170,7 @@ def config_of(run: Run) -> dict[str, Any]:
 
 
 def _check(run: Run) -> None:
-    """Raise on values that are of the right type but make no sense."""
+    """Raise ConfigError for values of the right type that make no sense."""
     check_name("model.name", run.model.name)
     check_name("dataset.name", run.data.dataset.name)
     for key, text in run.eval.texts.items():

@@ -48,7 +48,7 @@ from iosvd.system.logs import of_run
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-_PATIENCE_SECONDS = 2.0  # Whoever only looks whether a run is locked lets go at once.
+_PATIENCE_SECONDS = 2.0  # Longer than a check of the lock by another process holds it.
 
 
 class Outcome(Enum):
@@ -75,7 +75,7 @@ def execute(run: Run) -> Outcome:
     except Timeout:
         log.info("another process carries out %s", folder)
         return Outcome.elsewhere
-    # Whatever one run dies of must not end a sweep of two hundred.
+    # No failure of one run may end a sweep of two hundred.
     except Exception as error:  # noqa: BLE001
         record_failure(run, error)
         return Outcome.failed
@@ -83,10 +83,10 @@ def execute(run: Run) -> Outcome:
 
 @contextmanager
 def locked(run: Run, patience: float = _PATIENCE_SECONDS) -> Iterator[None]:
-    """Let no other process carry out the run.
+    """Keep other processes from carrying out the run.
 
     Raises:
-        Timeout: one does.
+        Timeout: another process carries it out.
     """
     folder = own_folder(Path(run.runtime.output.results) / "runs", ".locks")
     lock = process_lock(folder / f"{digest(run)}.lock", timeout=patience)
@@ -110,7 +110,7 @@ def _execute(run: Run) -> Outcome:
     stale = (METRICS, FAILURE, TRACKED, *([PARTS] if run.runtime.output.force else []))
     for name in stale:
         (folder / name).unlink(missing_ok=True)
-    remove(folder / CHECKPOINT)  # Of a measurement that this one replaces.
+    remove(folder / CHECKPOINT)  # Of the measurement that this one replaces.
     with written_whole(folder / "config.yaml") as temporary:
         OmegaConf.save(OmegaConf.create(config_of(run)), temporary)
     with tracked(run, folder):
@@ -124,7 +124,7 @@ def _execute(run: Run) -> Outcome:
 
 
 def _complete_already(run: Run, folder: Path) -> Outcome:
-    """Add to a complete run what it was not asked for when it was measured."""
+    """Add what a complete run lacks: a checkpoint, or its entry in wandb."""
     log.info("complete already: %s", folder)
     remove_partial(folder)
     without = run.runtime.output.save_checkpoint and not has_checkpoint(folder)
@@ -134,7 +134,7 @@ def _complete_already(run: Run, folder: Path) -> Outcome:
         _with_less_memory(run, partial(save_checkpoint_of, folder=folder))
         log.info("checkpoint: %s", folder)
     if not (folder / TRACKED).exists():
-        with tracked(run, folder):  # Complete before it was to be tracked.
+        with tracked(run, folder):  # It was measured without tracking.
             pass
     return Outcome.complete if without else Outcome.skipped
 
@@ -142,10 +142,10 @@ def _complete_already(run: Run, folder: Path) -> Outcome:
 def _with_less_memory(
     run: Run, work: Callable[[Run], Result]
 ) -> tuple[Result, dict[str, Any] | None]:
-    """Return what the work returns; if memory runs out, try once more with half the batch.
+    """Return the result of the work; if memory runs out, try once more with half the batch.
 
     Returns:
-        The result, and how it was tried again, if it was.
+        The result, and a description of the retry, if there was one.
     """
     try:
         return work(run), None
@@ -153,7 +153,7 @@ def _with_less_memory(
         if not out_of_memory(error):
             raise
         reason = one_line(error)[:300]
-    # Outside of the handler, whose traceback holds all that was allocated.
+    # Outside the handler: its traceback keeps everything that was allocated alive.
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -175,7 +175,7 @@ def _with_less_memory(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: on a GPU, in main memory, or of what the process may address."""
+    """Whether memory ran out: on a GPU, in main memory, or by the process's limit."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -186,7 +186,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def with_half_the_batch(run: Run) -> Run:
-    """Return a run with half the batch; one window is not divided, but its blocks are."""
+    """Return a run with half the batch; a single window is instead processed block by block."""
     resources, length = run.runtime.resources, max(run.data.calibration.seq_len, run.eval.seq_len)
     whole = resources.batch_tokens // length <= 1
     smaller = replace(

@@ -21,7 +21,7 @@ from iosvd.runs.run import Run
 from iosvd.system.files import blocks_of, own_folder
 from iosvd.system.json_files import DamagedError, read_sealed, write_sealed
 
-_LARGE_BYTES = 2**28  # A second to read.
+_LARGE_BYTES = 2**28  # About a second to read.
 
 
 def digest(run: Run) -> str:
@@ -48,11 +48,11 @@ def digest(run: Run) -> str:
 
 
 def model_identity(run: Run, revision: str | None) -> str:
-    """Return what tells the weights of a run's model, in its dtype, from all others.
+    """Return a hash that identifies the weights of a run's model in its dtype.
 
     Args:
-        run: whose model is meant.
-        revision: of the hub that it was loaded from, however the run names it.
+        run: the run.
+        revision: the hub's commit that it was loaded from.
     """
     content = _model_content(run)
     source = content or [run.model.hub_id, revision or run.model.revision]
@@ -62,13 +62,13 @@ def model_identity(run: Run, revision: str | None) -> str:
 def tokens_identity(
     run: Run, dataset: Dataset, split: Split, options: dict[str, Any], revision: str | None
 ) -> dict[str, Any]:
-    """Return what windows of a text depend on: text, tokenizer, and how they are cut.
+    """Return everything that the windows of a text depend on: text, tokenizer, cutting.
 
     Args:
-        run: whose tokenizer is meant.
+        run: the run.
         dataset, split: the text.
         options: how windows are cut.
-        revision: of the hub that the tokenizer was loaded from.
+        revision: the hub's commit of the tokenizer.
     """
     return {
         "model": model_identity(run, revision),
@@ -106,7 +106,7 @@ def _dataset(options: dict[str, Any], dataset: Dataset, split: Split) -> dict[st
     if dataset.path is not None:
         content = _hash_text(local_file(dataset, split))
     elif dataset.builtin:
-        content = platform.python_version()  # The text is that of this Python's library.
+        content = platform.python_version()  # The text depends on the Python version.
     return _without_place(options) | {"content": content}
 
 
@@ -137,8 +137,8 @@ def _files(folder: Path) -> list[Path]:
 def _hash_files(*paths: Path, cache: Path | None = None) -> str:
     """Return a hash of the files' names and bytes.
 
-    Where size and time are those of before, so is the content: large files are not read again by
-    the same process, nor by another that finds the hash in the cache.
+    Files of the same size and time are taken to be unchanged: this process, and others that find
+    the hash in the cache, do not read large files again.
     """
     stats = [path.stat() for path in paths]
     return _hash(

@@ -1,4 +1,4 @@
-"""One run from beginning to end: load, compress, evaluate; nothing of it twice."""
+"""One run from beginning to end: load, compress, evaluate."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ if TYPE_CHECKING:  # Both take seconds to import.
     from lm_eval.api.task import Task
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WHOLE = "the compressed model"  # Beside the names of sites.
+WHOLE = "the compressed model"  # A key among the names of sites.
 
 
 def measure(run: Run, folder: Path) -> dict[str, Any]:
-    """Compress and evaluate; return what metrics.json will hold.
+    """Compress and evaluate; return the content of metrics.json.
 
     Args:
         run: what is measured.
-        folder: the run's, which no other process writes to.
+        folder: of the run; no other process writes to it.
     """
     started, cache = datetime.now(timezone.utc), cache_of(run)
     clock = StageClock()
@@ -96,7 +96,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         **divergence,
         "windows": {name: list(windows.shape) for name, windows in texts.items()},
         "compression_seconds": sum(stage.seconds for stage in compressed.stages.values()),
-        # Of those that another run paid for, the seconds are what it took that one.
+        # Cached stages keep the seconds that they took the run that computed them.
         "computed_here": sorted(factorized.computed),
         "stages": {name: _stage_summary(stage) for name, stage in stages.items()},
         "device": _device_name(model),
@@ -108,14 +108,14 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def save_checkpoint_of(run: Run, folder: Path) -> None:
-    """Compress once more, from the cache where it can, and save what a complete run did not.
+    """Compress a complete run's model again, from the cache if possible, and save its checkpoint.
 
     Args:
         run: complete.
-        folder: the run's, which no other process writes to.
+        folder: of the run; no other process writes to it.
 
     Raises:
-        RecordError: this version chooses other ranks than those that were measured.
+        RecordError: this version would choose other ranks than the measured ones.
     """
     cache, tokenizer = cache_of(run), load_tokenizer(run.model)
     revision = getattr(load_config(run.model), "_commit_hash", None)
@@ -141,7 +141,7 @@ def _evaluation(
     texts: Mapping[str, Tensor],
     parts: PartialResults,
 ) -> dict[str, Any]:
-    """Measure perplexity on every text and accuracy on every task; each is kept at once."""
+    """Measure perplexity on every text and accuracy on every task; keep each result at once."""
 
     def text_perplexity(name: str) -> float:
         return perplexity(model, texts[name], batch_size(run, texts[name]))
@@ -178,7 +178,7 @@ def _divergence(
     texts: Mapping[str, Tensor],
     parts: PartialResults,
 ) -> dict[str, Any]:
-    """Measure the exact divergence from the dense model, as `eval.kl` asks for it."""
+    """Measure the exact divergence from the dense model, as `eval.kl` asks."""
     ranks = compressed.plan.ranks
     dense_model = functools.cache(lambda: loaded(run))
 
@@ -242,7 +242,7 @@ def _save_checkpoint(
 
 
 def _check_context(run: Run) -> None:
-    """Fail before loading where windows are longer than the model's context."""
+    """Raise ModelError if windows are longer than the model's context."""
     context = getattr(load_config(run.model), "max_position_embeddings", None)
     longest = max(run.data.calibration.seq_len, run.eval.seq_len)
     if context is not None and longest > context:

@@ -1,4 +1,4 @@
-"""The parts of a run's JSON files that readers use, as types to check the files against."""
+"""Types of the parts of a run's JSON files that readers use, to check the files against."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST_NAME = 1000  # Characters of a site's.
 
 @dataclass(frozen=True)
 class SiteDivergence(Divergence):
-    """Of one site truncated alone, with what was predicted for it."""
+    """Measured and predicted divergence of one site truncated alone."""
 
     predicted_kl: float | None
     predicted_loss_change: float | None

@@ -28,7 +28,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Kept:
-    """parts.json, but for its checksum."""
+    """parts.json without its checksum."""
 
     identity: str
     parts: dict[str, _Part]
@@ -39,7 +39,7 @@ class PartialResults:
     """Results by name, in a file; only one process at a time writes to the folder."""
 
     folder: Path
-    identity: str  # Of the run, and of the code that measures it.
+    identity: str  # Of the run and the code that measures it.
     clock: StageClock
 
     def of(self, stage: str, names: Iterable[str], measure: Callable[[str], Any]) -> dict[str, Any]:

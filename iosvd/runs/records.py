@@ -1,4 +1,4 @@
-"""A run's folder: its config, its plan, and metrics.json, whose presence means complete."""
+"""A run's folder: config, plan, and metrics.json, whose presence means that it is complete."""
 
 from __future__ import annotations
 
@@ -25,17 +25,16 @@ FAILURE = "failure.json"
 PLAN = "plan.json"
 SPECTRA = "spectra.safetensors"  # All singular values of every site.
 CHECKPOINT = "checkpoint"
-TRACKED = "wandb.json"  # Where the run was logged.
-ANSWERS = "answers.json"  # Which items of each zero-shot task were answered rightly.
-_LONGEST_LABEL = 100  # Characters of a folder's name; the digest tells it from all others.
+TRACKED = "wandb.json"  # Identifies the run in wandb.
+ANSWERS = "answers.json"  # Correct answers, item by item, for each zero-shot task.
+_LONGEST_LABEL = 100  # Characters of a folder's name; the digest makes it unique.
 
 
 def run_folder(run: Run) -> Path:
     """Return `<results>/runs/<model>/<label>-<ratio>-<digest>`, unique to what the run measures.
 
-    Where the run has a target instead of a ratio, that is in its place.
-    A run that exists already keeps its folder, whatever its row was called when it was made: two
-    tables that name it differently share it.
+    A run with a target_kl has that in place of the ratio. An existing run keeps its folder whatever
+    its label: two tables that name it differently share it.
     """
     folder, identity = Path(run.runtime.output.results) / "runs" / run.model.name, digest(run)
     if found := sorted(folder.glob(f"*-{identity}")):
@@ -46,7 +45,7 @@ def run_folder(run: Run) -> Path:
 
 
 def check_inside(folder: Path, run: Run) -> None:
-    """Raise RecordError where a link leads from the results to a folder that is not theirs."""
+    """Raise RecordError if the folder is a link out of the results."""
     runs = (Path(run.runtime.output.results) / "runs").resolve()
     if not folder.resolve().is_relative_to(runs):
         raise RecordError(
@@ -57,13 +56,13 @@ def check_inside(folder: Path, run: Run) -> None:
 
 @dataclass(frozen=True)
 class Record:
-    """What a complete run measured, as tables and figures need it."""
+    """The results of a complete run, as tables and figures need them."""
 
-    digest: str  # Of the run that wrote it: what it measured.
+    digest: str  # Identity of the run that wrote it.
     label: str
     ratio: float
     ratio_achieved: float
-    target_bytes: int  # That the weights of the target layers take.
+    target_bytes: int  # Of the weights of the target layers.
     values: Mapping[Metric, float]  # Perplexities, accuracies, predictions and divergences.
     spread: Mapping[Metric, float]  # Standard deviations, if the record is a mean over runs.
     seconds: float  # Of the compression: statistics to replacement.
@@ -91,26 +90,26 @@ def read_record(folder: Path) -> Record | None:
     """Read the metrics of a run, None if it is not complete.
 
     Raises:
-        RecordError: metrics.json is damaged, or somebody else's.
+        RecordError: metrics.json is damaged or belongs to another run.
     """
     try:
         there = (folder / METRICS).exists()
-    except OSError as error:  # A folder that this user may not enter.
+    except OSError as error:  # This user may not enter the folder.
         raise _unreadable(folder / METRICS, error) from error
     return record_of(read_both(folder)[1]) if there else None
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """Return all that a complete run measured, as it was written.
+    """Return the whole metrics.json of a complete run.
 
     Raises:
-        RecordError: it cannot be read, or what readers need of it is of another type.
+        RecordError: it cannot be read, or a field that readers need has another type.
     """
     return read_both(folder)[0]
 
 
 def read_both(folder: Path) -> tuple[dict[str, Any], Metrics]:
-    """Return all that a complete run measured, as it was written, and what readers need of it.
+    """Return the whole metrics.json of a complete run, and its typed fields.
 
     Raises:
         RecordError: as `read_metrics`.
@@ -124,7 +123,7 @@ def read_both(folder: Path) -> tuple[dict[str, Any], Metrics]:
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    """Return the plan of a complete run, as it was written.
+    """Return the whole plan.json of a complete run.
 
     Raises:
         RecordError: it is absent, damaged or of another version.
@@ -139,7 +138,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 
 def read_failure(folder: Path) -> str | None:
-    """Return the line that a failed run left, None if it left none."""
+    """Return the first line of a failed run's error, or None."""
     path = folder / FAILURE
     try:
         lines = typed(Failure, read_json(path), FAILURE).error.splitlines()
@@ -159,8 +158,8 @@ def _cause(error: Exception) -> str:
 
 
 def record_of(metrics: Metrics) -> Record:
-    """Return metrics as tables and figures need them."""
-    # The text's name, not its key: the data set that calibrates is "own" in every run.
+    """Convert metrics.json to a record."""
+    # The text's name, not its key: the calibration data set's key is always "own".
     names = {key: text.name for key, text in metrics.config.eval.texts.items()}
     return Record(
         digest=metrics.digest,
@@ -193,7 +192,7 @@ def _values(metrics: Metrics, names: Mapping[str, str]) -> Iterator[tuple[Metric
         yield other(f"{names[text]}_kl"), measured.kl
         yield other(f"{names[text]}_loss_change"), measured.loss_change
     for text, sites in metrics.site_divergence.items():
-        # A truncation that changes nothing at all was predicted neither well nor badly.
+        # Without a measured change there is nothing to predict.
         predicted = [(s.predicted_kl, s.kl) for s in sites.values() if s.kl > 0]
         if ratios := [guess / kl for guess, kl in predicted if guess is not None]:
             yield other(f"{names[text]}_site_median"), statistics.median(ratios)
@@ -202,7 +201,7 @@ def _values(metrics: Metrics, names: Mapping[str, str]) -> Iterator[tuple[Metric
 
 
 def read_plan_and_spectra(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the plan of a complete run, and all singular values of every site.
+    """Read the plan of a complete run and all singular values of every site.
 
     Raises:
         RecordError: one of them is absent or damaged.

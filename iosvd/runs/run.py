@@ -15,7 +15,7 @@ from iosvd.models.loading import Model
 
 
 class Halves(Enum):
-    """Which windows whiten and which score: all both; the first half both; or half each."""
+    """Windows that whiten and that score: all do both; the first half does both; or half each."""
 
     none = "none"
     same = "same"
@@ -24,7 +24,7 @@ class Halves(Enum):
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Which windows of the data set's calibration split are used, and for what."""
+    """The windows of the calibration split, and what they are used for."""
 
     windows: int = 256
     seq_len: int = 2048
@@ -45,18 +45,18 @@ class CalibrationOptions:
 
 
 class KL(Enum):
-    """Whether the exact divergence from the dense model is measured, and of what."""
+    """What is measured of the exact divergence from the dense model."""
 
     none = "none"
     model = "model"
-    sites = "sites"  # And with one site truncated at a time.
+    sites = "sites"  # The model's, and with one site truncated at a time.
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """On which texts perplexity is measured, in which windows, and on which tasks accuracy is."""
+    """Texts and windows of perplexity, and tasks of accuracy."""
 
-    texts: dict[str, Any] = field(default_factory=dict)  # Dataset, by the name of the column.
+    texts: dict[str, Any] = field(default_factory=dict)  # Data sets by key.
     seq_len: int = 2048
     windows: int = 0
     kl: KL = KL.none
@@ -66,7 +66,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Resources:
-    """Devices and memory of a run; they change what it measures by rounding only."""
+    """Devices and memory of a run; they change results only by rounding."""
 
     device: str = "auto"
     device_map: str | None = None
@@ -79,7 +79,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run writes, and what it keeps and replaces there."""
+    """Output folders, and what a run keeps and replaces there."""
 
     results: str = "results"
     cache: str = "results/cache"
@@ -90,7 +90,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How many runs share this machine, and what each of them takes."""
+    """The share of this machine that each of several parallel runs takes."""
 
     workers: int = 1
     threads: int | None = None
@@ -98,7 +98,7 @@ class Parallelism:
 
 
 class TrackingMode(Enum):
-    """Whether anything is logged, and whether it leaves the machine."""
+    """Whether runs are logged to wandb, and whether anything leaves the machine."""
 
     disabled = "disabled"
     offline = "offline"
@@ -107,7 +107,7 @@ class TrackingMode(Enum):
 
 @dataclass(frozen=True)
 class Tracking:
-    """Whether and where runs are logged to wandb; nothing here changes what is measured."""
+    """Options of wandb; nothing here changes what is measured."""
 
     mode: TrackingMode = TrackingMode.disabled
     project: str = "iosvd"

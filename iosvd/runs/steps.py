@@ -33,7 +33,7 @@ def loaded(run: Run) -> PreTrainedModel:
 
 
 def cache_of(run: Run) -> Cache:
-    """Return where a run keeps what other runs may need too."""
+    """Return the cache that a run shares with others."""
     return Cache(Path(run.runtime.output.cache), run.runtime.output.cache_gib * GIB)
 
 
@@ -65,7 +65,7 @@ def calibration_of(
 
 
 def memory_use(run: Run, model: PreTrainedModel, tokens: Tensor) -> MemoryUse:
-    """Return what the sums of one pass may take beside the loaded model and its activations."""
+    """Return the memory limits of one pass, given the loaded model and its activations."""
     resources, needs = (
         run.runtime.resources,
         run.method.whitening.needs | run.method.allocation.needs,
@@ -81,12 +81,12 @@ def memory_use(run: Run, model: PreTrainedModel, tokens: Tensor) -> MemoryUse:
 
 
 def batch_size(run: Run, windows: Tensor) -> int:
-    """Return how many windows make up `runtime.batch_tokens`, at least one."""
+    """Return the number of windows in `runtime.batch_tokens`, at least one."""
     return max(1, run.runtime.resources.batch_tokens // windows.shape[1])
 
 
 def device_for(name: str) -> str:
-    """Return the device that `runtime.device` means: "auto" is the GPU if there is one."""
+    """Return the device for `runtime.device`: "auto" is the GPU if there is one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -108,7 +108,7 @@ class Planned:
     activations: int
     limit: float  # Of the sums of one pass.
     passes: tuple[int, ...]  # The sums of each.
-    peak: int  # On the model's device, with what the process has there already.
+    peak: int  # On the model's device, including what the process has there already.
 
     @property
     def largest(self) -> int:

@@ -1,4 +1,4 @@
-"""The windows of tokens that a run reads, from the cache where they are."""
+"""The token windows of a run, from the cache if possible."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def calibration_tokens(
     """Return the windows that calibrate, (windows, length).
 
     Args:
-        run: what is measured.
+        run: the run.
         tokenizer: the run's.
-        store: where they are kept.
-        revision: of the hub that the tokenizer was loaded from.
+        store: holds them.
+        revision: the hub's commit of the tokenizer.
     """
     c, text = run.data.calibration, run.data.dataset
     options = {"windows": c.windows, "length": c.seq_len, "seed": c.seed, "use": "calibration"}

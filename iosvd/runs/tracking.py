@@ -1,7 +1,7 @@
-"""Log runs to wandb, if asked; everything it shows is read back from the run's folder.
+"""Log runs to wandb on request; everything is read back from the run's folder.
 
-The only file that knows wandb. A run has one wandb run, whose id is the run's digest: one that
-failed and is tried again, or was complete before tracking was turned on, continues there.
+This is the only file that uses wandb. Each run has one wandb run, whose id is the run's digest: a
+run that failed and is tried again, or was complete before tracking was on, continues there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from iosvd.runs.records import CHECKPOINT, TRACKED, read_metrics, read_plan_and_
 from iosvd.runs.run import Run, Tracking, TrackingMode
 from iosvd.system.json_files import write_json
 
-if TYPE_CHECKING:  # Takes a second to import, and most runs do without.
+if TYPE_CHECKING:  # Takes a second to import; most runs do not need it.
     import pandas
     import wandb
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def check_tracking(tracking: Tracking) -> None:
-    """Fail at once where online logging cannot work, rather than after the first run.
+    """Raise ConfigError if online logging cannot work, before the first run.
 
     Raises:
         ConfigError: wandb has no key.
@@ -56,7 +56,7 @@ def check_tracking(tracking: Tracking) -> None:
 def tracked(run: Run, folder: Path) -> Iterator[None]:
     """Keep the wandb run of a cell open, and log the cell to it when it is complete.
 
-    An exception inside marks the wandb run as failed. What wandb itself dies of is a warning: a
+    An exception inside marks the wandb run as failed. Errors of wandb itself are warnings: a
     dashboard must not cost a measurement.
     """
     if run.runtime.tracking.mode is TrackingMode.disabled:
@@ -89,7 +89,7 @@ def _forgiven(consequence: str) -> Iterator[None]:
 
 
 def open_run(run: Run, name: str, identity: str, **options: Any) -> wandb.Run:
-    """Open a wandb run where a run is to be logged; the same identity continues the same one.
+    """Open the wandb run of a run; the same identity continues the same wandb run.
 
     Files go to `<results>/wandb`.
     """
@@ -104,17 +104,17 @@ def open_run(run: Run, name: str, identity: str, **options: Any) -> wandb.Run:
         group=tracking.group,
         name=name,
         id=identity,
-        # Offline there is nothing to resume from; `wandb sync` joins what has the same id.
+        # Offline there is nothing to resume from; `wandb sync` merges runs with the same id.
         resume="allow" if tracking.mode is TrackingMode.online else None,
         dir=str(results),
         mode=tracking.mode.value,
-        reinit="finish_previous",  # Otherwise a second run of this process gets the first one.
+        reinit="finish_previous",  # Otherwise a second run of this process would get the first one.
         **options,
     )
 
 
 def log_complete(run: wandb.Run, folder: Path, checkpoint: bool = False) -> None:
-    """Log a complete run: the summary is metrics.json key for key, its plan and spectra are media.
+    """Log a complete run: metrics.json as the summary, plan and spectra as media.
 
     Args:
         run: an open wandb run.
@@ -141,7 +141,7 @@ def log_sweep(
     tables: Mapping[str, pandas.DataFrame],
     figures: Mapping[str, Figure],
 ) -> None:
-    """Log what belongs to a whole sweep, in a wandb run of its own; the sweep says where to."""
+    """Log the tables and figures of a sweep, in a wandb run of its own."""
     if example.runtime.tracking.mode is TrackingMode.disabled:
         return
     with _forgiven("the sweep is not logged"):
@@ -164,7 +164,7 @@ def log_media(
 def _table(frame: pandas.DataFrame) -> wandb.Table:
     import wandb
 
-    # Gaps make columns of two types.
+    # Gaps would make columns of mixed types.
     return wandb.Table(dataframe=frame, allow_mixed_types=True)
 
 
@@ -172,6 +172,6 @@ def _picture(figure: Figure) -> Image:
     import PIL.Image
 
     drawn = BytesIO()
-    # wandb would take the figure itself, but through pyplot, which is global state.
+    # wandb would convert the figure through pyplot, which is global state.
     figure.savefig(drawn, format="png", dpi=120)
     return PIL.Image.open(drawn)

@@ -1,4 +1,4 @@
-"""Options that contradict each other, found before a model is loaded."""
+"""Refuse contradictory options before a model is loaded."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _check_goal(run: Run) -> None:
 def _check_floor(run: Run) -> None:
     fraction = run.method.min_rank_fraction
     check_fraction(fraction)
-    # At its break-even rank a site costs nearly as much as dense; what exactly it costs is known
-    # when the model is.
+    # At its break-even rank a site costs nearly as much as dense; the exact cost depends on the
+    # model.
     if (
         not run.method.quantization.rounds
         and run.goal.ratio is not None
@@ -56,7 +56,7 @@ def _check_floor(run: Run) -> None:
 
 
 def _check_trials(run: Run) -> None:
-    """Windows of a trial are the first ones of those that whiten."""
+    """Check that there are enough windows for the losses that the allocation measures."""
     if (windows := run.method.allocation.trial_windows) is not None:
         _check_windows("allocation.windows", windows, run)
 
