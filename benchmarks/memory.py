@@ -54,7 +54,7 @@ def benchmark(overrides: list[str]) -> str:
         for blocks in ("false", "true"):
             more = [f"model.path={folder}", f"runtime.checkpoint_blocks={blocks}", *overrides]
             run = compose_run([*OPTIONS, *more])
-            # In a process of its own: what another left would count.
+            # In a process of its own, so that nothing else counts.
             with get_context("spawn").Pool(1) as pool:
                 rows.append(pool.apply(measure, (run,)))
     results, device = Path(run.runtime.output.results), device_for(run.runtime.resources.device)
@@ -71,7 +71,7 @@ def benchmark(overrides: list[str]) -> str:
 
 
 def measure(run: Run) -> dict[str, float | str]:
-    """Return one line: what was planned and what was measured."""
+    """Return one row: planned and measured memory."""
     planned = plan_statistics(run, torch.device(device_for(run.runtime.resources.device)))
     model = loaded(run)
     windows = run.data.calibration

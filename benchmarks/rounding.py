@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from iosvd.budget import Budget
@@ -32,6 +32,7 @@ from iosvd.layers.replacement import install_
 from iosvd.layers.rows import restore, store_rows
 from iosvd.method import Goal
 from iosvd.models.loading import load_tokenizer
+from iosvd.models.losses import log_probabilities, summed_kl
 from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.quantization import Axis, Half, LossAwareRemap, Quantization, RankBudget, Remap, Score
 from iosvd.quantization.scores import row_scores
@@ -66,7 +67,7 @@ class Bench:
 
     @classmethod
     def of(cls, run: Run) -> Bench:
-        """Load, and collect once."""
+        """Load the model and collect its statistics once."""
         tokenizer, c = load_tokenizer(run.model), run.data.calibration
         tokens = calibration_windows(tokenizer, run.data.dataset, c.windows, c.seq_len, c.seed)
         text = evaluation_windows(tokenizer, run.data.dataset, run.eval.seq_len, run.eval.windows)
@@ -74,7 +75,7 @@ class Bench:
         # Remapping plans the highest ranks, so its spectra serve every scheme.
         remapped = replace(run.method, quantization=Remap())
         factorized = spectra_for(run.goal, remapped, calibration_of(run, model, tokens))
-        return cls(run, tokens, text, factorized, log_probabilities(model, text, run))
+        return cls(run, tokens, text, factorized, predictions(model, text, run))
 
     def compressed(self, ratio: float, quantization: Quantization) -> Compressed:
         """Compress the model anew."""
@@ -84,24 +85,23 @@ class Bench:
 
     def measure(self, model: PreTrainedModel) -> tuple[float, float]:
         """Return perplexity, and KL from the dense model, on the evaluation text."""
-        found = log_probabilities(model, self.text, self.run)
+        found = predictions(model, self.text, self.run)
         dense = self.log_probabilities
-        kl = (dense.exp() * (dense - found)).sum(-1).mean()
+        kl = summed_kl(dense, found) / self.text.numel()
         loss = cross_entropy(found[:, :-1].flatten(0, 1), self.text[:, 1:].flatten())
         return float(loss.double().exp()), float(kl)
 
 
 @torch.no_grad()
-def log_probabilities(model: PreTrainedModel, text: Tensor, run: Run) -> Tensor:
-    """Return the log-probabilities of all next tokens, in main memory."""
+def predictions(model: PreTrainedModel, text: Tensor, run: Run) -> Tensor:
+    """Return the log-probabilities of all next tokens of a text, in main memory."""
     batches = text.split(batch_size(run, text))
-    logits = [model(input_ids=b.to(model.device), use_cache=False).logits.cpu() for b in batches]
-    stacked = torch.cat(logits)
-    return log_softmax(stacked.to(torch.promote_types(stacked.dtype, torch.float32)), dim=-1)
+    found = [log_probabilities(model, b.to(model.device), torch.float32).cpu() for b in batches]
+    return torch.cat(found)
 
 
 def schemes(ratio: float) -> Iterator[tuple[str, list[Quantization]]]:
-    """Yield what is compared at one ratio: a name, and what is measured under it."""
+    """Yield the name and the quantisations of each scheme that is compared at a ratio."""
     yield "remap", [Remap()]
     for axis in Axis:
         yield f"half, axis {axis.value}", [Half(axis)]
@@ -161,10 +161,10 @@ def truncated(bench: Bench, ratio: float) -> tuple[PreTrainedModel, Mapping[str,
 
 
 def single_rows(bench: Bench, ratio: float, axis: Axis) -> pandas.DataFrame:
-    """Round rows one at a time; return what was predicted and what was measured."""
+    """Round rows one at a time; return the predicted and the measured changes."""
     model, sites = truncated(bench, ratio)
     text = bench.tokens[:WINDOWS]
-    before = log_probabilities(model, text, bench.run)
+    before = predictions(model, text, bench.run)
     candidates = [
         (site, key, row)
         for site in sites.values()
@@ -188,17 +188,17 @@ def single_rows(bench: Bench, ratio: float, axis: Axis) -> pandas.DataFrame:
         with torch.no_grad():
             original = parameter.clone()
             parameter.add_(error)
-            after = log_probabilities(model, text, bench.run)
+            after = predictions(model, text, bench.run)
             parameter.copy_(original)
         labels = text[:, 1:, None]
         change = (before - after)[:, :-1].gather(-1, labels).mean()
-        kl = (before.exp() * (before - after)).sum(-1).mean()
+        kl = summed_kl(before, after) / text.numel()
         found.append({**predicted, "loss change": float(change), "KL": float(kl)})
     return pandas.DataFrame(found)
 
 
 def agreement(found: pandas.DataFrame, ratio: float) -> str:
-    """Say how well single rows were predicted in a model truncated to a ratio."""
+    """Describe how well single rows were predicted in a model truncated to a ratio."""
     ratios = (found["second_order"] / found["KL"]).median()
     pearson = found["signed"].corr(found["loss change"])
     ranks = found["second_order"].corr(found["KL"], method="spearman")

@@ -66,7 +66,7 @@ def measure_training(run: Run, tokens: Tensor) -> Stage:
 
 def measure_method(run: Run, tokens: Tensor) -> dict[str, Stage]:
     """Measure the stages of a compression."""
-    # With a store, or a correction would have to collect the statistics once more.
+    # With a store, so that a correction does not collect the statistics again.
     with tempfile.TemporaryDirectory() as folder:
         store = Cache(Path(folder))
         calibration = calibration_of(run, loaded(run), tokens, store)
@@ -92,7 +92,7 @@ def benchmark(overrides: list[str]) -> None:
     tokens = calibration_windows(load_tokenizer(base.model), data, c.windows, c.seq_len, c.seed)
     references: list[Stage] = []
     stages: dict[str, list[dict[str, Stage]]] = {method: [] for method in METHODS}
-    for _ in range(repetitions):  # Interleaved, so that a busy moment hits all alike.
+    for _ in range(repetitions):  # Interleaved, so that a busy moment affects all methods equally.
         references.append(measure_training(base, tokens))
         for method, run in runs.items():
             stages[method].append(measure_method(run, tokens))

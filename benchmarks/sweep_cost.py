@@ -1,10 +1,10 @@
-"""What a sweep costs beside what it cannot do without: part of make bench
+"""The cost of a sweep relative to its unavoidable parts: part of make bench
 
     python benchmarks/sweep_cost.py experiment=methods model=… dataset=… eval=…
 
 Launches the sweep on an empty folder, and again when it is complete. The reference is the sum of
-the statistics, once for each whitening, and of the evaluation of every run, as the records have
-them. Writes <results>/tables/sweep_cost-<experiment>-<model>.md.
+the statistics, once for each whitening, and of the evaluation of every run, from the records.
+Writes <results>/tables/sweep_cost-<experiment>-<model>.md.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def benchmark(overrides: list[str]) -> str:
 
 
 def launch(overrides: list[str]) -> float:
-    """Return the seconds of one launch, from the shell back to the shell."""
+    """Return the wall-clock seconds of one launch."""
     started = time.monotonic()
     subprocess.run([sys.executable, str(COMMAND), "-m", *overrides], check=True)
     return time.monotonic() - started
 
 
 def reference(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the seconds of the parts: what has to be done, and of the rest what was measured."""
+    """Return the seconds of the unavoidable parts and of the other measured ones."""
     statistics: dict[str, float] = {}
     for record in records:  # Of several allocations, the one that needs most.
         whitening = json.dumps(record["config"]["whitening"])

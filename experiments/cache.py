@@ -4,8 +4,8 @@
     python experiments/cache.py keep_gib=50        # and remove the least recently used beyond that
     python experiments/cache.py keep_gib=0         # all of it
 
-Nothing is lost but time: what is removed is computed again when a run needs it. Other options are
-those of a run, for instance runtime.results=FOLDER.
+Removed entries are computed again when a run needs them. Other options are those of a run, for
+instance runtime.results=FOLDER.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from iosvd.system.machine import GIB
 
 
 def main(overrides: list[str]) -> str:
-    """Prune where asked, and return the list."""
+    """Prune the cache if asked, and return its list."""
     keep, rest = own_option(overrides, "keep_gib")
     cache = cache_of(compose_run(rest))
     cache.check()
@@ -37,7 +37,7 @@ def main(overrides: list[str]) -> str:
 
 
 def listing(cache: Cache) -> str:
-    """Return the entries by kind: how many, how large, when last used."""
+    """Return number, size and last use of the entries, by kind."""
     entries = cache.entries()
     if not entries:
         return f"{cache.folder} keeps nothing"

@@ -3,9 +3,9 @@
     python experiments/compare.py experiment=main
     python experiments/compare.py reference=FILE.csv experiment=main model=tiny dataset=pydoc …
 
-Takes the overrides of the sweep itself. The reference is what was published for the same model, or
-the csv of an earlier rendering. How much may differ is said in conf/table/<experiment>.yaml. The
-exit status is 1 if a cell is outside that, 2 if nothing can be compared or the command is wrong.
+Takes the overrides of the sweep itself. The reference is the published value for the same model, or
+the csv of an earlier rendering; the tolerance is set in conf/table/<experiment>.yaml. The exit
+status is 1 if a cell is outside it, 2 if nothing can be compared or the command is wrong.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python experiments/compress.py -m experiment=demo
     python experiments/compress.py -m experiment=main launcher=joblib
 
-Every run of a sweep is composed and checked before the first one starts; the dense model, which
-its rows are compared with, is measured first. A run that is complete is skipped, one that fails
-stops no other; the exit status is 1 if any is missing at the end, 2 if the command itself is wrong.
+All runs of a sweep are composed and checked before the first one starts; the dense model, the
+baseline of its rows, is measured first. Complete runs are skipped, and a failing run stops no
+other. The exit status is 1 if any run is missing at the end, 2 if the command itself is wrong.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import signal
 import sys
 
 if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
-    # Until `interruptible` waits for it: the imports take seconds, and their threads must not get
-    # Ctrl-C either.
+    # Blocked until `interruptible` waits for it: the imports take seconds, and their threads must
+    # not receive Ctrl-C either.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 import hydra
@@ -39,7 +39,7 @@ log = logging.getLogger("iosvd.compress")
 
 
 def main() -> int:
-    """Check everything, run everything, and say what is missing."""
+    """Check and carry out all runs, and report those that are missing at the end."""
     arguments = command_line()
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
         _hydra()
@@ -48,7 +48,7 @@ def main() -> int:
     try:
         jobs = sweep_jobs(arguments.overrides) if arguments.multirun else []
         run = jobs[0].run if jobs else compose_run(arguments.overrides)
-        run_folder(run)  # Finds what is missing on disk before anything starts.
+        run_folder(run)  # Finds missing files before anything starts.
         cache_of(run).check()
         check_tracking(run.runtime.tracking)
     except (IosvdError, OSError) as error:

@@ -2,7 +2,7 @@
 
     python experiments/dashboard.py [results]
 
-Writes <results>/dashboard.html, which opens in any browser and holds everything it shows.
+Writes <results>/dashboard.html, one self-contained page for any browser.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from iosvd.tables.dashboard import read_runs, to_page
 
 
 def write(results: Path) -> Path:
-    """Write the page; return where.
+    """Write the page and return its path.
 
     Raises:
         RecordError: there is no complete run.

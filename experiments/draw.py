@@ -3,8 +3,8 @@
     python experiments/draw.py experiment=main model=tiny dataset=pydoc eval=pydoc
     python experiments/draw.py format=pdf experiment=main …
 
-Takes the overrides of the sweep itself, and which figures from conf/table/<experiment>.yaml.
-Writes <results>/figures/<experiment>-<model>-<figure>.png, or of another format.
+Takes the overrides of the sweep itself; conf/table/<experiment>.yaml lists the figures. Writes
+<results>/figures/<experiment>-<model>-<figure>.png, or another format.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from iosvd.tables.sweep import OnDisk, SweepTable, read_table
 from iosvd.tables.table import Found, Table
 
 log = logging.getLogger("iosvd.draw")
-# Without date or version inside, the same runs give the same file.
+# Without dates and versions, so that the same runs give the same file.
 FORMATS = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def draw(overrides: list[str]) -> list[Path]:
-    """Draw every figure of a table's preset; return where they were written."""
+    """Draw every figure of a table's preset; return their paths."""
     given, rest = own_option(overrides, "format")
     form = "png" if given is None else given
     if form not in FORMATS:
@@ -76,7 +76,7 @@ def _curves(read: SweepTable) -> dict[str, Figure]:
 
 def _titles(table: Table) -> dict[str, str]:
     """Return what to write for a measured column, or an axis."""
-    # A column of published values may be of a metric that is measured too.
+    # A column of published values may have the same metric.
     titles = {column.metric.name: column.title for column in table.columns if not column.reference}
     return titles | {"ratio": "maintenance ratio", "target_bytes": "bytes of the target layers"}
 

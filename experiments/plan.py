@@ -1,10 +1,10 @@
-"""Say what a run will take before anything is loaded: make plan MODEL=…
+"""Predict memory, passes and time of a run before anything is loaded: make plan MODEL=…
 
     python experiments/plan.py model=llama2_7b runtime.memory_gib=24 runtime.checkpoint_blocks=true
 
 Bytes and passes are counted from the shapes in the model's configuration. Seconds are estimated
 from a short measurement on the device that the run would have: products in the model's dtype and in
-float32, and the factorisation of one small matrix. Attention, reading and writing are left out.
+float32, and the factorisation of one small matrix. Attention and input/output are not counted.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ class Speed:
 def plan(overrides: list[str]) -> str:
     """Return the plan of one run."""
     run = compose_run(overrides)
-    device, length = (
-        torch.device(device_for(run.runtime.resources.device)),
-        run.data.calibration.seq_len,
-    )
+    device = torch.device(device_for(run.runtime.resources.device))
+    length = run.data.calibration.seq_len
     planned = plan_statistics(run, device)
     shapes, passes, limit = planned.outline, planned.passes, planned.limit
     speed = measure_speed(run, device)
@@ -83,7 +81,7 @@ def plan(overrides: list[str]) -> str:
 
 
 def factorization_work(shapes: Outline) -> float:
-    """Return what the factorisations take: roots, products, and eigenvalues of the smaller side."""
+    """Return the work of the factorisations: roots, products, eigenvalues of the smaller side."""
     return sum(_work(shape.m, shape.n) for shape in shapes.sites.values())
 
 
@@ -123,7 +121,7 @@ def _seconds(compute: Callable[[], object], device: torch.device) -> float:
 
 
 def free_line(device: torch.device) -> str:
-    """Say what is free there now."""
+    """Return the free memory of a device, as text."""
     return f"{_gib(free_bytes(device))} are free"
 
 

@@ -3,7 +3,7 @@
     python experiments/predict.py model=local model.path=FOLDER dataset=local dataset.path=TEXTS
     python experiments/predict.py measure=0.9,0.6 …
 
-½ Σ σ² of what is dropped under the KL metric of the whole vocabulary is the prediction (METHODS 1,
+½ Σ σ² of dropped components under the whole vocabulary's KL metric is the prediction (METHODS 1,
 identity 5); perplexity is the dense model's times its exponential, exact where the text follows the
 model's own distribution. `measure` names ratios at which the model is compressed and measured too:
 six for the embedded model, none for others. Writes <results>/tables/predict-<model>.md and .csv and
@@ -50,12 +50,11 @@ GOOD = 1.5  # A prediction within this factor of the measured divergence is call
 
 
 def predict(overrides: list[str]) -> str:
-    """Predict, measure where asked, write and return the page."""
+    """Predict, measure at the given ratios, write and return the page."""
     asked, rest = own_option(overrides, "measure")
     run = compose_run([*METHOD, *rest])
-    check_target(
-        GOOD, run.method.whitening, run.method.quantization
-    )  # What can have a target can be predicted.
+    # A method that can have a target can be predicted.
+    check_target(GOOD, run.method.whitening, run.method.quantization)
     default = MEASURED if run.model.embedded else ()
     measured = list(default) if asked is None else _ratios(asked)
     tokenizer, c = load_tokenizer(run.model), run.data.calibration
@@ -115,7 +114,7 @@ def _ratios(text: str) -> list[float]:
 
 
 def _limit(frame: pandas.DataFrame) -> str:
-    """Say down to which ratio the prediction is good, by the measured points."""
+    """Describe down to which ratio the prediction agrees with the measured points."""
     points = frame.dropna(subset=["predicted_kl", "kl"]).sort_values("ratio", ascending=False)
     if points.empty:
         return "Nothing was measured here; measure=0.8,0.6 checks the prediction."

@@ -2,7 +2,7 @@
 
     python experiments/render.py experiment=main model=tiny dataset=pydoc eval=pydoc
 
-Takes the overrides of the sweep itself, and what the table shows from conf/table/<experiment>.yaml.
+Takes the overrides of the sweep itself; conf/table/<experiment>.yaml specifies the table.
 Writes <results>/tables/<experiment>-<model>.md, .csv and .tex, and prints the table.
 """
 

@@ -1,8 +1,8 @@
-"""Say where the runs of a sweep stand, with the first line of each failure: make status
+"""Report the status of a sweep's runs, with the first line of each failure: make status
 
     python experiments/status.py experiment=main model=tiny dataset=pydoc eval=pydoc
 
-Takes the overrides of the sweep itself; computes nothing, and may be called while it goes.
+Takes the overrides of the sweep itself; computes nothing, and works while the sweep is running.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def test_ctrl_c_ends_a_sweep_in_one_line(moment: str, source: Path) -> None:
         interrupt(process)
     assert "Traceback" not in output[0]
     lines = [line for line in output[0].splitlines() if "interrupted" in line]
-    assert lines == ["interrupted; the same command goes on where this one ended"]
+    assert lines == ["interrupted; run the same command again to resume"]
 
 
 def test_two_sweeps_at_once_compute_every_run_once(source: Path, undisturbed: Sweep) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +81,36 @@ def test_no_module_imports_itself_round_about() -> None:
 def test_packages_that_are_only_a_place_import_nothing() -> None:
     for name in ("cache", "data", "layers", "models", "runs", "statistics", "sweeps", "system"):
         assert list(imported(ROOT / "iosvd" / name / "__init__.py")) == []
+
+
+CODE = [*MODULES, *(ROOT / "experiments").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_fit_on_a_screen(path: Path) -> None:
+    source = path.read_text()
+    assert len(source.splitlines()) <= 300
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is long"
+            named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            given = [argument for argument in named if argument.arg not in ("self", "cls")]
+            assert len(given) <= 8, f"{node.name} takes {len(given)} parameters"
+
+
+def test_no_variant_is_told_from_others_outside_its_package() -> None:
+    """What others must know of a variant is a property in its package's base.py."""
+    variants = {
+        name: package
+        for package in ("whitening", "allocation", "correction", "quantization")
+        for name in vars(importlib.import_module(f"iosvd.{package}")).get("__all__", ())
+    }
+    assert len(variants) > 25
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"):
+                continue
+            asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+            for name in asked & set(variants):
+                assert path.parent.name == variants[name], f"{path} asks for {name}"

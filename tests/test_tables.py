@@ -240,7 +240,7 @@ def test_notes_say_what_was_found_what_departs_and_what_was_set_aside(tiny: Tabl
     nothing = build_table(SPEC, empty.found, {})
     text = "\n".join(notes(nothing, empty, SPEC, sweep([])))
     assert "Runs found: 0 of 5." in text and "Published values" not in text
-    assert "as the preset has it" in text and "Command: `make table-main`" in text
+    assert "Protocol: the preset's." in text and "Command: `make table-main`" in text
 
 
 def test_equal_values_as_shown_share_a_place() -> None:

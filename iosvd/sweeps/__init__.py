@@ -1,1 +1,1 @@
-"""Many runs: from the overrides of a sweep to its jobs, launched, watched and resumed."""
+"""Many runs: the jobs of a sweep, launched, watched and resumed."""

@@ -28,13 +28,13 @@ from iosvd.runs.run import Run
 from iosvd.runs.validation import check_combination
 from iosvd.sweeps.hydra_internals import split_sweep
 
-# A row says these by itself.
+# Rows show these anyway.
 _SHOWN_APART = frozenset({"method", "ratio", "model", "model.path", "model.hub_id", "model.name"})
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, and the overrides that make it: what Hydra's launcher is given."""
+    """A run, and the overrides that compose it, which Hydra's launcher gets."""
 
     run: Run
     overrides: tuple[str, ...]
@@ -63,7 +63,7 @@ def baselines(overrides: Sequence[str]) -> list[Run]:
 def sweep_jobs(overrides: Sequence[str]) -> list[Job]:
     """Return the jobs of a sweep, baselines first, each run once.
 
-    Those that differ in the ratio alone lie apart: side by side they would wait for each other's
+    Jobs that differ only in the ratio are far apart: in parallel they would wait for each other's
     statistics.
 
     Raises:
@@ -102,7 +102,7 @@ def _baselines(overrides: Sequence[str]) -> list[Job]:
         for job in _jobs(overrides)
     ]
     found = [Job(compose_run(job), job) for job in dict.fromkeys(jobs)]
-    # What calibrates does not change the dense model.
+    # The calibration does not change the dense model.
     measured = {
         json.dumps([config_of(job.run)["model"], config_of(job.run)["eval"]]): job
         for job in reversed(found)
@@ -113,28 +113,28 @@ def _baselines(overrides: Sequence[str]) -> list[Job]:
 def _jobs(overrides: Sequence[str]) -> list[list[str]]:
     """Split a sweep into the overrides of its runs, as Hydra's launcher does."""
     experiment = [line for line in overrides if _key(line) == "experiment"]
-    # Only an experiment can bring sweep parameters; the rest may hold values of a sweep.
+    # Only an experiment can have sweep parameters; other overrides may hold several values.
     parameters = compose(experiment).hydra.sweeper.params or {}
     lines = [f"{key}={value}" for key, value in parameters.items()] + list(overrides)
     try:
         jobs = split_sweep(lines)
     except HydraException as error:
         raise ConfigError(one_line(error)) from None
-    # How they are launched is not theirs.
+    # Options of the launcher are not the runs'.
     return [[line for line in job if not _key(line).startswith("hydra")] for job in jobs]
 
 
 def _composed_once(jobs: Sequence[Sequence[str]]) -> list[Run]:
-    """Compose the runs; those that differ in the ratio alone, at once if nothing refers to it.
+    """Compose the runs; those that differ only in the ratio together, if nothing refers to it.
 
-    A composition takes Hydra a tenth of a second, and a table has dozens of runs.
+    Hydra takes a tenth of a second per composition, and a table has dozens of runs.
     """
     composed: dict[tuple[str, ...], Run | None] = {}  # None: something refers to the ratio.
     runs = []
     for job in jobs:
         rest = tuple(line for line in job if group_of(line) != "ratio")
         if rest not in composed:
-            # With this job's own ratio: with the default one it might not be a legal run.
+            # With this job's own ratio: the default one might be invalid here.
             found = compose(job)
             composed[rest] = None if refers_to_ratio(found) else run_of(found, job)
         if (run := composed[rest]) is None:

@@ -1,4 +1,4 @@
-"""Processes side by side on one machine: a GPU for each, and none that outlives its launcher."""
+"""Parallel processes on one machine: each leases a GPU, and none outlives its launcher."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from iosvd.system.files import process_lock, write_text
 
 log = logging.getLogger(__name__)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-# Lets torch count GPUs without starting CUDA, which would no longer heed the variable above.
+# Lets torch count GPUs without starting CUDA, which would ignore later changes of the variable.
 COUNT_ONLY = "PYTORCH_NVML_BASED_CUDA_CHECK"
-# What CUDA takes for a device: an index, or the name of a GPU or of a part of one.
+# CUDA's names of devices: an index, or the UUID of a GPU or of a MIG slice.
 _DEVICE = re.compile(r"[0-9]+|(GPU|MIG)-[\w/-]+")
 
 
 @functools.cache
 def take_gpu() -> FileLock | None:
-    """Give this process one of the machine's GPUs until it ends; None where there is no GPU.
+    """Lease one of the machine's GPUs to this process until it ends; None if there is no GPU.
 
-    The lease is a locked file, which the system lets go of however the process ends.
+    The lease is a locked file, which the system releases however the process ends.
 
     Raises:
-        ConfigError: other processes have them all.
+        ConfigError: other processes hold all GPUs.
     """
     gpus = visible_gpus()
     if not gpus:
@@ -47,7 +47,7 @@ def take_gpu() -> FileLock | None:
 def visible_gpus() -> list[str]:
     """Return the GPUs that this process may use, by index or by name.
 
-    As CUDA does, it reads CUDA_VISIBLE_DEVICES up to the first that is no device, such as -1.
+    Like CUDA, it reads CUDA_VISIBLE_DEVICES up to the first entry that is no device, such as -1.
     """
     named = os.environ.get(VISIBLE)
     if named is None:
@@ -61,14 +61,14 @@ def visible_gpus() -> list[str]:
 
 
 def lease_one(gpus: Sequence[str], folder: Path) -> tuple[FileLock, str]:
-    """Return the first GPU that nobody has, and the lock that says so.
+    """Return the first free GPU, and the lock that is its lease.
 
     Raises:
-        ConfigError: other processes have them all; they are named.
+        ConfigError: other processes hold all GPUs; they are named.
     """
     _make_private(folder)
     taken = []
-    with process_lock(folder / "all.lock"):  # Only one looks at a time.
+    with process_lock(folder / "all.lock"):  # One process at a time looks for a GPU.
         for gpu in gpus:
             name = re.sub(r"[^\w-]", "_", gpu)  # A MIG's name has slashes.
             path, note = folder / f"{name}.lock", folder / f"{name}.holder"
@@ -80,7 +80,7 @@ def lease_one(gpus: Sequence[str], folder: Path) -> tuple[FileLock, str]:
                 if holder is not None:
                     taken.append(f"{gpu} by process {holder}")
                     continue
-                # Its process has ended: one that it forked has inherited the lock.
+                # Its process has ended, but a fork of it has inherited the lock.
                 path.unlink(missing_ok=True)
                 lock.acquire()
             write_text(note, str(os.getpid()))
@@ -92,7 +92,7 @@ def lease_one(gpus: Sequence[str], folder: Path) -> tuple[FileLock, str]:
 
 
 def _holder(note: Path) -> str | None:
-    """Return the process that wrote the note and what it runs, None if it has ended."""
+    """Return the process that wrote the note and its command, None if it has ended."""
     try:
         process = psutil.Process(int(note.read_text(encoding="utf-8")))
         return f"{process.pid} ({shortened(plain(' '.join(process.cmdline())), 60)})"
@@ -105,7 +105,7 @@ def _holder(note: Path) -> str | None:
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder of this user's in a place where all users write."""
+    """Make a folder of this user in a place where all users write."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     owner = folder.lstat().st_uid
     if folder.is_symlink() or (hasattr(os, "getuid") and owner != os.getuid()):
@@ -113,5 +113,5 @@ def _make_private(folder: Path) -> None:
 
 
 def _user() -> str:
-    # In containers a user need not have a name.
+    # In containers a user may have no name.
     return str(os.getuid()) if hasattr(os, "getuid") else getpass.getuser()

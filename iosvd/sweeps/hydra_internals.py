@@ -1,4 +1,4 @@
-"""What Hydra does not call public: a newer version may need other names here, and only here."""
+"""The only file that uses Hydra's private names; a newer Hydra may need changes here."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def launcher(
     Args:
         folder: of the configuration.
         overrides: of the sweep's command line.
-        task: what a job does with its composition.
+        task: called with the composition of each job.
     """
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("compress", create_config_search_path(folder))

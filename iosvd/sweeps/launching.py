@@ -1,6 +1,6 @@
-"""Hand a sweep's runs to Hydra's launcher, watch them, and go on where workers die.
+"""Hand a sweep's runs to Hydra's launcher, watch them, and retry those whose worker dies.
 
-Which launcher is conf/launcher's choice; this file schedules nothing.
+The launcher is chosen in conf/launcher; this file schedules nothing.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from iosvd.system.progress import quiet_libraries
 
 log = logging.getLogger(__name__)
 _LOOK_SECONDS = 2.0
-_PATIENCE_SECONDS = 0.2  # Others look at a lock for a moment.
-_LAUNCHER = "IOSVD_LAUNCHER"  # The process that launches, for its workers.
-_WAITING_WORKERS = "hydra_plugins.hydra_joblib_launcher"  # Their processes wait for more jobs.
+_PATIENCE_SECONDS = 0.2  # Longer than a check of the lock by another process holds it.
+_LAUNCHER = "IOSVD_LAUNCHER"  # The launching process, for its workers.
+_WAITING_WORKERS = "hydra_plugins.hydra_joblib_launcher"  # Its workers wait for more jobs.
 
 
 def carry_out_one(composed: DictConfig) -> None:
-    """Carry out one run of Hydra's; in a worker's process, if the launcher has workers."""
+    """Carry out one job of Hydra's launcher, in a worker process if the launcher has workers."""
     hydra_config = HydraConfig.get()
     if str(hydra_config.launcher._target_).startswith(_WAITING_WORKERS):
         parent = int(os.environ.get(_LAUNCHER, os.getpid()))
@@ -55,10 +55,10 @@ def carry_out_one(composed: DictConfig) -> None:
 
 
 def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[RunStatus]:
-    """Carry out the runs of a sweep that are not complete, and return where all of them stand.
+    """Carry out the runs of a sweep that are not complete, and return the status of all.
 
-    A run that another sweep carries out is waited for. Where workers die, what they were at is
-    tried once more by itself; a run that dies again is recorded as failed, and the others go on.
+    A run that another sweep carries out is waited for. If a worker dies, its run is tried once more
+    alone; a run that dies again is recorded as failed, and the others go on.
 
     Args:
         jobs: of the sweep.
@@ -66,7 +66,7 @@ def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[RunStatus]:
     """
     runs = [job.run for job in jobs]
     for run in runs:
-        _tidy(run)  # Also where it is complete.
+        _tidy(run)  # Also if it is complete.
     before, pending = Stamps.of(runs), [job for job in jobs if _has_work(job.run)]
     log.info("%d runs, %d of them complete", len(jobs), len(jobs) - len(pending))
     with watched(runs) if pending else nullcontext():
@@ -76,7 +76,7 @@ def carry_out(jobs: Sequence[Job], overrides: Sequence[str]) -> list[RunStatus]:
             for died in (job for job in left if _state(job, before) is State.interrupted):
                 _try_alone(died, overrides)
             left = [job for job in left if _state(job, before) is State.missing]
-            if len(left) == len(pending):  # Nothing was even begun: so it would be again.
+            if len(left) == len(pending):  # No run has begun: trying again would end the same way.
                 _one_by_one([job for job in left if _record_of(job.run).exists()], overrides)
                 break
             pending = left
@@ -88,7 +88,7 @@ def _record_of(run: Run) -> Path:
 
 
 def _tidy(run: Run) -> None:
-    """Remove what killed writers left in a run's folder, unless that is somebody else's."""
+    """Remove what killed writers left in a run's folder, unless another process is using it."""
     folder = run_folder(run)
     with suppress(RecordError):
         check_inside(folder, run)
@@ -100,7 +100,7 @@ def _state(job: Job, before: Stamps) -> State:
 
 
 def _left(launched: Sequence[Job], before: Stamps) -> list[Job]:
-    """Return the runs that have neither ended nor failed, once nobody carries them out."""
+    """Wait until no process carries out these runs; return those that neither ended nor failed."""
     for job in launched:
         if _state(job, before) is State.running:
             log.info("waiting for another process, which carries out %s", run_folder(job.run))
@@ -111,18 +111,18 @@ def _left(launched: Sequence[Job], before: Stamps) -> list[Job]:
 
 
 def _try_alone(died: Job, overrides: Sequence[str]) -> None:
-    """Go on with a run whose process was killed; nobody else's worker is to die of it again."""
+    """Retry a run whose process was killed, alone, so that it can kill no other run's worker."""
     log.warning("%s was killed with its process; tried once more", run_folder(died.run).name)
     error = _launch([died], overrides)
     if status_of(died.run, _PATIENCE_SECONDS).state is State.interrupted:
         reason = "its process was killed twice, perhaps for want of memory; launch again to go on"
-        if isinstance(error, IosvdError):  # It was not even begun.
+        if isinstance(error, IosvdError):  # It had not begun.
             reason = str(error)
         record_failure(died.run, WorkerError(reason))
 
 
 def _one_by_one(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
-    """Launch runs that lack their checkpoint alone: one whose worker dies must not stop others."""
+    """Launch runs that lack only their checkpoint one by one: a dying worker must stop no other."""
     for job in jobs if len(jobs) > 1 else ():
         _launch([job], overrides)
 
@@ -135,10 +135,10 @@ def _has_work(run: Run) -> bool:
 
 
 def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> Exception | None:
-    """Give these runs to the launcher that the overrides choose, and wait until they have ended.
+    """Give these runs to the launcher that the overrides choose, and wait for their end.
 
     Returns:
-        What the launcher died of, if it did.
+        The launcher's error, if it had one.
     """
     shield_workers()
     os.environ[_LAUNCHER] = str(os.getpid())
@@ -148,8 +148,8 @@ def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> Exception | None:
         with launcher(str(conf_folder()), overrides, carry_out_one) as launch:
             results = launch.launch([list(each.overrides) for each in jobs], initial_job_idx=0)
             for result in results:
-                _ = result.return_value  # Raises what a job raised: nothing that belongs to a run.
-    # Launchers raise types of their own where a worker dies.
+                _ = result.return_value  # Raises a job's error, which is never a run's own.
+    # Launchers raise their own types if a worker dies.
     except Exception as error:  # noqa: BLE001
         log.error("a worker ended: %s", one_line(error)[:300])
         return error
@@ -160,7 +160,7 @@ def _launch(jobs: Sequence[Job], overrides: Sequence[str]) -> Exception | None:
 
 @contextmanager
 def watched(runs: Sequence[Run]) -> Iterator[None]:
-    """Show how a sweep goes: a bar for people, in logs a line for each run that is done."""
+    """Show the progress of a sweep: a bar on a terminal, in logs a line for each finished run."""
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(runs, stop), daemon=True)
     watcher.start()
@@ -178,7 +178,7 @@ def _watch(runs: Sequence[Run], stop: threading.Event) -> None:
         while not stop.wait(_LOOK_SECONDS):
             done = _done(runs)
             bar.update(done - bar.n)
-            # A record is checked when it is read: not again and again those that are there.
+            # Reading a record checks it, so complete runs are not read again and again.
             others = [run for run in runs if not (run_folder(run) / METRICS).exists()]
             running = sum(status_of(run).state is State.running for run in others)
             bar.set_postfix(running=running)

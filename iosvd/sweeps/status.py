@@ -1,4 +1,4 @@
-"""Where the runs of a sweep stand, as their folders tell it."""
+"""The status of the runs of a sweep, read from their folders."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from iosvd.runs.run import Run
 
 
 class State(Enum):
-    """Where a run stands."""
+    """States of a run."""
 
     done = "done"
     running = "running"
     failed = "failed"
-    interrupted = "interrupted"  # Begun, and its process ended: it goes on where it was.
+    interrupted = "interrupted"  # Its process ended too early; the next launch resumes it.
     missing = "missing"
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run, where it stands, and the first line of its failure."""
+    """A run, its state, and the first line of its failure."""
 
     run: Run
     state: State
@@ -44,7 +44,7 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Stamps:
-    """When the records of some runs were written, before the runs are launched."""
+    """The times at which the records of some runs were written, before the runs are launched."""
 
     times: Mapping[Path, int | None]
 
@@ -54,7 +54,7 @@ class Stamps:
         return cls({folder: _written(folder) for folder in map(run_folder, runs)})
 
     def status_of(self, run: Run, patience: float = 0.0) -> RunStatus:
-        """Look where a run stands; one that is to be measured again counts once it has been."""
+        """Return the status of a run; a forced run is done only after it was measured again."""
         found = status_of(run, patience)
         again = run.runtime.output.force and found.state is State.done
         if not again or _written(found.folder) != self.times.get(found.folder):
@@ -72,11 +72,11 @@ def _written(folder: Path) -> int | None:
 
 
 def status_of(run: Run, patience: float = 0.0) -> RunStatus:
-    """Look where a run stands. It is done when all that is asked of it is there.
+    """Return the status of a run. It is done when everything asked of it exists.
 
     Args:
         run: the run.
-        patience: seconds to wait for its lock, which others hold for a moment when they look.
+        patience: seconds to wait for its lock, which other processes hold for a moment to look.
     """
     folder = run_folder(run)
     try:

@@ -1,1 +1,1 @@
-"""This machine: files, processes, memory, time, logs."""
+"""The machine: files, processes, memory, time, logs."""

@@ -1,8 +1,8 @@
-"""Files that are written whole or not at all, and removed without leaving their folder.
+"""Write files completely or not at all, and remove them without following links.
 
-While it is written, a file or folder is called `.<name>.<machine>.<process>.partial`; a rename
-gives it its own name. A writer that is killed leaves its partial behind, and whoever writes to
-the same folder next removes it.
+While it is written, a file or folder is called `.<name>.<machine>.<process>.partial`; then it is
+renamed. A killed writer leaves its partial behind, and the next writer to the same folder removes
+it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _OWNER = re.compile(r"\..*\.([0-9a-f]{8})\.([0-9]{1,9})" + re.escape(PARTIAL), flags=re.DOTALL)
 _UMASK = os.umask(0)
-os.umask(_UMASK)  # Asking for it sets it.
-_ABANDONED_SECONDS = 86_400.0  # Of a writer that cannot be asked, on another machine.
+os.umask(_UMASK)  # Reading the umask requires setting it.
+_ABANDONED_SECONDS = 86_400.0  # For writers on other machines, which cannot be checked.
 
 
 def _machine() -> str:
-    """Return a code of this machine; containers number their processes apart."""
+    """Return a code of this machine; each container numbers its own processes."""
     numbering = Path("/proc/self/ns/pid")
     apart = numbering.stat().st_ino if numbering.exists() else 0
     return hashlib.sha256(f"{platform.node()} {apart}".encode()).hexdigest()[:8]
@@ -50,36 +50,36 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Raises:
         StorageError: the disk is full, or the folder may not be written to; nothing is left of
-            what was written.
+            the partial.
     """
     temporary = partial_of(path)
     try:
         with write_failures_explained(path):
-            remove(temporary)  # Of a process that had this number before; or a link.
+            remove(temporary)  # Left by an earlier process of this number, or a link.
             yield temporary
             _give_usual_modes(temporary)
             temporary.replace(path)
     finally:
-        with suppress(OSError):  # What made the write fail says more.
+        with suppress(OSError):  # The error of the write is more informative.
             remove(temporary)
 
 
 def _give_usual_modes(path: Path) -> None:
-    """Let others read what the umask lets them: safetensors writes for its own user alone."""
+    """Apply the umask's permissions: safetensors lets only its own user read."""
     for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if not file.is_symlink():
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_UMASK)
 
 
 def partial_of(path: Path) -> Path:
-    """Return what a file or folder is called while this process writes or removes it."""
-    # The process in the name: two may write the same table.
+    """Return the name of a file or folder while this process writes or removes it."""
+    # With the process's number: two processes may write the same table.
     return path.with_name(f".{path.name}.{_MACHINE}.{os.getpid()}{PARTIAL}")
 
 
 @contextmanager
 def write_failures_explained(path: Path) -> Iterator[None]:
-    """Raise StorageError instead of what a full disk or a folder of somebody else raises.
+    """Turn the errors of a full disk or missing permission into StorageError.
 
     safetensors hides the number of the error in its text.
     """
@@ -108,7 +108,7 @@ def _full(path: Path) -> StorageError:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, all of it or nothing."""
+    """Write a text file completely or not at all."""
     with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
@@ -124,14 +124,14 @@ def file_digest(path: Path) -> str:
 
 
 def blocks_of(path: Path) -> Iterator[bytes]:
-    """Yield a file's bytes, never all of them at once."""
+    """Yield a file's bytes in blocks."""
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK_BYTES):
             yield block
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with everything in it, or a link, but never what a link leads to."""
+    """Remove a file, a folder with its contents, or a link, but never the target of a link."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
@@ -140,7 +140,7 @@ def remove(path: Path) -> None:
 
 
 def made(folder: Path) -> Path:
-    """Return a folder that exists now, without what killed writers left in it."""
+    """Make a folder if needed, remove what killed writers left in it, and return it."""
     with write_failures_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder)
@@ -148,7 +148,7 @@ def made(folder: Path) -> Path:
 
 
 def own_folder(parent: Path, *names: str) -> Path:
-    """Return a folder below `parent`, made where it is missing; a link in its place is unlinked."""
+    """Return a folder below `parent`, made if missing; a link in its place is unlinked."""
     for name in names:
         parent = parent / name
         with write_failures_explained(parent):
@@ -159,10 +159,10 @@ def own_folder(parent: Path, *names: str) -> Path:
 
 
 def process_lock(path: Path, timeout: float = -1) -> FileLock:
-    """Return a lock between processes, by a file that colleagues with other accounts can use too.
+    """Return a lock between processes, on a file that other users can lock too.
 
-    The system lets go of it however the process ends. The file stays: unlinked, it would let two
-    in at once.
+    The system releases it however the process ends. The file stays: if it were unlinked, two
+    processes could hold the lock at once.
     """
     return FileLock(path, timeout=timeout, mode=0o666)
 
@@ -174,7 +174,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
-    """Remove the partials of writers that have ended, others' too; failing that, leave them.
+    """Remove the partials of writers that have ended, if possible.
 
     Args:
         folder: to look in.
@@ -183,10 +183,10 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
     if folder.is_symlink():
         return
     start = "." if name is None else f".{name}."
-    with suppress(OSError):  # A folder that is not there, or cannot be read.
+    with suppress(OSError):  # The folder does not exist or cannot be read.
         found = [entry.name for entry in os.scandir(folder) if entry.name.startswith(start)]
         for path in (folder / partial for partial in found if partial.endswith(PARTIAL)):
-            with suppress(OSError):  # Somebody else's, or removed just now.
+            with suppress(OSError):  # Another user's, or just removed.
                 if _abandoned(path):
                     remove(path)
 
@@ -197,9 +197,9 @@ def _abandoned(path: Path) -> bool:
         return False  # Not ours.
     if owner[1] != _MACHINE:
         return time.time() - written > _ABANDONED_SECONDS
-    try:  # A number is given again, in a container soon.
+    try:  # Process numbers are reused, in containers soon.
         return psutil.Process(int(owner[2])).create_time() > written + 1
     except psutil.NoSuchProcess:
         return True
-    except psutil.Error:  # A process that cannot be asked may be the writer.
+    except psutil.Error:  # A process that cannot be checked may be the writer.
         return False

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command in one line, whatever it is at, and its workers with it."""
+"""Ctrl-C and SIGTERM end a command and its workers at any moment, with one line."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from types import FrameType
 
 _LOOK_SECONDS = 1.0
 _WAITING = "awaits Ctrl-C"
-_asked: list[int] = []  # The signals that asked for the end.
-_LINE = "interrupted; the same command goes on where this one ended\n"
+_asked: list[int] = []  # The signals received.
+_LINE = "interrupted; run the same command again to resume\n"
 
 
 def interruptible(main: Callable[[], int]) -> int:
-    """Carry out a command and return its status: 128 and the signal's number, if one ended it."""
+    """Run a command and return its status: 128 plus the signal's number if a signal ended it."""
     signal.signal(signal.SIGINT, _raise)
     signal.signal(signal.SIGTERM, _raise)
     try:
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            # Ctrl-C may be pending already: from here on it can come at any moment.
+            # Ctrl-C may be pending already; from here on it can arrive at any moment.
             threading.Thread(target=_await_interrupt, daemon=True, name=_WAITING).start()
         status = main()
         raise_if_asked()
@@ -36,20 +36,20 @@ def interruptible(main: Callable[[], int]) -> int:
 
 
 def raise_if_asked() -> None:
-    """Raise KeyboardInterrupt where a library has swallowed the one that a signal raised."""
+    """Raise KeyboardInterrupt if a library has swallowed the one that a signal raised."""
     if _asked:
         raise KeyboardInterrupt(_asked[0])
 
 
 def shield_workers() -> None:
-    """Keep Ctrl-C from workers that are started from now on: they end with this process.
+    """Shield workers that are started from now on from Ctrl-C; they end with this process.
 
-    A terminal sends it to all of them, and each would print where it was. They inherit the
-    signals that this thread blocks; the trackers of resources, Python's and joblib's, unblock
-    them where they are started, so they are started before.
+    A terminal sends Ctrl-C to all processes, and each would print a traceback. Workers inherit the
+    signals that this thread blocks. The resource trackers of Python and joblib unblock them when
+    they start, so they are started first.
     """
     if not any(thread.name == _WAITING for thread in threading.enumerate()):
-        return  # Nobody would notice Ctrl-C.
+        return  # No thread waits for Ctrl-C, so it must not be blocked.
     from multiprocessing import resource_tracker
 
     from joblib.externals.loky.backend import resource_tracker as joblib_tracker
@@ -61,7 +61,7 @@ def shield_workers() -> None:
 
 def _raise(number: int, _: FrameType | None) -> None:
     if _asked:
-        _end(number, None)  # Whoever asks twice does not want to wait.
+        _end(number, None)  # A second Ctrl-C means: at once.
     _asked.append(number)
     raise KeyboardInterrupt(number)
 
@@ -69,7 +69,7 @@ def _raise(number: int, _: FrameType | None) -> None:
 def _await_interrupt() -> None:
     signal.sigwait([signal.SIGINT])
     _thread.interrupt_main()
-    signal.sigwait([signal.SIGINT])  # Whoever asks twice does not want to wait.
+    signal.sigwait([signal.SIGINT])  # A second Ctrl-C means: at once.
     _end(signal.SIGINT, None)
 
 
@@ -80,9 +80,9 @@ def _end(number: int, _: FrameType | None) -> None:
 
 @functools.cache
 def end_with(launcher: int) -> None:
-    """End this process as soon as the launcher, whose child it is, has ended, however that was.
+    """End this process as soon as its parent, the launcher, has ended in any way.
 
-    joblib's workers would otherwise wait for its next job for ever, with their GPUs.
+    Otherwise joblib's workers would wait for jobs for ever and hold their GPUs.
     """
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""JSON files: written whole, with a checksum where it matters; read as if others had made them."""
+"""JSON files, written completely or not at all, with checksums; reading trusts nothing."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ _SEALED = re.compile(r'(.*),\n "sha256": "([0-9a-f]{64})"\n}\n', flags=re.DOTALL
 
 
 class DamagedError(ValueError):
-    """A file is not what was written, or not what this version writes."""
+    """A file is damaged or of another version."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        DamagedError: the file is no text, no JSON, no object, nested too deep, or holds NaN or
-            infinity.
+        DamagedError: the file is not text, not JSON, not an object, too deeply nested, or holds NaN
+            or infinity.
         OSError: it cannot be read.
     """
     return _parse(_text(path), path)
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what `write_sealed` wrote, without its checksum.
+    """Read a file of `write_sealed`, check it, and return it without its checksum.
 
     Raises:
-        DamagedError: a byte of it is not what was written, or as `read_json`.
+        DamagedError: the checksum does not match, or as `read_json`.
         OSError: it cannot be read.
     """
     found = _SEALED.fullmatch(_text(path))
@@ -52,10 +52,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file, all of it or nothing.
+    """Write a JSON file completely or not at all.
 
     Raises:
-        StorageError: a number is NaN or infinite, which JSON does not know.
+        StorageError: a number is NaN or infinite, which JSON cannot express.
     """
     write_text(path, _json(path, value) + "\n")
 
@@ -75,12 +75,12 @@ def _json(path: Path, value: Mapping[str, Any]) -> str:
 
 
 def typed(cls: type[Value], value: Any, where: str) -> Value:
-    """Return JSON as a value of a type, whose fields are checked all the way down.
+    """Return JSON as a dataclass, whose fields are checked recursively.
 
     Args:
         cls: a dataclass of numbers, texts, mappings, lists and such dataclasses.
-        value: what `read_json` returned. Keys that the dataclass has no field for are ignored.
-        where: what to call it in an error.
+        value: the result of `read_json`. Keys without a field are ignored.
+        where: its name in errors.
 
     Raises:
         DamagedError: a field is missing or of another type; it is named.

@@ -1,4 +1,4 @@
-"""Log lines that say of which run and which stage they are."""
+"""Log lines with the run and the stage that they belong to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _stage: ContextVar[str] = ContextVar("stage", default="")
 
 
 class Where(logging.Filter):
-    """Adds the run and the stage to every record that passes."""
+    """Adds the run and the stage to every log record."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         names = [name for name in (_run.get(), _stage.get()) if name]
@@ -24,7 +24,7 @@ class Where(logging.Filter):
 
 @contextmanager
 def of_run(name: str) -> Iterator[None]:
-    """Say of which run the lines are that are logged inside."""
+    """Mark the lines that are logged inside with their run."""
     token = _run.set(name)
     try:
         yield
@@ -34,7 +34,7 @@ def of_run(name: str) -> Iterator[None]:
 
 @contextmanager
 def of_stage(name: str) -> Iterator[None]:
-    """Say of which stage of a run the lines are that are logged inside."""
+    """Mark the lines that are logged inside with their stage."""
     token = _stage.set(name)
     try:
         yield
@@ -43,7 +43,7 @@ def of_stage(name: str) -> Iterator[None]:
 
 
 def log_to_console() -> None:
-    """Log to standard output, as Hydra's jobs do by conf/config.yaml."""
+    """Log to standard output in the format of Hydra's jobs (conf/config.yaml)."""
     handler = logging.StreamHandler(sys.stdout)
     handler.addFilter(Where())
     handler.setFormatter(logging.Formatter(FORMAT, datefmt="%H:%M:%S"))

@@ -1,4 +1,4 @@
-"""What this machine has: cores, and memory of devices."""
+"""Cores of this machine, and memory of its devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what is free on a device: of a GPU, or of main memory as far as the system lets us."""
+    """Return the free bytes of a GPU, or of main memory within the process's limits."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -25,7 +25,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def taken_bytes(device: torch.device) -> int:
-    """Return what this process has of a device's memory already."""
+    """Return the bytes of a device's memory that this process holds."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
@@ -35,5 +35,5 @@ def resident_bytes() -> int:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

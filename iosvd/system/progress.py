@@ -1,4 +1,4 @@
-"""Progress bars with the time left; silent where nobody watches."""
+"""Progress bars with the time left; silent unless standard error is a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def track(items: Iterable[Item], total: int, what: str, unit: str) -> Iterator[I
 
 
 def quiet_libraries() -> None:
-    """Turn transformers' bars off where nobody watches; ours know that by themselves."""
+    """Turn transformers' bars off unless standard error is a terminal."""
     if not sys.stderr.isatty():
         import transformers
 
@@ -29,7 +29,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def bars_for_people() -> Iterator[None]:
-    """Keep the bars of libraries, which do not look where they write, out of logs and files."""
+    """Keep the bars of libraries, which do not check where they write, out of logs and files."""
     if sys.stderr.isatty():
         yield
         return

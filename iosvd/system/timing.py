@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage took. Peak memory is the GPUs' if one is in use, else the process's."""
+    """The cost of one stage. Peak memory is the GPUs' if one is in use, else the process's."""
 
     seconds: float
     peak_bytes: int
@@ -27,7 +27,7 @@ class Stage:
 
 @dataclass
 class StageClock:
-    """Measures named stages, in order; a stage that is entered again adds to what it took."""
+    """Measures named stages, in order; entering a stage again adds to its cost."""
 
     stages: dict[str, Stage] = field(default_factory=dict)
 
@@ -41,7 +41,7 @@ class StageClock:
             log.info("took %.1f s", took().seconds)
 
     def add(self, name: str, took: Stage) -> None:
-        """Add to a stage what was measured elsewhere."""
+        """Add a cost that was measured elsewhere to a stage."""
         before = self.stages.get(name, Stage(0.0, 0))
         peak = max(before.peak_bytes, took.peak_bytes)
         self.stages[name] = Stage(before.seconds + took.seconds, peak)
@@ -49,7 +49,7 @@ class StageClock:
 
 @contextmanager
 def measured() -> Iterator[Callable[[], Stage]]:
-    """Yield what tells afterwards how long the inside took, and how much memory."""
+    """Yield a function that returns the cost of the block after it ends."""
     found: list[Stage] = []
     _reset_peak()
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""What produced a record: library versions and the project's commit."""
+"""The origin of a record: library versions and the project's commit."""
 
 from __future__ import annotations
 

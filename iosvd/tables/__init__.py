@@ -1,1 +1,1 @@
-"""Tables: what a preset of conf/table shows, from run records and published numbers to text."""
+"""Tables: from run records and published numbers to text, as a preset of conf/table says."""

@@ -1,4 +1,4 @@
-"""Compare a table with what was published, or with an earlier table, cell by cell."""
+"""Compare a table with published numbers, or with an earlier table, cell by cell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from iosvd.tables.table import Column, Row, Table
 
 @dataclass(frozen=True)
 class Comparison:
-    """One cell: what was measured, what it is compared with, and whether that is close enough."""
+    """One cell: the measured value, its reference, and whether they are close enough."""
 
     where: str  # Model, ratio, method and measure.
     measured: float | None  # None: the reference has it, this table does not.
@@ -42,10 +42,10 @@ def compare_with_published(table: Table, tolerance: Tolerance) -> list[Compariso
 def compare_with_table(table: Table, path: Path, tolerance: Tolerance) -> list[Comparison]:
     """Compare with an earlier rendering's csv; its rows are found by model, ratio and label.
 
-    What the reference has of this table's rows and the table has not is outside any tolerance.
+    A value that the reference has and this table lacks is outside any tolerance.
 
     Raises:
-        RecordError: the file is absent or no table's csv.
+        RecordError: the file is absent or not a table's csv.
     """
     try:
         earlier = pandas.read_csv(path)
@@ -79,5 +79,5 @@ def _compare(
 
 
 def outside(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return those that differ by more than the tolerance."""
+    """Return the comparisons outside the tolerance."""
     return [comparison for comparison in comparisons if not comparison.within]

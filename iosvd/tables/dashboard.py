@@ -22,7 +22,7 @@ _PLACE = "__RUNS__"
 
 
 def read_runs(results: Path) -> list[dict[str, Any]]:
-    """Return what the page shows of every complete run, in the order of models, labels, ratios.
+    """Return the data of every complete run for the page, ordered by model, label and ratio.
 
     Runs that cannot be read are named in the log and left out.
     """
@@ -30,7 +30,7 @@ def read_runs(results: Path) -> list[dict[str, Any]]:
     for path in sorted((results / "runs").glob(f"*/*/{METRICS}")):
         try:
             found.append(_run(path.parent))
-        except (RecordError, RecursionError) as error:  # A config may be nested deeply.
+        except (RecordError, RecursionError) as error:  # A damaged config may be nested too deeply.
             log.warning("left out: %s (%s)", plain(str(path.parent)), one_line(error))
     return sorted(found, key=lambda run: (run["setting"], run["label"] != "dense", run["label"]))
 
@@ -63,13 +63,13 @@ def _run(folder: Path) -> dict[str, Any]:
 
 
 def _setting(config: Mapping[str, Any], c: Config) -> str:
-    """Say what runs must share to be compared: the model, what calibrates, what is measured.
+    """Describe what runs must share to be comparable: model, calibration, evaluation.
 
-    A code stands for the options that it does not spell out, such as dtype and joins.
+    A code stands for options that are not spelled out, such as dtype and joins.
 
     Args:
-        config: the options of a run as written.
-        c: what readers need of them.
+        config: the recorded options of a run.
+        c: its typed fields.
     """
     apart = (*METHOD_GROUPS, "ratio", "runtime", "wandb")
     shared = {key: value for key, value in config.items() if key not in apart}

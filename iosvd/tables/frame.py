@@ -8,7 +8,7 @@ from iosvd.tables.table import Row, Table
 
 
 def to_frame(table: Table) -> pandas.DataFrame:
-    """Return one row per row; each metric has its value and, if any, what was published for it."""
+    """Return the table's rows; each metric has its value and, if any, the published value."""
     return pandas.DataFrame([_row(row, table) for row in table.rows])
 
 

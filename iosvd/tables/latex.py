@@ -50,7 +50,7 @@ def to_latex(table: Table, notes: Sequence[str]) -> str:
 
 
 def escape(text: str) -> str:
-    """Return text as LaTeX shows it literally, on one line."""
+    """Escape text for LaTeX, on one line."""
     return "".join(_SPECIAL.get(character, character) for character in plain(text))
 
 

@@ -34,7 +34,7 @@ def to_markdown(table: Table, notes: Sequence[str]) -> str:
 
 
 def escape(text: str) -> str:
-    """Return text on one line, in which nothing ends a cell or begins a tag."""
+    """Escape text for a Markdown cell, on one line."""
     return plain(text).replace("|", "\\|").replace("<", "&lt;")
 
 

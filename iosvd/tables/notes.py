@@ -1,4 +1,4 @@
-"""The notes below a table: what its marks mean, what was found, what departs from the paper."""
+"""The notes below a table: its marks, its runs, and its deviations from the paper."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def notes(table: Table, on_disk: OnDisk, spec: TableSpec, sweep: Sweep) -> list[
 
     Args:
         table: as rendered.
-        on_disk: how many runs were found, what made them, and which were set aside.
+        on_disk: the runs that were found, and those that were set aside.
         spec: its own notes, and those of its rows.
-        sweep: its options are what departs from the preset's protocol.
+        sweep: its options are the deviations from the preset's protocol.
     """
     records = on_disk.records
     return [
@@ -93,10 +93,10 @@ def _flags(table: Table) -> str:
 
 
 def _protocol(runs: Sequence[Run]) -> str:
-    """Say which model was measured how, as the runs have it (METHODS 9 asks for id and joins)."""
+    """Describe model and protocol of the runs (METHODS 9 asks for id and joins)."""
     run = runs[0]
     evaluation, model = run.eval, run.model
-    # The dense model's own are not used.
+    # The dense model's calibration is not used.
     used = [r for r in runs if r.label != DENSE] or [run]
     windows, lengths, seeds, sources = (
         _listed(str(value(r)) for r in used)
@@ -128,7 +128,7 @@ def _protocol(runs: Sequence[Run]) -> str:
 
 
 def _bytes(spec: TableSpec, runs: Sequence[Run]) -> str:
-    """Say that the column of bytes is not the ratio's count, where it is not."""
+    """Explain the column of bytes if it counts other than the ratio does."""
     wide = any(run.model.dtype is Dtype.float32 for run in runs)
     if "target_bytes" not in spec.extra or not wide:
         return ""
@@ -148,9 +148,9 @@ def _spread(spec: TableSpec) -> str:
 
 
 _MEANINGS = {
-    "predicted_kl": "predicted KL: ½ Σ σ² of what is dropped, nats per token, a top-K metric's"
+    "predicted_kl": "predicted KL: ½ Σ σ² of dropped components, nats per token, a top-K metric's"
     " share of them",
-    "predicted_loss_change": "predicted Δloss: −Σ g σ of what is dropped, nats per token, on"
+    "predicted_loss_change": "predicted Δloss: −Σ g σ of dropped components, nats per token, on"
     " calibration windows",
     "kl": "KL: exact KL(dense ‖ compressed) on held-out text, nats per token",
     "loss_change": "Δloss: measured change of the next-token loss on held-out text, nats per token",
@@ -167,7 +167,7 @@ def _columns(spec: TableSpec) -> str:
 def _deviations(overrides: Sequence[str]) -> str:
     changed = [o for o in overrides if not o.lstrip("+~").startswith(_NOT_SCIENTIFIC)]
     if not changed:
-        return "Protocol: as the preset has it."
+        return "Protocol: the preset's."
     return f"Departs from the preset's protocol: {', '.join(f'`{o}`' for o in changed)}."
 
 

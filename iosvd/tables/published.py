@@ -30,7 +30,7 @@ class Published:
 
     @property
     def is_exact(self) -> bool:
-        """Whether its digits are all there: some papers print 4e2."""
+        """Whether it is printed with all its digits; some papers print 4e2."""
         return "e" not in self.text
 
 
@@ -42,7 +42,7 @@ def read_published(path: Path = PUBLISHED) -> Library:
     """Read the file.
 
     Raises:
-        RecordError: it is absent or damaged.
+        RecordError: the file is absent or damaged.
     """
     try:
         frame = pandas.read_csv(path, dtype=str)

@@ -1,4 +1,4 @@
-"""What a table shows, as conf/table/<name>.yaml says it."""
+"""The specification of a table, from conf/table/<name>.yaml."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from iosvd.errors import ConfigError, check_name
 from iosvd.options import typed_group
 from iosvd.presets import conf_folder
 
-# Columns beside the metrics; those of BY_TEXT are one for each text.
+# Columns besides the metrics; those of BY_TEXT have one for each text.
 BY_TEXT = ("kl", "loss_change", "site_median", "sites_within_two")
 EXTRA = (
     *("ratio_achieved", "seconds", "target_bytes"),
@@ -23,10 +23,10 @@ EXTRA = (
 class RowSpec:
     """One method's row, in every group of rows (model and ratio)."""
 
-    name: str  # As shown.
-    label: str | None = None  # Of the runs; None: a method that is still to come.
+    name: str  # Shown in the table.
+    label: str | None = None  # Label of the runs; None: not implemented yet.
     published: list[str] = field(default_factory=list)  # The papers' names for it, by precedence.
-    note: str | None = None  # What our row does otherwise than the published one.
+    note: str | None = None  # How our row differs from the published one.
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PublishedTable:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a measured value may be from the published one in `make compare`."""
+    """The largest difference between measured and published values in `make compare`."""
 
     perplexity: float = 0.05  # Relative.
     accuracy: float = 0.02  # Absolute: 2 points, about one standard error of the smallest task.
@@ -47,7 +47,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table's title, rows, and what it is compared with."""
+    """A table's title, rows, and published counterparts."""
 
     title: str
     model: str | None = None  # Preset of the published model, shown beside other models.
@@ -63,7 +63,7 @@ class TableSpec:
 
 
 def table_spec(name: str) -> TableSpec:
-    """Return what conf/table/<name>.yaml says a table shows.
+    """Read conf/table/<name>.yaml.
 
     Raises:
         ConfigError: there is no such table, or it has an unknown option.

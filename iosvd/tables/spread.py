@@ -79,5 +79,5 @@ def _rank_agreement(found: Sequence[Found]) -> float | None:
     kept = {i: plan_frame(p["sites"]).set_index("site")["kept"] for i, p in enumerate(plans)}
     alike = pandas.DataFrame(kept).corr(method="spearman").to_numpy()
     pairs = [float(alike[i, j]) for i, j in itertools.combinations(kept, 2)]
-    # Where all sites keep the same, as with uniform ranks, there is no order to agree on.
+    # If all sites keep the same share, as with uniform ranks, there is no order to agree on.
     return None if any(math.isnan(pair) for pair in pairs) else statistics.mean(pairs)

@@ -1,4 +1,4 @@
-"""Which runs a table expects, and what of them is on disk."""
+"""The runs that a table expects, and their records on disk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sweep:
         """Expand the overrides of a sweep, one of which names the experiment.
 
         Raises:
-            ConfigError: none does, or another option is wrong.
+            ConfigError: there is no experiment, or another option is wrong.
         """
         named, rest = own_option(overrides, "experiment")
         if named is None:
@@ -53,14 +53,14 @@ class Sweep:
 
     @property
     def command(self) -> str:
-        """What a person types to make the table."""
+        """The command that makes the table."""
         arguments = shlex.quote(" ".join(self.overrides))
         return f"make table-{self.experiment}" + (f" ARGS={arguments}" if self.overrides else "")
 
 
 @dataclass(frozen=True)
 class OnDisk:
-    """The runs with their records, and why records that exist were not taken."""
+    """The runs with their records, and why some records were set aside."""
 
     found: tuple[Found, ...]
     set_aside: tuple[str, ...]
@@ -72,7 +72,7 @@ class OnDisk:
 
 @dataclass(frozen=True)
 class SweepTable:
-    """A sweep's table as it stands, and what it was made of."""
+    """The current table of a sweep, and what it was made from."""
 
     sweep: Sweep
     spec: TableSpec

@@ -13,11 +13,11 @@ from iosvd.runs.run import Run
 from iosvd.tables.published import Library, Published, look_up
 from iosvd.tables.spec import BY_TEXT, RowSpec, TableSpec
 
-# METHODS 9: what the papers' average is over.
+# The tasks of the papers' average (METHODS 9).
 SEVEN_TASKS = frozenset(
     ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa"]
 )
-# What papers print of a model other than the table's, shown in columns of its own.
+# Published metrics of another model than the table's, shown in columns of their own.
 _REFERENCE_METRICS = (*map(perplexity_on, ("wikitext2", "ptb", "c4")), AVERAGE)
 
 
@@ -30,7 +30,7 @@ class Found:
 
     @property
     def ratio(self) -> float | None:
-        """Of the run; where it had a target instead, the one that was found, once it was."""
+        """The run's ratio; with a target_kl, the ratio that was found, None before."""
         return (
             self.record.ratio
             if self.run.goal.ratio is None and self.record
@@ -51,10 +51,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What was measured, what was published for the same thing, and the place in its group."""
+    """The measured value, the published value for the same thing, and the rank in its group."""
 
     measured: float | None = None
-    spread: float | None = None  # Standard deviation, where it is a mean over runs.
+    spread: float | None = None  # Standard deviation, if it is a mean over runs.
     published: Published | None = None
     same_items: bool = True  # Whether both were measured on the same windows or items.
     place: int = 0  # 1: best of the group's rows, 2: second, 0: neither.
@@ -71,12 +71,12 @@ class Row:
     """One method, for one model at one ratio."""
 
     model: str
-    ratio: float | None  # None: a target's that is not known yet.
+    ratio: float | None  # None: of a target_kl, not known yet.
     name: str
     label: str | None
     cells: tuple[Cell, ...]
     record: Record | None
-    expected: bool  # Whether the sweep has such a run: else the method is still to come.
+    expected: bool  # Whether the sweep has such a run.
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _groups(found: Sequence[Found]) -> list[tuple[str, float | None]]:
     ratios = {model: {f.ratio for f in found if f.run.model.name == model} for model in models}
 
     def falling(ratio: float | None) -> float:
-        return -ratio if ratio is not None else 0.0  # Not known yet: at the end.
+        return -ratio if ratio is not None else 0.0  # Unknown ratios come last.
 
     return [(model, ratio) for model in models for ratio in sorted(ratios[model], key=falling)]
 
@@ -127,7 +127,7 @@ def _specs(spec: TableSpec, found: Sequence[Found]) -> list[RowSpec]:
 
 
 def _has_content(row: Row) -> bool:
-    """A method that this sweep has no run of is shown for what was published, if anything was."""
+    """Whether to show the row: the sweep has its run, or something was published for it."""
     return row.expected or any(cell.published is not None for cell in row.cells)
 
 
@@ -160,7 +160,7 @@ def _row(
 
 
 def _same_items(run: Run, metric: Metric) -> bool:
-    """Whether a run measures a metric on all that the papers measure it on."""
+    """Whether a run measures a metric on all the windows or items of the papers."""
     if metric.is_perplexity:
         return run.eval.windows == 0 and run.eval.seq_len == PROTOCOL_LENGTH
     tasks = run.eval.zero_shot
@@ -214,7 +214,7 @@ def _reference(metric: Metric, model: str) -> Column:
 def _without_empty_references(
     columns: tuple[Column, ...], rows: Sequence[Row]
 ) -> tuple[tuple[Column, ...], tuple[Row, ...]]:
-    """Leave out columns of published values that have none."""
+    """Drop columns of published values that are empty."""
     full = [
         i
         for i, column in enumerate(columns)

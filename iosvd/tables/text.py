@@ -1,4 +1,4 @@
-"""How numbers are written, whatever the markup."""
+"""Numbers as text, for every markup."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MARKS = {"primary": "", "secondary": "s", "derived": "d"}  # Of published values
 
 @dataclass(frozen=True)
 class CellText:
-    """The parts of a cell; markup decides how they are set."""
+    """The parts of a cell, before markup."""
 
     measured: str  # The value or a gap; empty in a column of published values.
     place: int
@@ -22,7 +22,7 @@ class CellText:
 
 
 def heads(table: Table) -> list[str]:
-    """Return the titles of the columns before the numbers: the model only where there are two."""
+    """Return the titles of the columns before the numbers; the model only if there are several."""
     models = {row.model for row in table.rows}
     return [*(["model"] if len(models) > 1 else []), "ratio", "method"]
 
@@ -56,7 +56,7 @@ def cell_text(cell: Cell, column: Column) -> CellText:
 
 
 def number(value: float, digits: int) -> str:
-    """Write a number; large ones without decimals, which mean nothing there."""
+    """Format a number; large ones without decimals, which would be meaningless."""
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.{digits}f}"
 
 
