@@ -13,18 +13,21 @@ import pytest
 import yaml
 from conftest import all_variants
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 
 import iosvd.allocation
 import iosvd.whitening
 from iosvd.data.texts import Dataset
 from iosvd.errors import ConfigError, IosvdError
 from iosvd.models.loading import ASSETS, Model
-from iosvd.runs.config import CONF, compose_run
+from iosvd.presets import conf_folder
+from iosvd.runs.config import compose, compose_run, config_of, to_run
 from iosvd.runs.run import Evaluation, Run, Tracking
 from iosvd.sweeps.expansion import baselines, expand
 from iosvd.tables.spec import table_spec
 from iosvd.tables.sweep import Sweep
 
+CONF = conf_folder()
 SETTINGS = {
     "model/local": [f"model.path={ASSETS / 'tiny'}"],
     "model/hub": ["model.hub_id=organisation/name"],
@@ -53,6 +56,24 @@ def test_every_preset_composes(preset: str) -> None:
     assert isinstance(run, Run)
     if group == "method":
         assert run.label == name
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_what_a_run_records_composes_the_same_run(preset: str) -> None:
+    """And says of every option what the composition says."""
+    overrides = [preset.replace("/", "="), "runtime.memory_gib=3", *SETTINGS.get(preset, [])]
+    composed = compose(overrides)
+    run = to_run(composed, "label")
+    recorded = config_of(run)
+    assert to_run(OmegaConf.create(recorded), "label") == run
+    groups = OmegaConf.to_container(OmegaConf.masked_copy(composed, list(recorded)), resolve=True)
+    assert isinstance(groups, dict)
+    for group, options in groups.items():
+        for key, value in options.items() if isinstance(options, dict) else ():
+            if key == "_target_":
+                assert get_class(value) is get_class(recorded[group][key])
+            elif not isinstance(value, dict):
+                assert recorded[group][key] == value, (group, key)
 
 
 def test_the_groups_hold_what_the_project_promises() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from iosvd.allocation import SensitivitySearch, Spectral, Uniform
 from iosvd.correction import (
     Anchored,
     Correction,
+    CorrectionInputs,
+    CorrectionResult,
     Distilled,
     Lora,
     NoCorrection,
@@ -378,3 +380,41 @@ def test_adapters_are_drawn_by_the_seed() -> None:
 def test_every_correction_is_tested_here() -> None:
     tested = {type(c) for c in (*REFITS, *TRAINED)}
     assert tested | {NoCorrection} == set(all_variants(iosvd.correction))
+
+
+@dataclass(frozen=True)
+class Watched(Correction):
+    """Carries out another correction and sees that the dense model is as it was."""
+
+    inner: Correction
+
+    @property
+    def needs_metrics(self) -> bool:
+        return self.inner.needs_metrics
+
+    @property
+    def adds_bias(self) -> bool:
+        return self.inner.adds_bias
+
+    def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
+        model = inputs.calibration.model
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        modules = dict(model.named_modules())
+        result = self.inner(inputs)
+        assert dict(model.named_modules()) == modules
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        dense = {parameter.data_ptr() for parameter in model.parameters()}
+        for name, site in result.sites.items():
+            if site.factors is not None:
+                assert site.factors.left.data_ptr() not in dense, name
+        return result
+
+
+@pytest.mark.parametrize("correction", [*REFITS, *TRAINED], ids=str)
+@pytest.mark.parametrize("family", ["llama_tied", "opt"])
+def test_a_correction_leaves_the_dense_model_as_it_is(family: str, correction: Correction) -> None:
+    watched, plain = (run(one, 0.6, family) for one in (Watched(correction), correction))
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(watched.model.state_dict()[name], tensor), name
