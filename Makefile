@@ -38,7 +38,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboards]'
 	touch $@
 
-demo: table-demo ## Compress the embedded model by every method and print the table (minutes, no network)
+demo: table-demo ## Compress the embedded model by five methods and print the table (four minutes, no network)
 
 # A sweep with failures still renders its table, and fails afterwards.
 table-%: install ## Run an experiment of conf/experiment, render its table, draw its figures

@@ -59,7 +59,8 @@ def extra(name: str = "experiments") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"{error.name} is not installed; it comes with pip install 'iosvd[{name}]'"
+            f"{error.name} is not installed; install iosvd with its extra:"
+            f" pip install 'iosvd[{name}]'"
         ) from None
 
 

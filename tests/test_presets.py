@@ -51,7 +51,11 @@ import torch
 import iosvd
 
 assert iosvd.__file__.startswith(sys.argv[1]), iosvd.__file__
-tiny = iosvd.Model("tiny", embedded=True)
+try:
+    iosvd.Model("tiny", dtype="float8")
+except iosvd.IosvdError as error:
+    print(error)
+tiny = iosvd.Model("tiny", embedded=True, dtype="float32")
 model = iosvd.load_model(tiny)
 tokens = torch.randint(0, 500, (8, 64), generator=torch.Generator().manual_seed(0))
 result = iosvd.compress(model, tokens, method="io_svd_plus", ratio=0.6)
@@ -90,11 +94,14 @@ def test_the_library_works_from_a_wheel_without_the_extras(tmp_path: Path) -> No
         timeout=300,
     )
     assert found.returncode == 0, found.stderr
-    measured, again, missing = found.stdout.splitlines()
+    dtype, measured, again, missing = found.stdout.splitlines()
+    assert dtype == "dtype=float8 is not one of float16, bfloat16, float32"
     ratio, perplexity = map(float, measured.split())
     assert 0.59 < ratio <= 0.6 and perplexity > 1
     assert again == "this model is compressed already; start from the dense one"
-    assert missing == "peft is not installed; it comes with pip install 'iosvd[experiments]'"
+    assert missing == (
+        "peft is not installed; install iosvd with its extra: pip install 'iosvd[experiments]'"
+    )
 
 
 def extras() -> set[str]:

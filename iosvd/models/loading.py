@@ -35,6 +35,13 @@ class Dtype(Enum):
         }[self]
 
 
+def _dtype(name: str) -> Dtype:
+    names = [dtype.value for dtype in Dtype]
+    if name not in names:
+        raise ConfigError(f"dtype={name} is not one of {', '.join(names)}")
+    return Dtype(name)
+
+
 @dataclass(frozen=True)
 class Model:
     """A model, its precision, and which of its layers are targets."""
@@ -48,6 +55,10 @@ class Model:
     seq_len: int = 2048  # Default window length: the protocol's, or a shorter context's.
     trust_remote_code: bool = False
     sites: SiteSelection = field(default_factory=SiteSelection)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dtype, str):  # From Python; the value is frozen otherwise.
+            object.__setattr__(self, "dtype", _dtype(self.dtype))
 
 
 def load_model(model: Model, device: str = "cpu", device_map: str | None = None) -> PreTrainedModel:
