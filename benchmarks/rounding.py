@@ -32,7 +32,7 @@ from iosvd.layers.replacement import install_
 from iosvd.layers.rows import restore, store_rows
 from iosvd.method import Goal
 from iosvd.models.loading import load_tokenizer
-from iosvd.models.losses import log_probabilities, summed_kl
+from iosvd.models.predictions import log_probabilities, summed_kl
 from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.quantization import Axis, Half, LossAwareRemap, Quantization, RankBudget, Remap, Score
 from iosvd.quantization.scores import row_scores

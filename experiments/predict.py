@@ -12,6 +12,7 @@ six for the embedded model, none for others. Writes <results>/tables/predict-<mo
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
@@ -32,6 +33,7 @@ from iosvd.evaluation.perplexity import perplexity
 from iosvd.factorization import dropped_energy
 from iosvd.method import Goal
 from iosvd.models.loading import load_tokenizer
+from iosvd.models.sites import find_sites
 from iosvd.pipeline import compress_to, spectra_for
 from iosvd.runs.config import compose_run, own_option
 from iosvd.runs.run import Run
@@ -96,7 +98,8 @@ def measure(
 ) -> tuple[float, float, float]:
     """Compress to a ratio and return it, the exact KL on held-out text, and the perplexity."""
     model, size = loaded(run), batch_size(run, windows)
-    compress_to(Goal(ratio), run.method, calibration_of(run, model, calibration.tokens), factorized)
+    again = dataclasses.replace(calibration, model=model, sites=find_sites(model, run.model.sites))
+    compress_to(Goal(ratio), run.method, again, factorized)
     kl = divergence(calibration.model, model, windows, size).kl
     return ratio, kl, perplexity(model, windows, size)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 _LONGEST = 2000  # Characters of an error's line.
 _LONGEST_NAME = 100  # Bytes; file names allow 255 and hold more than this.
@@ -53,15 +54,28 @@ class MissingExtraError(IosvdError, ImportError):
 
 
 @contextmanager
-def extra(name: str = "experiments") -> Iterator[None]:
-    """Import libraries of an optional part; say in one line how to install it if one is missing."""
+def extra(library: str) -> Iterator[None]:
+    """Import an optional library; if it is missing, name the extra that brings it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"{error.name} is not installed; install iosvd with its extra:"
-            f" pip install 'iosvd[{name}]'"
-        ) from None
+        if (error.name or "").partition(".")[0] != library:
+            raise
+        raise _missing(library) from None
+
+
+def check_installed(libraries: Iterable[str]) -> None:
+    """Raise MissingExtraError for the first of these libraries that is missing."""
+    for library in libraries:
+        if find_spec(library) is None:
+            raise _missing(library)
+
+
+def _missing(library: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"{library} is not installed; install iosvd with its extra:"
+        " pip install 'iosvd[experiments]'"
+    )
 
 
 class ConfigError(IosvdError):

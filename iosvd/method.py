@@ -10,7 +10,7 @@ from torch import nn
 from iosvd.allocation import Allocation
 from iosvd.budget import Budget, Shape
 from iosvd.correction import Correction, NoCorrection
-from iosvd.errors import ConfigError
+from iosvd.errors import ConfigError, check_installed
 from iosvd.factorization import Factorization
 from iosvd.quantization import NoQuantization, Quantization
 from iosvd.target import check_target
@@ -37,9 +37,15 @@ class Goal:
     target_kl: float | None = None  # Nats per token: the smallest ratio predicted to stay within.
 
     def check(self, method: Method) -> None:
-        """Raise ConfigError unless exactly one is set and the method can reach it."""
+        """Check that exactly one is set, and that the method can reach it here.
+
+        Raises:
+            ConfigError: both or none are set, or the method predicts no KL divergence.
+            MissingExtraError: a library that the method needs is not installed.
+        """
         if (self.ratio is None) == (self.target_kl is None):
             raise ConfigError("give either a ratio or a target_kl")
+        check_installed([*method.allocation.libraries, *method.correction.libraries])
         if self.target_kl is not None:
             check_target(self.target_kl, method.whitening, method.quantization)
 

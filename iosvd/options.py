@@ -19,10 +19,10 @@ Value = TypeVar("Value")
 
 # The default of `ratio`; a target_kl leaves none.
 OmegaConf.register_new_resolver(
-    "ratio_unless", lambda target: 0.8 if target is None else None, replace=True
+    "iosvd_ratio_unless", lambda target: 0.8 if target is None else None, replace=True
 )
 OmegaConf.register_new_resolver(
-    "below",
+    "iosvd_below",
     lambda ratio, limit, then, otherwise: (
         then if ratio is not None and ratio < limit else otherwise
     ),
@@ -64,8 +64,8 @@ def variant(composed: DictConfig, group: str) -> Any:
     Raises:
         ConfigError: as `typed_group`, or `_target_` names no class.
     """
-    node = composed[group]
     try:
+        node = composed[group]
         module, _, name = str(node["_target_"]).rpartition(".")
         implementation = getattr(importlib.import_module(module), name)
         if not dataclasses.is_dataclass(implementation) or not isinstance(implementation, type):

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from iosvd.budget import Budget
-from iosvd.cache.calibration import Calibration
+from iosvd.cache.calibration import Calibration, check_dense
 from iosvd.cache.keys import SpectrumKeys
 from iosvd.cache.losses import CachedLosses
 from iosvd.cache.spectra import Factorized, SpectraOf, without_components
 from iosvd.cache.statistics import CachedStatistics
+from iosvd.cache.store import NoStore, Store
 from iosvd.correction import CorrectionInputs, CorrectionResult
 from iosvd.data.windows import warn_if_few
 from iosvd.layers.replacement import check_finite, install_, install_quantized_
 from iosvd.layers.rows import half_dtype
 from iosvd.method import Goal, Method
+from iosvd.models.sites import SiteSelection
 from iosvd.plan import Plan, make_plan
 from iosvd.presets import preset
+from iosvd.statistics.memory import MemoryUse
 from iosvd.statistics.needs import Needs
 from iosvd.system.timing import Stage, StageClock
 from iosvd.target import budget_for_kl
@@ -50,7 +53,12 @@ def compress(
     ratio: float | None = None,
     target_kl: float | None = None,
     factorized: Factorized | None = None,
-    **calibration: Any,
+    selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
+    gradient_tokens: Tensor | None = None,
+    batch_size: int = 8,
+    memory: MemoryUse = MemoryUse(),  # noqa: B008 (frozen)
+    store: Store = NoStore(),  # noqa: B008 (frozen)
+    identity: str = "",
 ) -> Compressed:
     """Compress a causal language model to a maintenance ratio, or to a predicted quality.
 
@@ -63,16 +71,23 @@ def compress(
         target_kl: instead of a ratio: find the smallest ratio whose predicted KL divergence, nats
             per token, stays within it.
         factorized: the result of `factorize` for this model, to compress it to several ratios.
-        calibration: further arguments of `Calibration.of`: selection, gradient_tokens, batch_size,
-            memory, store, identity.
+        selection, gradient_tokens, batch_size, memory, store, identity: see `Calibration.of`.
 
     Raises:
         IosvdError: one line that names the cause and the remedy.
     """
-    goal = Goal(ratio, target_kl)
-    chosen = preset(method, ratio) if isinstance(method, str) else method
-    goal.check(chosen)
-    return compress_to(goal, chosen, Calibration.of(model, tokens, **calibration), factorized)
+    chosen = preset(method, ratio, target_kl) if isinstance(method, str) else method
+    calibration = Calibration.of(
+        model,
+        tokens,
+        selection=selection,
+        gradient_tokens=gradient_tokens,
+        batch_size=batch_size,
+        memory=memory,
+        store=store,
+        identity=identity,
+    )
+    return compress_to(Goal(ratio, target_kl), chosen, calibration, factorized)
 
 
 def factorize(
@@ -81,7 +96,12 @@ def factorize(
     *,
     method: Method | str,
     ratio: float | None = None,
-    **calibration: Any,
+    selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
+    gradient_tokens: Tensor | None = None,
+    batch_size: int = 8,
+    memory: MemoryUse = MemoryUse(),  # noqa: B008 (frozen)
+    store: Store = NoStore(),  # noqa: B008 (frozen)
+    identity: str = "",
 ) -> Factorized:
     """Return the spectra of all sites, scored as the allocation asks; the model is not changed.
 
@@ -90,8 +110,19 @@ def factorize(
     ratio and the method reads no statistics, nothing is computed and the spectra are empty.
     Arguments are those of `compress`.
     """
-    chosen = preset(method, ratio) if isinstance(method, str) else method
-    return spectra_for(Goal(ratio), chosen, Calibration.of(model, tokens, **calibration))
+    # Spectra do not depend on the options that follow the ratio.
+    chosen = preset(method, 1.0 if ratio is None else ratio) if isinstance(method, str) else method
+    calibration = Calibration.of(
+        model,
+        tokens,
+        selection=selection,
+        gradient_tokens=gradient_tokens,
+        batch_size=batch_size,
+        memory=memory,
+        store=store,
+        identity=identity,
+    )
+    return spectra_for(Goal(ratio), chosen, calibration)
 
 
 def compress_to(
@@ -105,6 +136,7 @@ def compress_to(
     from iosvd.layers.checkpoint import mark_compressed_  # Imports much of transformers.
 
     goal.check(method)
+    check_dense(calibration.model)
     model, clock = calibration.model, StageClock()
     budget = goal.budget(calibration.sites, method)
     factorized = factorized or spectra_for(goal, method, calibration)

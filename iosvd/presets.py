@@ -17,6 +17,7 @@ from iosvd.factorization import Factorization
 from iosvd.method import Method
 from iosvd.options import number, typed_group, variant
 
+GROUPS = ("whitening", "allocation", "correction", "quantization")
 _PACKAGE = Path(__file__).parent
 
 
@@ -31,21 +32,24 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
 
 
-def preset(name: str, ratio: float | None = None) -> Method:
+def preset(name: str, ratio: float | None = None, target_kl: float | None = None) -> Method:
     """Return the method of a preset.
 
     Args:
         name: of a file in conf/method.
         ratio: the maintenance ratio, which some options follow; the floor of zs_svd, for instance.
+        target_kl: given instead of a ratio.
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: there is no such preset, or it needs a ratio.
     """
     if name not in (names := preset_names()):
         near = get_close_matches(name, names, n=3) or names
         raise ConfigError(f"no method is called {name}; did you mean {', '.join(near)}?")
-    options: dict[str, str] = {}
+    options = _default_options()
     body = _collect(name, options)
+    if ratio is None and target_kl is None and "${ratio}" in str(OmegaConf.to_container(body)):
+        raise ConfigError(f"the options of {name} follow the ratio; give preset() the ratio too")
     groups = {group: _load(group, option) for group, option in options.items()}
     defaults = {"factorization": {}, "min_rank_fraction": 0.0}
     composed = OmegaConf.merge(defaults, groups, body, {"ratio": ratio})
@@ -73,19 +77,25 @@ def method_of(composed: DictConfig) -> Method:
     )
 
 
-def _collect(name: str, options: dict[str, str]) -> dict[str, Any]:
+def _default_options() -> dict[str, str]:
+    """Return the options that conf/config.yaml chooses where a preset chooses none."""
+    entries = _load("", "config")["defaults"]
+    chosen = {k: v for entry in entries if isinstance(entry, dict) for k, v in entry.items()}
+    return {group: chosen[group] for group in GROUPS}
+
+
+def _collect(name: str, options: dict[str, str]) -> DictConfig:
     """Return a preset's own values, those of its bases first; add the options it chooses."""
     loaded = _load("method", name)
-    body: dict[str, Any] = {}
-    for entry in loaded.pop("defaults", []):
-        if isinstance(entry, str):
-            body |= {} if entry == "_self_" else _collect(entry, options)
-        else:
-            ((group, option),) = entry.items()
-            options[group.removeprefix("override /")] = option
-    merged = OmegaConf.to_container(OmegaConf.merge(body, loaded))
-    assert isinstance(merged, dict)
-    return {str(key): value for key, value in merged.items()}
+    body = OmegaConf.create({})
+    entries = loaded.pop("defaults", [])
+    for base in (entry for entry in entries if isinstance(entry, str) and entry != "_self_"):
+        body = OmegaConf.merge(body, _collect(base, options))  # type: ignore[assignment]
+    for entry in (entry for entry in entries if isinstance(entry, dict)):
+        options |= {group.removeprefix("override /"): option for group, option in entry.items()}
+    merged = OmegaConf.merge(body, loaded)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _load(group: str, option: str) -> dict[str, Any]:

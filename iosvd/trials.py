@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from iosvd.allocation import CalibrationObjective
+from iosvd.allocation.objective import CalibrationObjective
 from iosvd.budget import Budget
 from iosvd.cache.calibration import Calibration
 from iosvd.cache.losses import CachedLosses

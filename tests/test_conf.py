@@ -128,7 +128,7 @@ def test_every_implementation_has_a_preset(package: Any) -> None:
 def test_every_experiment_expands(path: Path) -> None:
     runs = expand([f"experiment={path.stem}"], sweep=True)
     assert len({(run.model.name, run.label, run.goal.ratio) for run in runs}) == len(runs) > 1
-    assert runs[0].wandb.group == path.stem
+    assert runs[0].runtime.tracking.group == path.stem
 
 
 def test_a_sweep_has_one_dense_run_for_each_model() -> None:
@@ -204,7 +204,8 @@ def test_make_targets_choose_the_model_and_the_texts(tmp_path: Path) -> None:
     ]
     runs = expand(options, sweep=True)
     assert {run.model.seq_len for run in runs} == {64}
-    assert runs[0].dataset.path == runs[0].eval.texts["wikitext2"].path == "/data/text/wikitext2"
+    paths = (runs[0].data.dataset.path, runs[0].eval.texts["wikitext2"].path)
+    assert paths == ("/data/text/wikitext2",) * 2
     assert runs[0].eval.texts["c4"].path == "/data/text/c4"
     assert runs[0].eval.zero_shot.path == "/data/tasks"
 
@@ -212,9 +213,12 @@ def test_make_targets_choose_the_model_and_the_texts(tmp_path: Path) -> None:
 def test_the_demo_is_every_method_at_three_ratios() -> None:
     runs = expand(["experiment=demo"], sweep=True)
     methods = ("svd", "asvd", "svd_llm", "io_svd", "io_svd_spectral")
-    assert {(r.label, r.ratio) for r in runs} == {(m, x) for m in methods for x in (0.8, 0.6, 0.4)}
+    assert {(r.label, r.goal.ratio) for r in runs} == {
+        (m, x) for m in methods for x in (0.8, 0.6, 0.4)
+    }
     assert {run.model.name for run in runs} == {"tiny"}
-    assert [r.ratio for r in expand(["experiment=demo", "ratio=0.5", "method=svd"], True)] == [0.5]
+    (one,) = expand(["experiment=demo", "ratio=0.5", "method=svd"], True)
+    assert one.goal.ratio == 0.5
 
 
 def test_models_are_named_after_their_folder_or_hub_id() -> None:
@@ -234,7 +238,7 @@ def test_evaluation_texts_are_those_of_the_paper_or_of_the_calibration() -> None
     assert list(paper.texts) == ["wikitext2", "ptb", "c4"]
     assert paper.texts["c4"].path == "/some/folder"
     own = compose_run(["dataset=wikitext2", "model=llama_7b"])
-    assert own.eval.texts == {"own": own.dataset}
+    assert own.eval.texts == {"own": own.data.dataset}
     assert own.eval.seq_len == own.data.calibration.seq_len == 2048
 
 
@@ -277,9 +281,9 @@ def test_a_sweep_is_checked_at_its_own_ratios() -> None:
 def test_a_target_takes_the_place_of_the_ratio() -> None:
     run = compose_run(["whitening.top_k=0", "target_kl=0.05"])
     assert (run.goal.ratio, run.goal.target_kl) == (None, 0.05)
-    assert compose_run([]).ratio == 0.8
+    assert compose_run([]).goal.ratio == 0.8
     (one, two) = expand(["whitening.top_k=0", "target_kl=0.05,0.1", "method=io_svd"], sweep=True)
-    assert (one.target_kl, two.target_kl) == (0.05, 0.1)
+    assert (one.goal.target_kl, two.goal.target_kl) == (0.05, 0.1)
     assert one.label != two.label
     assert [b.label for b in baselines(["whitening.top_k=0", "target_kl=0.05,0.1"])] == ["dense"]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from conftest import FAMILIES, all_variants, build, divided, random_statistics
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import iosvd.correction
@@ -36,7 +39,8 @@ from iosvd.models.losses import mean_loss
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import Compressed, compress
 from iosvd.quantization import LossAwareRemap, NoQuantization, Quantization, Score
-from iosvd.types import Whitener
+from iosvd.truncation import TruncatedSites
+from iosvd.types import Site, Whitener
 from iosvd.whitening import Identity, Input, InputOutput, Whitening
 
 TOKENS = torch.randint(0, 31, (9, 12), generator=torch.Generator().manual_seed(1))
@@ -418,3 +422,33 @@ def test_a_correction_leaves_the_dense_model_as_it_is(family: str, correction: C
     watched, plain = (run(one, 0.6, family) for one in (Watched(correction), correction))
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(watched.model.state_dict()[name], tensor), name
+
+
+@dataclass(frozen=True)
+class Freed(NoQuantization):
+    """Sees, when the compressed sites are installed, which dense weights are still in memory."""
+
+    dense: Mapping[str, weakref.ref]
+    model: nn.Module
+
+    def __call__(self, sites: Mapping[str, Site], limit: int, dtype: torch.dtype) -> dict:
+        gc.collect()
+        layers = low_rank_layers(self.model)
+        assert layers
+        for name, layer in layers.items():
+            assert self.dense[name]() is None, name
+            if not isinstance(sites, TruncatedSites):  # They compute their factors every time.
+                factors = sites[name].factors
+                assert factors is not None
+                assert factors.left.data_ptr() == layer.left.data_ptr(), name
+        return super().__call__(sites, limit, dtype)
+
+
+@pytest.mark.parametrize("correction", [NoCorrection(), *REFITS, *TRAINED], ids=str)
+def test_dense_weights_are_freed_before_rows_are_rounded(correction: Correction) -> None:
+    model = build("llama")
+    dense = {
+        name: weakref.ref(site.weight) for name, site in find_sites(model, SiteSelection()).items()
+    }
+    method = Method(InputOutput(), Spectral(), correction, Freed(dense, model))
+    compress(model, TOKENS, method=method, ratio=0.5, batch_size=4)

@@ -17,6 +17,7 @@ from iosvd.presets import preset, preset_names
 from iosvd.runs.config import compose_run
 
 ROOT = Path(__file__).parents[1]
+INPUT_OUTPUT = ["whitening=input_output"]
 
 
 # The options of zs_svd follow the ratio.
@@ -110,6 +111,14 @@ def extras() -> set[str]:
     names = {re.split(r"[<>=]", line)[0] for line in lines if "experiments" in line}
     modules = {"hydra-core": "hydra", "lm-eval": "lm_eval"}
     return {modules.get(name, name.replace("-", "_")) for name in names}
+
+
+def test_a_preset_that_follows_the_ratio_needs_one() -> None:
+    with pytest.raises(ConfigError, match="the options of zs_svd follow the ratio; give preset"):
+        preset("zs_svd")
+    composed = compose_run(["method=zs_svd", "target_kl=0.1", "whitening.top_k=0", *INPUT_OUTPUT])
+    assert preset("zs_svd", target_kl=0.1).min_rank_fraction == composed.method.min_rank_fraction
+    assert preset("svd") == preset("svd", 0.4)
 
 
 def test_the_public_names_exist() -> None:

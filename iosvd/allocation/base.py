@@ -28,6 +28,11 @@ class Allocation(Protocol):
         """Calibration windows of the losses that it measures; 0: all windows; None: no losses."""
         return None
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Optional libraries that it imports; checked before any work is done."""
+        return ()
+
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:

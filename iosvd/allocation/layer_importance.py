@@ -65,6 +65,10 @@ class LayerImportance(Allocation):
         return Needs(fisher_rows=True)
 
     @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("optuna",) if self.chosen is Chosen.search else ()
+
+    @property
     def trial_windows(self) -> int | None:
         return self.windows if self.chosen is Chosen.search else None
 

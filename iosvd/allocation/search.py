@@ -24,7 +24,7 @@ def best_shares(
         trials: how many are tried.
         seed: of the tree-structured Parzen estimator.
     """
-    with extra():
+    with extra("optuna"):
         import optuna  # Slow to import, and only this needs it.
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -73,8 +73,7 @@ class Calibration:
                 "a store needs identity=…, which tells this model's weights from those of others"
                 " in it"
             )
-        if compressed_layers(model):
-            raise ModelError("this model is compressed already; start from the dense one")
+        check_dense(model)
         return cls(
             model=model,
             sites=find_sites(model, selection),
@@ -100,3 +99,9 @@ class Calibration:
     def keys(self) -> CacheKeys:
         """The cache keys of this model and these windows."""
         return CacheKeys.of(self.identity, self.tokens, self.gradient_tokens)
+
+
+def check_dense(model: PreTrainedModel) -> None:
+    """Raise ModelError if a model is compressed already."""
+    if compressed_layers(model):
+        raise ModelError("this model is compressed already; start from the dense one")

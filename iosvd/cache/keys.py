@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from iosvd.cache.code import code_digest
 from iosvd.cache.store import Key
 from iosvd.factorization import Factorization
+from iosvd.options import to_json
 from iosvd.statistics.needs import Needs
 from iosvd.whitening import Whitening
 
@@ -110,7 +110,7 @@ def tokens_key(identity: Mapping[str, Any]) -> Key:
 def options_of(value: Any) -> dict[str, Any]:
     """Return the class and the options of a dataclass, as JSON."""
     name = f"{type(value).__module__}.{type(value).__qualname__}"
-    return {"class": name, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
+    return {"class": name, **to_json(value)}
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -120,11 +120,3 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def _at(identity: dict[str, Any], site: str | None) -> dict[str, Any]:
     return identity if site is None else {**identity, "site": site}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if hasattr(value, "__dataclass_fields__"):
-        return {key: _plain(inside) for key, inside in asdict(value).items()}
-    return value

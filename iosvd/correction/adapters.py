@@ -44,6 +44,10 @@ class Training:
         check_at_least(1, **{name: getattr(self, name) for name in names})
         check_at_least(0, alpha=self.alpha, learning_rate=self.learning_rate)
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("peft",)
+
     def train_and_merge(
         self,
         model: PreTrainedModel,
@@ -69,7 +73,7 @@ class Training:
         Raises:
             NumericalError: the loss is not finite.
         """
-        with extra():
+        with extra("peft"):
             from peft import LoraConfig, get_peft_model  # Slow to import.
 
         if not layers:
@@ -182,4 +186,4 @@ def _site_of(layer: nn.Module, site: Site) -> Site:
         return replace(site, weight=layer.weight)
     assert isinstance(layer, LowRankLinear)
     factors = replace(site.factors, left=layer.left.data, right=layer.weight.data)
-    return replace(site, factors=factors)
+    return replace(site, factors=factors, weight=site.weight.detach().to("meta"))

@@ -20,7 +20,7 @@ class CorrectionInputs:
     """The dense model, its truncated sites, and the calibration set."""
 
     calibration: Calibration  # Its model is dense.
-    sites: TruncatedSites  # All sites, with ranks, spectra and budget.
+    sites: TruncatedSites  # All sites, with ranks, spectra and budget; factors in main memory.
     statistics: Mapping[str, SiteStatistics]  # The whitening's; empty unless `needs_metrics`.
     whitening: Whitening
     allocation: Allocation
@@ -51,6 +51,11 @@ class Correction(Protocol):
     def adds_bias(self) -> bool:
         """Whether factorised sites without a bias get one, which the budget counts."""
         return False
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Optional libraries that it imports; checked before any work is done."""
+        return ()
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         """Return the corrected sites."""

@@ -17,7 +17,7 @@ from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.errors import ConfigError, NumericalError
 from iosvd.evaluation.divergence import divergence
 from iosvd.layers.replacement import install_, twin_of
-from iosvd.models.losses import log_probabilities, summed_kl
+from iosvd.models.predictions import log_probabilities, summed_kl
 from iosvd.types import Site
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
@@ -36,8 +36,9 @@ class Distilled(Training, Correction):
     ranks. Some windows are held out; if the divergence there does not fall, the adapters are
     dropped and the refit stays as it was.
 
-    Cost: a second set of activations, and per epoch a forward pass of the dense model and a
-    training step's work of the compressed one. Experiments and figures are in results/LOG.md.
+    Cost: the factors beside the dense model, a second set of activations, and per epoch a forward
+    pass of the dense model and a training step's work of the compressed one. Experiments and
+    figures are in results/LOG.md.
     """
 
     anchored: Anchored = field(default_factory=Anchored)
@@ -67,7 +68,7 @@ class Distilled(Training, Correction):
         if len(calibration.tokens) < 2:
             raise ConfigError("distillation holds out a window: calibration.windows must be 2")
         refitted = self.anchored(inputs)
-        dense, sites = calibration.model, _with_own_weights(refitted.sites)
+        dense, sites = calibration.model, _without_weights_of(calibration.sites, refitted.sites)
         compressed = twin_of(dense)
         install_(compressed, sites)
         with torch.random.fork_rng(), as_two_layers(compressed) as pairs:
@@ -105,10 +106,14 @@ class Distilled(Training, Correction):
         return tokens[order[:count]], tokens[order[count:]]
 
 
-def _with_own_weights(sites: Mapping[str, Site]) -> dict[str, Site]:
-    """Copy the weights of dense sites: training must not change those of the dense model."""
+def _without_weights_of(
+    dense: Mapping[str, nn.Linear], sites: Mapping[str, Site]
+) -> dict[str, Site]:
+    """Copy weights that sites share with the dense model, which training must not change."""
     return {
-        name: replace(site, weight=site.weight.detach().clone()) if site.factors is None else site
+        name: replace(site, weight=site.weight.detach().clone())
+        if site.weight is dense[name].weight and site.factors is None
+        else site
         for name, site in sites.items()
     }
 

@@ -18,7 +18,8 @@ class Lora(Training, Correction):
 
     Rank, learning rate and epochs are the paper's (METHODS 7). The paper trains on Alpaca; here
     the text is the calibration set, so that every method sees the same text. Merging the adapters
-    leaves the ranks of the factors as they are.
+    leaves the ranks of the factors as they are. While they are trained, the factors are in memory
+    beside the dense model.
     """
 
     rank: int = 8

@@ -112,6 +112,7 @@ def _stored_in(like: Tensor, site: Site, best: _Best) -> Site:
     )
     return replace(
         site,
+        weight=site.weight.detach().to("meta"),  # Not kept beside its factors.
         factors=factors,
         output_diagonal=best.spectrum.output_diagonal,
         input_diagonal=best.spectrum.input_diagonal,

@@ -92,7 +92,7 @@ def _read_local(path: Path, dataset: Dataset) -> list[str]:
             lines.pop()
         # The hub's WikiText rows end in a newline where they are not blank.
         return [f"{x}\n" if x.strip() else "" for x in lines] if dataset.keep_line_ends else lines
-    with extra():
+    with extra("pandas"):
         import pandas
     try:
         table = (
@@ -114,7 +114,7 @@ def _read_local(path: Path, dataset: Dataset) -> list[str]:
 
 
 def _read_hub(dataset: Dataset, split: Split) -> list[str]:
-    with extra():
+    with extra("datasets"):
         import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from iosvd.errors import NumericalError
-from iosvd.models.losses import log_probabilities, summed_kl
+from iosvd.models.predictions import log_probabilities, summed_kl
 from iosvd.system.progress import track
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.

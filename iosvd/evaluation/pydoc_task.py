@@ -72,6 +72,6 @@ def task_config() -> dict[str, Any]:
 
 
 def _load(**_: Any) -> Any:
-    with extra():
+    with extra("datasets"):
         import datasets
     return {"test": datasets.Dataset.from_list(pydoc_items())}

@@ -104,7 +104,7 @@ def zero_shot(
     """
     if not tasks:
         return ZeroShotResult({}, {})
-    with extra():
+    with extra("lm_eval"):
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -182,7 +182,7 @@ def _load_task(name: str, options: ZeroShot) -> Task:
 
 def _load_named(name: str, yaml: str, where: str) -> Task:
     """Load a task through a YAML of its own, the documented way to change a stock one."""
-    with extra():
+    with extra("lm_eval"):
         from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +201,7 @@ def _load_named(name: str, yaml: str, where: str) -> Task:
 
 @functools.cache
 def _manager() -> TaskManager:
-    with extra():
+    with extra("lm_eval"):
         from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=False)
@@ -209,7 +209,7 @@ def _manager() -> TaskManager:
 
 @functools.cache
 def _stock() -> Mapping[str, Any]:
-    with extra():
+    with extra("lm_eval"):
         from lm_eval.tasks import TaskManager
 
     return TaskManager().task_index  # Reads thousands of files: ten seconds, once.

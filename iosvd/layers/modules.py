@@ -168,9 +168,8 @@ class LowRankLinear(StoredLinear):
         like, biased = layer.weight, layer.bias is not None
         m, n = like.shape
         new = cls(n, m, factors.rank, biased, like.device, like.dtype)
-        with torch.no_grad():
-            new.weight.copy_(factors.right)
-            new.left.copy_(factors.left)
+        new.weight = _holding(new.weight, factors.right)
+        new.left = _holding(new.left, factors.left)
         return new.replacing(layer)
 
     @property
@@ -185,6 +184,16 @@ class LowRankLinear(StoredLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
+
+
+def _holding(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """Return a parameter with these values; they are copied only where they have to be."""
+    fits = values.dtype == parameter.dtype and values.device == parameter.device
+    if fits and values.is_contiguous():
+        return nn.Parameter(values.detach())
+    with torch.no_grad():
+        parameter.copy_(values)
+    return parameter
 
 
 class RowLinear(StoredLinear):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from iosvd.errors import NumericalError
+from iosvd.errors import ModelError, NumericalError, one_line
 from iosvd.layers.modules import CompressedLinear, LowRankLinear
 from iosvd.types import Site, Spectrum, Stored
 
@@ -23,8 +23,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def install_(model: nn.Module, sites: Mapping[str, Site]) -> None:
     """Put compressed sites in place of the dense layers of a model, one at a time.
 
-    Sites without factors stay dense and take the site's weight. The dense weights of factorised
-    sites are freed.
+    Sites without factors stay dense and take the site's weight. Dense weights of factorised sites
+    are freed, unless something else holds them.
     """
     for name, site in sites.items():
         layer = model.get_submodule(name)
@@ -48,6 +48,8 @@ def compressed_layer(layer: nn.Linear, site: Site) -> nn.Linear | LowRankLinear:
     else:
         new = LowRankLinear.from_factors(layer, site.factors)
     if site.bias is not None:
+        if site.factors is None and layer.bias is None:
+            raise ModelError(f"{site.name} stays dense, so a correction cannot give it a bias")
         trained = layer.weight.requires_grad
         new.bias = nn.Parameter(site.bias.to(new.weight.dtype), requires_grad=trained)
         if isinstance(new, LowRankLinear):
@@ -67,9 +69,17 @@ def twin_of(module: Module) -> Module:
     """Return a copy of a module that shares all its parameters and buffers.
 
     Layers installed in the twin leave the original as it is.
+
+    Raises:
+        ModelError: a hook or attribute of the module cannot be copied.
     """
     tensors = itertools.chain(module.parameters(), module.buffers())
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    try:
+        return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    except (TypeError, RuntimeError) as error:
+        raise ModelError(
+            f"the model cannot be copied: {one_line(error)}; remove its hooks"
+        ) from error
 
 
 def install_quantized_(model: nn.Module, stored: Mapping[str, Stored]) -> None:

@@ -1,4 +1,4 @@
-"""The next-token loss of a causal language model, and the KL divergence of two models."""
+"""The next-token loss of a causal language model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from iosvd.errors import NumericalError
 
@@ -62,20 +62,3 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     predictions = logits[:, :-1].flatten(0, 1).to(accumulate)
     return cross_entropy(predictions, labels.flatten().to(logits.device), reduction="sum")
-
-
-def log_probabilities(model: nn.Module, windows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the log-probabilities of all next tokens, (windows, length, vocabulary).
-
-    Args:
-        model: a causal language model.
-        windows: (windows, length), on the model's device.
-        dtype: computed in this precision or the model's, whichever is better.
-    """
-    logits: Tensor = model(input_ids=windows, use_cache=False).logits
-    return logits.to(torch.promote_types(logits.dtype, dtype)).log_softmax(-1)
-
-
-def summed_kl(reference: Tensor, found: Tensor) -> Tensor:
-    """Return the sum over tokens of KL(reference ‖ found), nats, of two log-probabilities."""
-    return kl_div(found, reference, log_target=True, reduction="sum")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -164,9 +165,15 @@ def config_of(run: Run) -> dict[str, Any]:
     config = {name: to_json(value) for name, value in values.items()}
     config["runtime"] = {key: value for part in parts for key, value in to_json(part).items()}
     for name in set(METHOD_GROUPS) - {"factorization"}:
-        cls = type(variants[name])
-        config[name] = {"_target_": f"{cls.__module__}.{cls.__qualname__}", **config[name]}
+        config[name] = {"_target_": _public_name(type(variants[name])), **config[name]}
     return config
+
+
+def _public_name(cls: type) -> str:
+    """Return the name of a class in the package that exports it, else in its module."""
+    package = cls.__module__.rpartition(".")[0]
+    exported = package and getattr(importlib.import_module(package), cls.__qualname__, None) is cls
+    return f"{package if exported else cls.__module__}.{cls.__qualname__}"
 
 
 def _check(run: Run) -> None:
@@ -218,6 +225,8 @@ def _evaluation(composed: DictConfig) -> Evaluation:
 
 def _runtime(composed: DictConfig) -> Runtime:
     """Divide the options of `runtime` among the values that hold them."""
+    if not isinstance(composed.runtime, DictConfig):
+        raise ConfigError(f"runtime={composed.runtime} is no group; set its options, runtime.…=…")
     names = {part: [f.name for f in dataclasses.fields(cls)] for part, cls in _RUNTIME.items()}
     known = [name for part in names.values() for name in part]
     if unknown := [str(key) for key in composed.runtime if key not in known]:

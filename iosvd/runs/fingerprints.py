@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import platform
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from iosvd.errors import DataError, ModelError
 from iosvd.evaluation import pydoc_task
 from iosvd.evaluation.zero_shot import ZeroShot, task_folder
 from iosvd.models.loading import folder_of
+from iosvd.options import to_json
 from iosvd.runs.config import config_of
 from iosvd.runs.run import Run
 from iosvd.system.files import blocks_of, own_folder
@@ -33,7 +33,7 @@ def digest(run: Run) -> str:
     apart = ("runtime", "eval", "wandb")
     config = config_of(run)
     identity: dict[str, Any] = {k: v for k, v in config.items() if k not in apart}
-    # 1 and 1.0 are the same ratio.
+    # Earlier versions recorded the ratio 1 as an integer.
     identity["ratio"] = int(run.goal.ratio) if run.goal.ratio == 1 else run.goal.ratio
     dataset = run.data.dataset
     identity["model"] = _without_place(config["model"]) | {"content": _model_content(run)}
@@ -72,8 +72,8 @@ def tokens_identity(
     """
     return {
         "model": model_identity(run, revision),
-        "dataset": _dataset(json.loads(json.dumps(asdict(dataset))), dataset, split),
-        "split": asdict(split),
+        "dataset": _dataset(to_json(dataset), dataset, split),
+        "split": to_json(split),
         **options,
     }
 

@@ -39,7 +39,7 @@ def check_tracking(tracking: Tracking) -> None:
     """
     if tracking.mode is not TrackingMode.online:
         return
-    with extra():
+    with extra("wandb"):
         import wandb
     try:
         reason = None if wandb.login(prompt=False) else "there is no key"
