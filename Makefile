@@ -27,7 +27,7 @@ OPTIONS = $(strip $(if $(MODEL),$(MODEL_OPTIONS)) $(if $(DATA),$(DATA_OPTIONS)) 
 SWEEP = $(BIN)/python experiments
 
 .PHONY: help install demo predict status plan cache tables table1 table3 table4 table6 figure3 \
-	figures compare dashboard test fault-test check tiny-model bench rounding clean
+	figures compare dashboard test fault-test check tiny-model bench gpu-report rounding clean
 help: ## List the targets
 	@grep -hE '^[a-z0-9%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
@@ -100,6 +100,9 @@ bench: install ## Stages against a training step; latency of layers; memory agai
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/sweep_cost.py $(OPTIONS)
+
+gpu-report: install ## Speed, memory and exactness on this machine's GPU, in at most eight minutes
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 rounding: install ## The evidence behind int8's defaults: row scores, axes, rank budgets
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rounding.py $(OPTIONS)

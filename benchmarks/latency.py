@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import pandas
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +24,6 @@ from iosvd.layers import rows as rows_module
 from iosvd.layers.four_bit import FourBitLinear, quantize_groups
 from iosvd.layers.modules import LowRankLinear, RowLinear, StoredLinear
 from iosvd.layers.rows import PACKED_ROWS, RowLayout, store_rows
-from iosvd.runs.steps import device_for
 from iosvd.system.files import made, write_text
 from iosvd.system.versions import commit
 
@@ -55,33 +53,35 @@ def filled(layer: StoredLinear) -> StoredLinear:
     return layer
 
 
-def layers(dtype: torch.dtype, device: str) -> Iterator[tuple[str, nn.Module]]:
+def layers(
+    dtype: torch.dtype, device: str, width: int, rank: int
+) -> Iterator[tuple[str, nn.Module]]:
     """Yield what is compared, the reference first."""
-    dense = nn.Linear(WIDTH, WIDTH, bias=False, device=device, dtype=dtype)
+    dense = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
     yield "dense", dense
-    low_rank = partial(LowRankLinear, WIDTH, WIDTH, RANK, device=device, dtype=dtype)
+    low_rank = partial(LowRankLinear, width, width, rank, device=device, dtype=dtype)
 
     def component(int8: int) -> dict[str, RowLayout]:
-        mixed = int8 < RANK
+        mixed = int8 < rank
         return {
             n: RowLayout(int8, by_output=n == "weight", ordered=mixed) for n in ("weight", "left")
         }
 
     yield "low rank", filled(low_rank())
-    yield "low rank, int8", filled(low_rank(layouts=component(RANK)))
-    half = filled(low_rank(layouts=component(RANK // 2)))
+    yield "low rank, int8", filled(low_rank(layouts=component(rank)))
+    half = filled(low_rank(layouts=component(rank // 2)))
     yield "low rank, half of the rows int8", half
     channel = {
-        n: RowLayout(WIDTH, by_output=n == "left", ordered=False) for n in ("weight", "left")
+        n: RowLayout(width, by_output=n == "left", ordered=False) for n in ("weight", "left")
     }
     yield "low rank, int8 by channel", filled(low_rank(layouts=channel))
-    whole = {"weight": RowLayout(WIDTH, by_output=True, ordered=False)}
-    eight = filled(RowLinear(WIDTH, WIDTH, device=device, dtype=dtype, layouts=whole))
+    whole = {"weight": RowLayout(width, by_output=True, ordered=False)}
+    eight = filled(RowLinear(width, width, device=device, dtype=dtype, layouts=whole))
     yield "dense, int8", eight
     if device == "cpu" and dtype is torch.bfloat16:
         yield f"dense, int8, {PLAIN}", eight
-    four = FourBitLinear(WIDTH, WIDTH, 128, device=device, dtype=dtype)
-    codes, scale = quantize_groups(torch.randn(WIDTH, WIDTH) / WIDTH**0.5, 128, "the layer")
+    four = FourBitLinear(width, width, 128, device=device, dtype=dtype)
+    codes, scale = quantize_groups(torch.randn(width, width) / width**0.5, 128, "the layer")
     four.weight.copy_(codes)
     four.scale.copy_(scale)
     yield "dense, 4-bit", four
@@ -97,9 +97,11 @@ def seconds(layer: nn.Module, x: Tensor) -> float:
 
 
 @torch.inference_mode()
-def measure(dtype: torch.dtype, device: str) -> list[dict[str, str]]:
+def measure(
+    dtype: torch.dtype, device: str, width: int = WIDTH, rank: int = RANK
+) -> list[dict[str, str]]:
     """Return one line for each layer."""
-    compared = dict(layers(dtype, device))
+    compared = dict(layers(dtype, device, width, rank))
     size = {
         name: sum(t.nbytes for t in layer.state_dict().values()) for name, layer in compared.items()
     }
@@ -113,7 +115,7 @@ def measure(dtype: torch.dtype, device: str) -> list[dict[str, str]]:
         for name in compared
     }
     for batch in BATCHES:
-        x = torch.randn(batch, WIDTH, device=device, dtype=dtype)
+        x = torch.randn(batch, width, device=device, dtype=dtype)
         best = dict.fromkeys(compared, float("inf"))
         for repetition in range(REPETITIONS + 2):
             for name, layer in compared.items():
@@ -129,6 +131,8 @@ def measure(dtype: torch.dtype, device: str) -> list[dict[str, str]]:
 
 def report(device: str) -> str:
     """Measure and return the page."""
+    import pandas
+
     frame = pandas.DataFrame([line for dtype in DTYPES for line in measure(dtype, device)])
     table = frame.to_markdown(index=False, disable_numparse=True)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
@@ -143,6 +147,8 @@ def report(device: str) -> str:
 
 if __name__ == "__main__":
     with exit_in_one_line():
+        from iosvd.runs.steps import device_for
+
         asked = device_for(sys.argv[1] if len(sys.argv) > 1 else "auto")
         page = report(asked)
         target = Path("results/tables") / f"latency-{asked.partition(':')[0]}.md"

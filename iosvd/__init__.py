@@ -19,10 +19,10 @@ from iosvd.evaluation.zero_shot import ZeroShot, load_tasks, zero_shot
 from iosvd.method import Method
 from iosvd.models.loading import Model, load_model, load_tokenizer
 from iosvd.pipeline import Compressed, compress, factorize
-from iosvd.presets import preset, preset_names
 
 if TYPE_CHECKING:
     from iosvd.layers.checkpoint import export_dense, save
+    from iosvd.presets import preset, preset_names
 
 __all__ = [
     "Compressed",
@@ -54,7 +54,16 @@ def _teach_transformers(_: ModuleType) -> None:
     import_module("iosvd.layers.checkpoint")
 
 
+# Imported when they are used: checkpoints import much of transformers, presets OmegaConf.
+_LAZY = {
+    "export_dense": "iosvd.layers.checkpoint",
+    "preset": "iosvd.presets",
+    "preset_names": "iosvd.presets",
+    "save": "iosvd.layers.checkpoint",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("export_dense", "save"):
-        return getattr(import_module("iosvd.layers.checkpoint"), name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from enum import Enum
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -74,17 +73,6 @@ def variant(composed: DictConfig, group: str) -> Any:
         raise ConfigError(f"{group}._target_ names no class: {one_line(error)}") from None
     options = OmegaConf.masked_copy(node, [key for key in node if key != "_target_"])
     return typed_group(implementation, OmegaConf.create({group: options}), group)
-
-
-def to_json(value: Any) -> Any:
-    """Return a value of options as JSON: dataclasses as objects, members of an Enum as values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): to_json(inside) for key, inside in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(inside) for inside in value]
-    return value.value if isinstance(value, Enum) else value
 
 
 def number(value: Any, name: str) -> float:

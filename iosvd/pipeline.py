@@ -22,7 +22,6 @@ from iosvd.layers.rows import half_dtype
 from iosvd.method import Goal, Method
 from iosvd.models.sites import SiteSelection
 from iosvd.plan import Plan, make_plan
-from iosvd.presets import preset
 from iosvd.statistics.memory import MemoryUse
 from iosvd.statistics.needs import Needs
 from iosvd.system.timing import Stage, StageClock
@@ -76,7 +75,7 @@ def compress(
     Raises:
         IosvdError: one line that names the cause and the remedy.
     """
-    chosen = preset(method, ratio, target_kl) if isinstance(method, str) else method
+    chosen = _method(method, ratio, target_kl)
     calibration = Calibration.of(
         model,
         tokens,
@@ -111,7 +110,7 @@ def factorize(
     Arguments are those of `compress`.
     """
     # Spectra do not depend on the options that follow the ratio.
-    chosen = preset(method, 1.0 if ratio is None else ratio) if isinstance(method, str) else method
+    chosen = _method(method, 1.0 if ratio is None else ratio, None)
     calibration = Calibration.of(
         model,
         tokens,
@@ -177,6 +176,14 @@ def spectra_for(goal: Goal, method: Method, calibration: Calibration) -> Factori
         factorization=method.factorization,
     )
     return spectra_of(calibration)
+
+
+def _method(method: Method | str, ratio: float | None, target_kl: float | None) -> Method:
+    if isinstance(method, Method):
+        return method
+    from iosvd.presets import preset  # Only presets need OmegaConf.
+
+    return preset(method, ratio, target_kl)
 
 
 def _allocated(

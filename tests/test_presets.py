@@ -37,7 +37,7 @@ def test_a_preset_that_does_not_exist_names_its_neighbours() -> None:
     assert "io_svd" in preset_names() and len(preset_names()) >= 45
 
 
-EXAMPLE = """
+HIDING = """
 import sys
 from importlib.machinery import PathFinder
 
@@ -48,6 +48,10 @@ class Hiding(PathFinder):
         return None if hidden else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+"""
+EXAMPLE = (
+    HIDING
+    + """
 import torch
 import iosvd
 
@@ -70,6 +74,7 @@ try:
 except iosvd.IosvdError as error:
     print(error)
 """
+)
 
 
 def test_the_library_works_from_a_wheel_without_the_extras(tmp_path: Path) -> None:

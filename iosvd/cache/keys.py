@@ -12,8 +12,8 @@ from torch import Tensor
 from iosvd.cache.code import code_digest
 from iosvd.cache.store import Key
 from iosvd.factorization import Factorization
-from iosvd.options import to_json
 from iosvd.statistics.needs import Needs
+from iosvd.system.json_files import to_json
 from iosvd.whitening import Whitening
 
 

@@ -59,6 +59,16 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (windows, length, vocabulary).
         labels: (windows, length − 1), the next token of every position but the last.
     """
+    return summed_cross_entropy(logits[:, :-1], labels)
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed cross-entropy in nats, in float32 or better.
+
+    Args:
+        logits: (windows, positions, vocabulary).
+        labels: (windows, positions), the token after each position.
+    """
     accumulate = torch.promote_types(logits.dtype, torch.float32)
-    predictions = logits[:, :-1].flatten(0, 1).to(accumulate)
+    predictions = logits.flatten(0, 1).to(accumulate)
     return cross_entropy(predictions, labels.flatten().to(logits.device), reduction="sum")

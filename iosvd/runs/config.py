@@ -22,7 +22,7 @@ from iosvd.data.texts import Dataset
 from iosvd.errors import ConfigError, check_at_least, check_name, one_line
 from iosvd.method import Goal
 from iosvd.models.loading import Model, context_of
-from iosvd.options import number, to_json, typed_group
+from iosvd.options import number, typed_group
 from iosvd.presets import conf_folder, method_of
 from iosvd.runs.run import (
     CalibrationOptions,
@@ -36,6 +36,7 @@ from iosvd.runs.run import (
     Tracking,
 )
 from iosvd.runs.validation import check_combination
+from iosvd.system.json_files import to_json
 from iosvd.system.machine import cores
 
 METHOD_GROUPS = ("whitening", "allocation", "correction", "quantization", "factorization")

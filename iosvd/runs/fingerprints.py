@@ -15,11 +15,10 @@ from iosvd.errors import DataError, ModelError
 from iosvd.evaluation import pydoc_task
 from iosvd.evaluation.zero_shot import ZeroShot, task_folder
 from iosvd.models.loading import folder_of
-from iosvd.options import to_json
 from iosvd.runs.config import config_of
 from iosvd.runs.run import Run
 from iosvd.system.files import blocks_of, own_folder
-from iosvd.system.json_files import DamagedError, read_sealed, write_sealed
+from iosvd.system.json_files import DamagedError, read_sealed, to_json, write_sealed
 
 _LARGE_BYTES = 2**28  # About a second to read.
 

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from iosvd.errors import NumericalError
 from iosvd.models.blocks import checkpointed
-from iosvd.models.losses import summed_loss
+from iosvd.models.head import hidden_states, separate_head
 from iosvd.models.sites import shared_inputs
 from iosvd.statistics.accumulators import Phase, Sums
-from iosvd.statistics.kl_metric import cotangents
+from iosvd.statistics.memory import CHUNK_ENTRIES
 from iosvd.statistics.needs import Needs, SiteStatistics
+from iosvd.statistics.signals import Signals
 from iosvd.system.progress import track
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
@@ -57,59 +58,81 @@ def collect(
     """
     if needs == Needs():
         return {name: SiteStatistics(name) for name in sites}
+    head = separate_head(model, tokens)
+    if head in sites.values():  # The hooks must see it at work on whole batches.
+        head = None
     sums = Sums(needs, shared_inputs(model, tokens, sites), on_cpu)
     with _observed(model, sites, sums), checkpointed(model, checkpoint_blocks and needs.backward):
         for number in range(max(1, needs.kronecker_passes)):
             sums.only_kronecker = number > 0
-            _pass_over(model, tokens, batch_size, sums)
+            _pass_over(model, head, tokens, batch_size, sums)
             sums.kronecker.finish_pass(len(tokens), number == needs.kronecker_passes - 1)
     sums.check()
     sums.finish(*tokens.shape)
     return {name: sums.statistics(name) for name in sites}
 
 
-def _pass_over(model: PreTrainedModel, tokens: Tensor, batch_size: int, sums: Sums) -> None:
+def _pass_over(
+    model: PreTrainedModel, head: nn.Module | None, tokens: Tensor, batch_size: int, sums: Sums
+) -> None:
     starts = range(0, len(tokens), batch_size)
     for start in track(starts, len(starts), "statistics", "batch"):
-        _pass(model, tokens[start : start + batch_size], start, sums)
+        batch = tokens[start : start + batch_size].to(model.device)
+        signals = Signals(
+            needs=sums.needs,
+            batch=batch,
+            first_window=start,
+            vocabulary=model.config.get_text_config().vocab_size,
+            only_losses=sums.only_kronecker,
+        )
+        sums.phase, sums.first_window, sums.windows = Phase.INPUTS, start, len(batch)
+        if head is None:
+            _pass_whole(model, signals, sums)
+        else:
+            _pass_in_chunks(model, head, signals, sums)
         if start == 0:
             sums.check()  # A broken model fails now, not after the whole pass.
 
 
-def _pass(model: PreTrainedModel, batch: Tensor, first_window: int, sums: Sums) -> None:
-    """Run one batch forward, then back-propagate what is needed; the hooks sum."""
-    batch = batch.to(model.device)
-    sums.phase, sums.first_window, sums.windows = Phase.INPUTS, first_window, len(batch)
-    logits = model(input_ids=batch, use_cache=False).logits
+def _pass_whole(model: PreTrainedModel, signals: Signals, sums: Sums) -> None:
+    """Run one batch forward, then back-propagate from all of its logits; the hooks sum."""
+    logits = model(input_ids=signals.batch, use_cache=False).logits
+    _check(logits, signals, sums)
+    phases = signals.phases
+    for number, scalar in enumerate(signals.scalars(logits, 0)):
+        sums.phase = phases[number]
+        torch.autograd.backward(scalar, retain_graph=number + 1 < len(phases))
+
+
+def _pass_in_chunks(model: PreTrainedModel, head: nn.Module, signals: Signals, sums: Sums) -> None:
+    """The same, with the logits of a few positions at a time."""
+    hidden = hidden_states(model, head, signals.batch)
+    if not (phases := signals.phases):
+        _check(head(hidden[:, -1:]), signals, sums)
+        return
+    gradients = [torch.empty_like(hidden) for _ in phases]
+    positions = max(1, CHUNK_ENTRIES // (len(signals.batch) * signals.vocabulary))
+    for start in range(0, hidden.shape[1], positions):
+        chunk = hidden[:, start : start + positions].detach().requires_grad_()
+        logits = head(chunk)
+        _check(logits, signals, sums)
+        for gradient, scalar in zip(gradients, signals.scalars(logits, start), strict=True):
+            (found,) = torch.autograd.grad(scalar, chunk, retain_graph=True)
+            gradient[:, start : start + positions] = found
+        del logits
+    for number, gradient in enumerate(gradients):
+        sums.phase = phases[number]
+        torch.autograd.backward(hidden, gradient, retain_graph=number + 1 < len(phases))
+
+
+def _check(logits: Tensor, signals: Signals, sums: Sums) -> None:
     if not torch.isfinite(logits).all():
         sums.check()  # Names the site where it began, if a site did.
+        first, last = signals.first_window, signals.first_window + len(signals.batch) - 1
         raise NumericalError(
-            f"the logits of calibration windows {first_window} to {first_window + len(batch) - 1}"
-            " have NaN or infinity; try model.dtype=float32 or bfloat16"
+            f"the logits of calibration windows {first} to {last} have NaN or infinity;"
+            " try model.dtype=float32 or bfloat16"
         )
-    scalars = _scalars(logits, batch, sums)
-    pending = next(scalars, None)
-    while pending is not None:
-        following = next(scalars, None)
-        sums.phase, scalar = pending
-        torch.autograd.backward(scalar, retain_graph=following is not None)
-        pending = following
-
-
-def _scalars(logits: Tensor, batch: Tensor, sums: Sums) -> Iterator[tuple[Phase, Tensor]]:
-    """Yield the quantities to back-propagate, each with its phase."""
-    needs, first = sums.needs, sums.first_window
-    once = not sums.only_kronecker
-    if needs.kl_metric is not None and once:
-        for scalar in cotangents(logits, needs.kl_metric, first):
-            yield Phase.KL, scalar
-    labels = batch[:, 1:].to(logits.device)
-    if needs.fisher_metric is not None and needs.fisher_metric.sampled and once:
-        drawn = needs.fisher_metric.draw(logits, first)[:, :-1]
-        yield Phase.SAMPLED_LOSS, summed_loss(logits, drawn)
-    windows = len(batch) if needs.every_loss else min(len(batch), needs.gradient_windows - first)
-    if windows > 0:
-        yield Phase.LOSS, summed_loss(logits[:windows], labels[:windows])
 
 
 @contextmanager

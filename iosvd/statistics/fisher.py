@@ -32,23 +32,24 @@ class FisherMetric:
         """Whether the labels are drawn."""
         return self.labels is Labels.sampled
 
-    def draw(self, logits: Tensor, first_window: int) -> Tensor:
-        """Draw a token at every position, (windows, length), from logits (…, vocabulary).
+    def uniform(self, window: int, length: int) -> Tensor:
+        """Return the uniform numbers (length, 1) that draw the labels of a calibration window.
 
-        The draws depend on a window's index, not on the batch that it came in.
+        They depend on the window's index, not on its batch.
         """
-        windows, length, vocabulary = logits.shape
-        uniform = torch.stack(
-            [
-                torch.rand(length, 1, generator=self._generator(first_window + i))
-                for i in range(windows)
-            ]
-        ).to(logits.device)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + window)
+        return torch.rand(length, 1, generator=generator)
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Draw a token at every position, (windows, positions), from the model's predictions.
+
+        Args:
+            logits: (windows, positions, vocabulary).
+            uniform: (windows, positions, 1), in [0, 1).
+        """
+        uniform = uniform.to(logits.device)
         accumulate = torch.promote_types(logits.dtype, torch.float32)
         total = torch.softmax(logits.detach(), dim=-1, dtype=accumulate).cumsum(-1)
-        # The sum may end a hair below one.
+        # The sum may end slightly below one.
         drawn = torch.searchsorted(total, uniform.to(accumulate) * total[..., -1:], right=True)
-        return drawn.squeeze(-1).clamp_max(vocabulary - 1)
-
-    def _generator(self, window: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + window)
+        return drawn.squeeze(-1).clamp_max(logits.shape[-1] - 1)

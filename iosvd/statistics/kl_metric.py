@@ -47,15 +47,24 @@ class KLMetric:
         """
         return self.probes if self.estimator is Estimator.probe else 1
 
+    def columns(self, vocabulary: int) -> int:
+        """Return K: the number of tokens whose logits count at a position."""
+        return min(self.top_k or vocabulary, vocabulary)
+
+    def passes(self, vocabulary: int) -> int:
+        """Return the number of backward passes of a batch."""
+        return self.probes if self.estimator is Estimator.probe else self.columns(vocabulary)
+
     def signs(self, window: int, length: int, columns: int) -> Tensor:
-        """Random signs (passes, length, columns) of one calibration window.
+        """Return random signs (passes, length, columns) of one calibration window.
 
         They depend on the window's index, not on its batch.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + window)
         passes = self.probes if self.estimator is Estimator.probe else columns
         shape = (passes, length, columns if self.estimator is Estimator.probe else 1)
-        return torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+        # In a byte each: those of a whole vocabulary are many.
+        return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
 
 
 def top_k_probabilities(
@@ -82,22 +91,19 @@ def root_times(p: Tensor, vectors: Tensor, complete: bool) -> Tensor:
     return s * vectors - a * p * (s * vectors).sum(-1, keepdim=True)
 
 
-def cotangents(logits: Tensor, metric: KLMetric, first_window: int) -> Iterator[Tensor]:
+def cotangents(logits: Tensor, metric: KLMetric, signs: Tensor) -> Iterator[Tensor]:
     """Yield, per backward pass, a scalar whose gradient in the logits is the pass's cotangent.
 
     Args:
-        logits: (windows, length, vocabulary), attached to the graph.
+        logits: (windows, positions, vocabulary), attached to the graph.
         metric: which metric is estimated.
-        first_window: index of the first of these windows in the calibration set.
+        signs: (passes, windows, positions, columns), as `KLMetric.signs` returns them.
     """
     p, index = top_k_probabilities(logits, metric.top_k, metric.renormalize)
     chosen = logits if index is None else logits.gather(-1, index)
     complete = index is None or metric.renormalize
-    windows, length, columns = p.shape
-    signs = torch.stack(
-        [metric.signs(first_window + i, length, columns) for i in range(windows)], dim=1
-    ).to(p)
     for number, sign in enumerate(signs):
+        sign = sign.to(p)
         if metric.estimator is Estimator.probe:
             vectors = sign
         else:  # Column B e_k at every position, times the position's own sign.

@@ -12,6 +12,7 @@ from iosvd.budget import Shape
 from iosvd.statistics.needs import Needs
 from iosvd.system.machine import GIB, free_bytes, taken_bytes
 
+CHUNK_ENTRIES = 2**24  # Logits that are computed at a time, where the head can be separated.
 SPARE = 0.1  # Share of free memory left to allocators and libraries.
 
 
@@ -48,6 +49,7 @@ class Activations:
         logits = self.tokens * self.vocabulary
         if not needs.backward:
             return max(blocks) + logits * self.entry_bytes
+        logits = min(logits, CHUNK_ENTRIES)
         kept = sum(blocks)
         if checkpoint_blocks:
             kept = len(blocks) * self.tokens * self.hidden * self.entry_bytes + max(blocks)

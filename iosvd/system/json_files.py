@@ -10,6 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +50,17 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if hashlib.sha256(body.encode()).hexdigest() != found[2]:
         raise DamagedError(f"{path} does not match its checksum")
     return _parse(body, path)
+
+
+def to_json(value: Any) -> Any:
+    """Return a value of options as JSON: dataclasses as objects, members of an Enum as values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(inside) for inside in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""One report that says how fast and how exact the library is on a GPU: make gpu-report."""

@@ -1,0 +1,61 @@
+"""The GPU report at its smallest size, on a CPU, as on a machine that has little installed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_presets import HIDING
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.setting import SIZES, Setting
+
+ROOT = Path(__file__).parents[1]
+CPU = Setting(torch.device("cpu"), SIZES["tiny"])
+
+
+def test_the_report_needs_no_extra_and_every_part_works(tmp_path: Path) -> None:
+    hidden = {"omegaconf", "hydra", "lm_eval", "datasets", "pandas", "wandb", "matplotlib", "peft"}
+    started = "import runpy; runpy.run_module('benchmarks.gpu', run_name='__main__')"
+    script = f"EXTRAS = {hidden}\n{HIDING}\n{started}"
+    command = [sys.executable, "-c", script, "size=tiny", f"out={tmp_path}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    (written,) = tmp_path.glob("gpu-*.json")
+    tables = {t["title"]: t for t in json.loads(written.read_text())["tables"]}
+    assert {"Ceilings", "Compression, tiny", "Numbers", "Decoding", "One factorisation"} <= set(
+        tables
+    )
+    assert not [
+        t for t in tables.values() if any({"failed", "skipped"} & set(r) for r in t["rows"])
+    ]
+    methods = [row["method"] for row in tables["Compression, tiny"]["rows"]]
+    assert methods == ["svd_llm", "io_svd", "io_svd_spectral", "io_svd_plus", "io_svd_anchored"]
+    exact = {row["dtype"]: row for row in tables["Numbers"]["rows"]}["float32"]
+    assert float(exact["R"]) < 1e-5 and float(exact["C"]) < 1e-4
+    assert "# GPU report" in found.stdout and (tmp_path / f"{written.stem}.md").exists()
+
+
+def test_a_part_that_fails_or_comes_too_late_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Setting) -> list:
+        raise RuntimeError("no such\nkernel")
+
+    monkeypatch.setattr(gpu, "PARTS", {"First": fails, "Second": gpu.tests})
+    first, second = gpu.report(CPU)
+    assert first.rows == [{"failed": "RuntimeError: no such kernel"}]
+    assert second.title == "Tests" and "failed" not in second.rows[0]
+    (late, _) = gpu.report(CPU, seconds=-time.monotonic())
+    assert late.rows == [{"skipped": "no time was left"}]
+
+
+def test_an_option_that_does_not_exist_is_one_line() -> None:
+    for argument, reason in (("sise=7b", "unknown option sise"), ("size=9b", "size=9b is none of")):
+        command = [sys.executable, "-m", "benchmarks.gpu", argument]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert found.returncode == 2
+        assert found.stderr.count("\n") == 1 and f"error: {reason}" in found.stderr

@@ -1,0 +1,79 @@
+"""Statistics do not depend on how many logits are computed at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, build
+from torch import nn
+from torch.testing import assert_close
+
+import iosvd.statistics.collect as collecting
+from iosvd.models.head import separate_head
+from iosvd.models.sites import SiteSelection, find_sites
+from iosvd.statistics.fisher import FisherMetric, Labels
+from iosvd.statistics.kl_metric import Estimator, KLMetric
+from iosvd.statistics.needs import STATISTICS, Needs
+
+TOKENS = torch.randint(0, 31, (5, 11), generator=torch.Generator().manual_seed(4))
+NEEDS = {
+    "io_svd": Needs(input_metric=True, kl_metric=KLMetric(), gradient_windows=3),
+    "whole vocabulary": Needs(kl_metric=KLMetric(0, probes=2), fisher_rows=True),
+    "exact": Needs(kl_metric=KLMetric(3, estimator=Estimator.exact)),
+    "sampled": Needs(fisher_metric=FisherMetric(Labels.sampled), kronecker_passes=2),
+    "inputs": Needs(input_metric=True, input_magnitude=True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", NEEDS)
+def test_chunks_of_logits_give_the_same_statistics(
+    family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against all logits at once, by the model's own forward pass."""
+    model = build(family, torch.float64)
+    sites = find_sites(model, SiteSelection())
+    assert separate_head(model, TOKENS) is model.get_output_embeddings()
+    monkeypatch.setattr(collecting, "CHUNK_ENTRIES", 2 * 3 * 31)  # Three positions of two windows.
+    chunked = collecting.collect(model, TOKENS, sites, NEEDS[name], batch_size=2)
+    monkeypatch.setattr(collecting, "separate_head", lambda *_: None)
+    whole = collecting.collect(model, TOKENS, sites, NEEDS[name], batch_size=2)
+    for site in sites:
+        for statistic in STATISTICS:
+            one, other = getattr(chunked[site], statistic), getattr(whole[site], statistic)
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert_close(one, other, rtol=1e-9, atol=1e-14)
+
+
+def test_a_head_that_is_followed_by_more_is_not_separate() -> None:
+    """As in models that cap or scale their logits."""
+    model = build("llama")
+    plain = model.forward
+
+    def scaled(*arguments: object, **options: object) -> object:
+        output = plain(*arguments, **options)
+        output.logits = output.logits / 2
+        return output
+
+    model.forward = scaled
+    assert separate_head(model, TOKENS) is None
+    found = collecting.collect(model, TOKENS, find_sites(model, SiteSelection()), NEEDS["io_svd"])
+    assert all(statistics.kl_metric is not None for statistics in found.values())
+
+
+def test_a_head_that_is_a_site_is_seen_on_whole_batches() -> None:
+    model = build("llama", torch.float64)
+    sites: dict[str, nn.Module] = {"lm_head": model.lm_head}
+    found = collecting.collect(model, TOKENS, sites, Needs(input_metric=True, kl_metric=KLMetric()))
+    hidden = model.model(input_ids=TOKENS).last_hidden_state.detach().flatten(0, 1)
+    assert_close(found["lm_head"].input_metric, hidden.T @ hidden / len(hidden))
+
+
+@pytest.mark.parametrize("name", ["io_svd", "inputs"])
+def test_a_head_with_nan_is_an_error(name: str) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(Exception, match="the logits of calibration windows 0 to 4 have NaN"):
+        collecting.collect(model, TOKENS, find_sites(model, SiteSelection()), NEEDS[name])
