@@ -1,10 +1,12 @@
 """Predict memory, passes and time of a run before anything is loaded: make plan MODEL=…
 
     python experiments/plan.py model=llama2_7b runtime.memory_gib=24 runtime.checkpoint_blocks=true
+    python experiments/plan.py model=llama2_7b card=h100      # or a100, rtx4090, rtx3090
 
 Bytes and passes are counted from the shapes in the model's configuration. Seconds are estimated
 from a short measurement on the device that the run would have: products in the model's dtype and in
-float32, and the factorisation of one small matrix. Attention and input/output are not counted.
+float32, and the factorisation of one small matrix. For a named card they are those of the counted
+products at its published peaks, so no run is faster. Attention and input/output are not counted.
 """
 
 from __future__ import annotations
@@ -12,16 +14,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from iosvd.errors import exit_in_one_line
+from iosvd.errors import ConfigError, exit_in_one_line
 from iosvd.factorization import Factorization
 from iosvd.linalg import CholeskyRoot
-from iosvd.runs.config import compose_run
+from iosvd.runs.config import compose_run, own_option
 from iosvd.runs.run import Run
 from iosvd.runs.steps import device_for, plan_statistics
+from iosvd.statistics.memory import SPARE
 from iosvd.statistics.planning import Outline
 from iosvd.system.machine import GIB, free_bytes
 from iosvd.types import Whitener
@@ -39,14 +42,51 @@ class Speed:
     factorization: float  # Counted as `factorization_work` counts.
 
 
+@dataclass(frozen=True)
+class Card:
+    """Published peaks of a GPU: dense products in TFLOP/s, and memory."""
+
+    half: float  # bf16 and fp16 with float32 sums.
+    single: float  # float32, without TF32.
+    double: float
+    memory_gib: float
+
+    def speed(self, dtype: torch.dtype) -> Speed:
+        """Return the peaks as multiplications per second; two operations are one of them."""
+        model = self.single if dtype is torch.float32 else self.half
+        return Speed(model * 5e11, self.single * 5e11, self.double * 5e11)
+
+
+# NVIDIA's data sheets; half of the figures with sparsity.
+CARDS = {
+    "a100": Card(312, 19.5, 19.5, 80),
+    "h100": Card(989, 67, 67, 80),
+    "rtx4090": Card(165, 82.6, 1.29, 24),
+    "rtx3090": Card(71, 35.6, 0.556, 24),
+}
+
+
 def plan(overrides: list[str]) -> str:
-    """Return the plan of one run."""
+    """Return the plan of one run.
+
+    Raises:
+        ConfigError: the named card is not known.
+    """
+    name, overrides = own_option(overrides, "card")
     run = compose_run(overrides)
-    device = torch.device(device_for(run.runtime.resources.device))
+    device = torch.device("cpu" if name else device_for(run.runtime.resources.device))
+    if name is None:
+        speed, place, free = measure_speed(run, device), str(device), free_line(device)
+    else:
+        if name not in CARDS:
+            raise ConfigError(f"card={name} is none of {', '.join(CARDS)}")
+        card = CARDS[name]
+        speed, place, free = card.speed(run.model.dtype.torch), name, f"{card.memory_gib:g} GiB"
+        run = _with_memory(run, card)
     length = run.data.calibration.seq_len
     planned = plan_statistics(run, device)
     shapes, passes, limit = planned.outline, planned.passes, planned.limit
-    speed = measure_speed(run, device)
+    about = "about" if name is None else "at least"
     tokens, batch = run.data.calibration.windows * length, shapes.activations.tokens
     work = shapes.statistics(planned.needs, length)
     model, sums = work.model * tokens / speed.model, work.sums * tokens / speed.sums
@@ -55,20 +95,20 @@ def plan(overrides: list[str]) -> str:
     factorization = factorization_work(shapes) / speed.factorization
     evaluation = 100 * run.eval.seq_len * shapes.forward / speed.model
     rows = [
-        ("model", f"{run.model.name}, {len(shapes.sites)} sites, {run.label}, on {device}"),
+        ("model", f"{run.model.name}, {len(shapes.sites)} sites, {run.label}, on {place}"),
         ("weights", _gib(shapes.weight_bytes)),
         ("activations of a batch", f"{_gib(planned.activations)} for {batch:,} tokens"),
         ("sums of the statistics", f"{_gib(sum(passes))} in all, on {planned.where}"),
         ("sums of the largest pass", _gib(planned.largest)),
         ("passes over the calibration set", f"{len(passes)}, sums within {_gib(limit)}"),
         (
-            f"peak memory of the statistics on {device}",
-            f"{_gib(planned.peak)} ({free_line(device)})",
+            f"peak memory of the statistics on {place}",
+            f"{_gib(planned.peak)} ({free})",
         ),
         ("cache", f"{_gib(sum(passes))} of statistics, {_gib(shapes.spectra_bytes)} of spectra"),
-        ("statistics", f"about {_time(repeated * model + sums)} for {tokens:,} tokens"),
-        ("factorization", f"about {_time(factorization)}"),
-        ("evaluation", f"about {_time(evaluation)} for 100 windows of {run.eval.seq_len}"),
+        ("statistics", f"{about} {_time(repeated * model + sums)} for {tokens:,} tokens"),
+        ("factorization", f"{about} {_time(factorization)}"),
+        ("evaluation", f"{about} {_time(evaluation)} for 100 windows of {run.eval.seq_len}"),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
@@ -78,6 +118,15 @@ def plan(overrides: list[str]) -> str:
             " runtime.batch_tokens, or set runtime.checkpoint_blocks or metrics_on_cpu to true"
         )
     return "\n".join(lines)
+
+
+def _with_memory(run: Run, card: Card) -> Run:
+    """Let a run have the memory of a card, less what allocators and libraries take."""
+    resources = run.runtime.resources
+    if resources.memory_gib is not None:
+        return run
+    resources = replace(resources, memory_gib=(1 - SPARE) * card.memory_gib)
+    return replace(run, runtime=replace(run.runtime, resources=resources))
 
 
 def factorization_work(shapes: Outline) -> float:

@@ -42,6 +42,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # For processes that tests start.
     torch.set_num_threads(1)
 
+# Minutes each: first, so that no worker is left with one at the end.
+_LONGEST = ("test_order_on_tiny", "test_order_on_babyllama", "test_faults", "test_launching")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {stem: number for number, stem in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 SHARED = Path(os.environ.get("IOSVD_SHARED", Path(__file__).parents[2] / "shared")).resolve()
 
 _WIDTHS: dict[str, Any] = {

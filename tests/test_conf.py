@@ -124,13 +124,6 @@ def test_every_implementation_has_a_preset(package: Any) -> None:
     assert targets == set(all_variants(package))
 
 
-@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_experiment_expands(path: Path) -> None:
-    runs = expand([f"experiment={path.stem}"], sweep=True)
-    assert len({(run.model.name, run.label, run.goal.ratio) for run in runs}) == len(runs) > 1
-    assert runs[0].runtime.tracking.group == path.stem
-
-
 def test_a_sweep_has_one_dense_run_for_each_model() -> None:
     # The dense method has no such options.
     ablation = baselines(["experiment=ablation_topk", "whitening.seed=1"])

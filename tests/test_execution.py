@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import iosvd.runs.execution
-import iosvd.runs.steps
+import iosvd.runs.measurement
 from experiments import compress as command
 from experiments import draw, predict, render
 from iosvd.errors import ConfigError, IosvdError, RecordError, StorageError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.layers.replacement import low_rank_layers
-from iosvd.metric import other
+from iosvd.metric import other, perplexity_on
 from iosvd.models.loading import ASSETS, load_tokenizer
-from iosvd.runs.config import compose_run
+from iosvd.runs.config import compose_run, config_of
 from iosvd.runs.execution import Outcome, execute, locked
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.records import has_checkpoint, read_metrics, read_record, run_folder
@@ -103,7 +103,7 @@ def test_a_run_records_what_its_checkpoint_measures(source: Path) -> None:
         *("data", "load", "statistics", "factorization", "allocation", "correction"),
         *("quantization", "evaluation", "zero_shot"),
     }
-    assert found["config"] == asked.config
+    assert found["config"] == config_of(asked)
 
 
 def test_a_complete_run_is_skipped_unless_forced(source: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_failure_is_kept_with_its_traceback_and_tried_again(
 ) -> None:
     asked = run(source, "method=svd")
     with monkeypatch.context() as patch:
-        patch.setattr(iosvd.runs.steps, "compress", lambda *a, **k: 1 / 0)
+        patch.setattr(iosvd.runs.measurement, "compress_to", lambda *a, **k: 1 / 0)
         assert execute(asked) is Outcome.failed
     folder = run_folder(asked)
     failure = json.loads((folder / "failure.json").read_text())
@@ -386,8 +386,9 @@ def test_figures_of_a_run_without_its_spectra_are_left_out(
 
 def test_a_measured_curve_is_not_called_published() -> None:
     """A column of published values may have the same metric."""
-    measured = Column("wikitext2_ppl", "wikitext2 ppl", 2, -1)
-    published = Column("wikitext2_ppl", "published, llama_7b: wikitext2 ppl", 2, 0, reference=True)
+    measured = Column(perplexity_on("wikitext2"), "wikitext2 ppl", 2, -1)
+    title = "published, llama_7b: wikitext2 ppl"
+    published = Column(perplexity_on("wikitext2"), title, 2, 0, reference=True)
     titles = draw._titles(Table("Main", (measured, published), ()))
     assert titles["wikitext2_ppl"] == "wikitext2 ppl"
 
@@ -635,7 +636,7 @@ def test_colleagues_share_results_or_are_told_why_not(shared_place: Path) -> Non
 
 LIMITED = """
 import resource, sys
-from iosvd.runs.config import compose_run
+from iosvd.runs.config import compose_run, config_of
 from iosvd.runs.execution import execute
 import transformers.models.llama.modeling_llama
 run = compose_run(sys.argv[1:])

@@ -12,6 +12,7 @@ from test_execution import overrides, run, source  # noqa: F401 (a fixture)
 
 from experiments import plan
 from iosvd.budget import Shape
+from iosvd.errors import ConfigError
 from iosvd.models.loading import Dtype, Model
 from iosvd.models.sites import SiteSelection, decoder_blocks, find_sites, shared_inputs
 from iosvd.runs.config import compose_run
@@ -114,6 +115,21 @@ def test_the_plan_is_printed_before_anything_is_loaded(
         assert re.search(line, text), text
     few = plan.plan(overrides(source, "runtime.memory_gib=0.001"))
     assert "the sums of one site exceed what is left" in few
+
+
+def test_a_named_card_has_its_published_peaks(source: Path) -> None:  # noqa: F811
+    found = {}
+    for card in plan.CARDS:
+        text = plan.plan(overrides(source, f"card={card}"))
+        assert f"on {card}" in text and f"({plan.CARDS[card].memory_gib:g} GiB)" in text
+        (line,) = [line for line in text.splitlines() if line.startswith("statistics")]
+        assert "at least" in line
+        found[card] = plan.CARDS[card].speed(torch.float16)
+    # 989 TFLOP/s are half as many multiplications.
+    assert found["h100"].model == pytest.approx(494.5e12)
+    assert found["rtx4090"].factorization < found["a100"].factorization / 10
+    with pytest.raises(ConfigError, match="card=v100 is none of a100, h100, rtx4090, rtx3090"):
+        plan.plan(overrides(source, "card=v100"))
 
 
 @pytest.mark.parametrize(

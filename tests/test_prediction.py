@@ -43,7 +43,7 @@ def measured(baby: Model, stories: Dataset) -> dict[tuple[str, float], float]:
     whitening = InputOutput(top_k=0)
     tokens = calibration_windows(tokenizer, stories, 400, 256, 0)
     found = collect(model, tokens, sites, whitening.needs, batch_size=16)
-    windows = evaluation_windows(tokenizer, stories, 256, windows=24)
+    windows = evaluation_windows(tokenizer, stories, 256, windows=12)
     dense = log_probabilities(model, windows)
 
     def ratios(name: str, spectrum: Spectrum) -> Iterator[tuple[tuple[str, float], float]]:

@@ -256,7 +256,10 @@ def test_every_table_has_its_experiment_and_its_rows_are_known(name: str) -> Non
     """Every label is a run of the sweep or a method to come; every published name is in the csv."""
     spec, library = table_spec(name), read_published()
     overrides = [f"experiment={name}"]
-    runs = baselines(overrides) + expand(overrides, sweep=True)
+    cells = expand(overrides, sweep=True)
+    assert len({(run.model.name, run.label, run.goal.ratio) for run in cells}) == len(cells) > 1
+    assert cells[0].runtime.tracking.group == name
+    runs = baselines(overrides) + cells
     labels = {run.label for run in runs}
     only_dense = len(spec.rows) == 1  # Its rows are named after their options.
     assert labels <= {row.label for row in spec.rows} or only_dense

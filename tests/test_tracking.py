@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from test_execution import metrics, overrides, run, source
 
 import iosvd.runs.execution
-import iosvd.runs.steps
+import iosvd.runs.measurement
 from experiments import compress as command
 from iosvd.errors import ConfigError
 from iosvd.runs import tracking
+from iosvd.runs.config import config_of
 from iosvd.runs.execution import Outcome, execute
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.records import PLAN, TRACKED, run_folder
@@ -87,7 +88,7 @@ def test_an_offline_run_equals_metrics_json_key_for_key(source: Path) -> None:
     assert media <= set(own)
     assert (held["id"], held["group"], held["exit"]) == (digest(asked), "sweep", 0)
     config = {key: value for key, value in held["config"].items() if key != "_wandb"}
-    assert config == {**asked.config, "label": "svd_llm"}
+    assert config == {**config_of(asked), "label": "svd_llm"}
     (table,) = (folder / "files" / "media" / "table").glob("plan_*.table.json")
     rows = json.loads(table.read_text())["data"]
     plan = json.loads((run_folder(asked) / PLAN).read_text())["sites"]
@@ -107,7 +108,7 @@ def test_a_run_that_failed_is_marked_and_continues_as_the_same_one(
 ) -> None:
     asked = run(source, "method=svd", "wandb=offline")
     with monkeypatch.context() as patch:
-        patch.setattr(iosvd.runs.steps, "compress", lambda *a, **k: 1 / 0)
+        patch.setattr(iosvd.runs.measurement, "compress_to", lambda *a, **k: 1 / 0)
         assert execute(asked) is Outcome.failed
     assert execute(asked) is Outcome.complete
     held = [read_back(folder) for folder in offline_runs(source)]
