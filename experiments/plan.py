@@ -51,10 +51,11 @@ class Card:
     double: float
     memory_gib: float
 
-    def speed(self, dtype: torch.dtype) -> Speed:
+    def speed(self, dtype: torch.dtype, precision: torch.dtype) -> Speed:
         """Return the peaks as multiplications per second; two operations are one of them."""
         model = self.single if dtype is torch.float32 else self.half
-        return Speed(model * 5e11, self.single * 5e11, self.double * 5e11)
+        factorization = self.double if precision is torch.float64 else self.single
+        return Speed(model * 5e11, self.single * 5e11, factorization * 5e11)
 
 
 # NVIDIA's data sheets; half of the figures with sparsity.
@@ -74,18 +75,21 @@ def plan(overrides: list[str]) -> str:
     """
     name, overrides = own_option(overrides, "card")
     run = compose_run(overrides)
-    device = torch.device("cpu" if name else device_for(run.runtime.resources.device))
+    device = torch.device("cuda" if name else device_for(run.runtime.resources.device))
     if name is None:
         speed, place, free = measure_speed(run, device), str(device), free_line(device)
     else:
         if name not in CARDS:
             raise ConfigError(f"card={name} is none of {', '.join(CARDS)}")
         card = CARDS[name]
-        speed, place, free = card.speed(run.model.dtype.torch), name, f"{card.memory_gib:g} GiB"
+        precision = run.method.factorization.precision.dtype
+        speed = card.speed(run.model.dtype.torch, precision)
+        place, free = name, f"{card.memory_gib:g} GiB"
         run = _with_memory(run, card)
     length = run.data.calibration.seq_len
     planned = plan_statistics(run, device)
     shapes, passes, limit = planned.outline, planned.passes, planned.limit
+    held = place if planned.where == device else planned.where
     about = "about" if name is None else "at least"
     tokens, batch = run.data.calibration.windows * length, shapes.activations.tokens
     work = shapes.statistics(planned.needs, length)
@@ -98,7 +102,7 @@ def plan(overrides: list[str]) -> str:
         ("model", f"{run.model.name}, {len(shapes.sites)} sites, {run.label}, on {place}"),
         ("weights", _gib(shapes.weight_bytes)),
         ("activations of a batch", f"{_gib(planned.activations)} for {batch:,} tokens"),
-        ("sums of the statistics", f"{_gib(sum(passes))} in all, on {planned.where}"),
+        ("sums of the statistics", f"{_gib(sum(passes))} in all, on {held}"),
         ("sums of the largest pass", _gib(planned.largest)),
         ("passes over the calibration set", f"{len(passes)}, sums within {_gib(limit)}"),
         (
@@ -123,7 +127,7 @@ def plan(overrides: list[str]) -> str:
 def _with_memory(run: Run, card: Card) -> Run:
     """Let a run have the memory of a card, less what allocators and libraries take."""
     resources = run.runtime.resources
-    if resources.memory_gib is not None:
+    if resources.memory_gib is not None or resources.metrics_on_cpu:
         return run
     resources = replace(resources, memory_gib=(1 - SPARE) * card.memory_gib)
     return replace(run, runtime=replace(run.runtime, resources=resources))

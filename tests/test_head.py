@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import FAMILIES, build
@@ -9,13 +11,15 @@ from torch import nn
 from torch.testing import assert_close
 
 import iosvd.statistics.collect as collecting
-from iosvd.models.head import separate_head
+from iosvd.errors import NumericalError
+from iosvd.models.head import has_plain_head, separate_head
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.statistics.fisher import FisherMetric, Labels
 from iosvd.statistics.kl_metric import Estimator, KLMetric
 from iosvd.statistics.needs import STATISTICS, Needs
 
 TOKENS = torch.randint(0, 31, (5, 11), generator=torch.Generator().manual_seed(4))
+INNER = torch.tensor([4])
 NEEDS = {
     "io_svd": Needs(input_metric=True, kl_metric=KLMetric(), gradient_windows=3),
     "whole vocabulary": Needs(kl_metric=KLMetric(0, probes=2), fisher_rows=True),
@@ -62,6 +66,51 @@ def test_a_head_that_is_followed_by_more_is_not_separate() -> None:
     assert all(statistics.kl_metric is not None for statistics in found.values())
 
 
+def test_logits_that_are_cast_after_the_head_are_taken_whole() -> None:
+    """Their values are the head's, but in another type."""
+    model = build("llama", torch.bfloat16)
+    plain = model.forward
+
+    def cast(*arguments: object, **options: object) -> object:
+        output = plain(*arguments, **options)
+        output.logits = output.logits.float()
+        return output
+
+    model.forward = cast
+    assert separate_head(model, TOKENS) is None
+    found = collecting.collect(model, TOKENS, find_sites(model, SiteSelection()), NEEDS["io_svd"])
+    assert all(statistics.kl_metric is not None for statistics in found.values())
+
+
+def test_a_plan_knows_which_logits_are_changed_after_the_head() -> None:
+    assert has_plain_head(build("llama").config)
+    assert not has_plain_head(SimpleNamespace(final_logit_softcapping=30.0))
+    assert not has_plain_head(SimpleNamespace(logit_scale=0.0625))
+    assert has_plain_head(SimpleNamespace(logits_scaling=1.0))
+
+
+@pytest.mark.parametrize("name", ["io_svd", "sampled"])
+def test_a_last_chunk_of_one_position_has_no_label(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama", torch.float64)
+    sites = find_sites(model, SiteSelection())
+    whole = collecting.collect(model, TOKENS, sites, NEEDS[name], batch_size=2)
+    monkeypatch.setattr(collecting, "CHUNK_ENTRIES", 2 * 5 * 31)  # 11 = 5 + 5 + 1.
+    chunked = collecting.collect(model, TOKENS, sites, NEEDS[name], batch_size=2)
+    for site in sites:
+        for statistic in STATISTICS:
+            if (one := getattr(whole[site], statistic)) is not None:
+                assert_close(getattr(chunked[site], statistic), one, rtol=1e-9, atol=1e-14)
+
+
+def test_an_overflow_within_a_window_is_an_error_without_a_backward_pass_too() -> None:
+    model = build("llama")
+    model.model.norm.register_forward_hook(lambda *call: call[-1].index_fill(1, INNER, torch.inf))
+    with pytest.raises(NumericalError, match="the logits of calibration windows 0 to 4 have NaN"):
+        collecting.collect(model, TOKENS, find_sites(model, SiteSelection()), NEEDS["inputs"])
+
+
 def test_a_head_that_is_a_site_is_seen_on_whole_batches() -> None:
     model = build("llama", torch.float64)
     sites: dict[str, nn.Module] = {"lm_head": model.lm_head}
@@ -75,5 +124,5 @@ def test_a_head_with_nan_is_an_error(name: str) -> None:
     model = build("llama")
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
-    with pytest.raises(Exception, match="the logits of calibration windows 0 to 4 have NaN"):
+    with pytest.raises(NumericalError, match="the logits of calibration windows 0 to 4 have NaN"):
         collecting.collect(model, TOKENS, find_sites(model, SiteSelection()), NEEDS[name])

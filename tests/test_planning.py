@@ -124,10 +124,15 @@ def test_a_named_card_has_its_published_peaks(source: Path) -> None:  # noqa: F8
         assert f"on {card}" in text and f"({plan.CARDS[card].memory_gib:g} GiB)" in text
         (line,) = [line for line in text.splitlines() if line.startswith("statistics")]
         assert "at least" in line
-        found[card] = plan.CARDS[card].speed(torch.float16)
+        found[card] = plan.CARDS[card].speed(torch.float16, torch.float64)
+    assert plan.CARDS["rtx4090"].speed(torch.float16, torch.float32).factorization > 1e13
     # 989 TFLOP/s are half as many multiplications.
     assert found["h100"].model == pytest.approx(494.5e12)
     assert found["rtx4090"].factorization < found["a100"].factorization / 10
+    apart = plan.plan(overrides(source, "card=h100", "runtime.metrics_on_cpu=true"))
+    assert "in all, on cpu" in apart and "in all, on h100" in plan.plan(
+        overrides(source, "card=h100")
+    )
     with pytest.raises(ConfigError, match="card=v100 is none of a100, h100, rtx4090, rtx3090"):
         plan.plan(overrides(source, "card=v100"))
 

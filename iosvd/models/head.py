@@ -6,9 +6,9 @@ one module applied to the body's hidden states, they can be computed for a few p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,19 @@ from torch import Tensor, nn
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
+# Options of configurations that change logits after the head, and the values that do nothing.
+_CHANGES = {
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+}
+
 
 @torch.no_grad()
 def separate_head(model: PreTrainedModel, tokens: Tensor) -> nn.Module | None:
     """Return the head if the logits are its output as it is, else None.
 
-    Models that scale or cap their logits afterwards have no separate head.
+    Models that scale, cap or cast their logits afterwards have no separate head.
 
     Args:
         model: a causal language model.
@@ -36,7 +43,14 @@ def separate_head(model: PreTrainedModel, tokens: Tensor) -> nn.Module | None:
         logits = model(input_ids=tokens[:1, :8].to(model.device), use_cache=False).logits
     finally:
         hook.remove()
-    return head if len(seen) == 1 and torch.equal(seen[0], logits) else None
+    same = len(seen) == 1 and seen[0].dtype == logits.dtype and seen[0].shape == logits.shape
+    # accelerate may have moved the logits.
+    return head if same and torch.equal(seen[0].to(logits.device), logits) else None
+
+
+def has_plain_head(config: Any) -> bool:
+    """Whether a model of this configuration is likely to have a separate head; for plans."""
+    return all(getattr(config, name, None) in plain for name, plain in _CHANGES.items())
 
 
 def hidden_states(model: PreTrainedModel, head: nn.Module, batch: Tensor) -> Tensor:
@@ -47,17 +61,22 @@ def hidden_states(model: PreTrainedModel, head: nn.Module, batch: Tensor) -> Ten
         head: its separate head.
         batch: tokens (windows, length), on the model's device.
     """
-    with _bypassed(head):
-        found: Tensor = model(input_ids=batch, use_cache=False).logits
-    return found
+    seen: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden
+
+    with _replaced_forward(head, keep):
+        model(input_ids=batch, use_cache=False)
+    return seen[0]
 
 
 @contextmanager
-def _bypassed(head: nn.Module) -> Iterator[None]:
-    """Make a head return its input."""
+def _replaced_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     before = vars(head).get("forward")
     try:
-        head.forward = lambda hidden: hidden  # type: ignore[method-assign]
+        head.forward = forward  # type: ignore[method-assign]
         yield
     finally:
         vars(head).pop("forward", None)

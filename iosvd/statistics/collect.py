@@ -108,6 +108,7 @@ def _pass_in_chunks(model: PreTrainedModel, head: nn.Module, signals: Signals, s
     """The same, with the logits of a few positions at a time."""
     hidden = hidden_states(model, head, signals.batch)
     if not (phases := signals.phases):
+        _check(hidden, signals, sums)
         _check(head(hidden[:, -1:]), signals, sums)
         return
     gradients = [torch.empty_like(hidden) for _ in phases]

@@ -42,19 +42,29 @@ class Activations:
     vocabulary: int
     tokens: int  # Of a batch.
     entry_bytes: int  # Of the model's dtype.
+    separate_head: bool = True  # Whether a few logits can be computed at a time.
 
     def bytes(self, needs: Needs, checkpoint_blocks: bool) -> int:
         """Return the peak bytes of a forward and backward pass."""
         blocks = [self._block(shapes, needs) for shapes in self.shapes]
         logits = self.tokens * self.vocabulary
+        if self.separate_head:
+            logits = min(logits, CHUNK_ENTRIES)
         if not needs.backward:
             return max(blocks) + logits * self.entry_bytes
-        logits = min(logits, CHUNK_ENTRIES)
-        kept = sum(blocks)
+        # And the gradient of the hidden states in each backward pass.
+        kept = sum(blocks) + self._phases(needs) * self.tokens * self.hidden * self.entry_bytes
         if checkpoint_blocks:
-            kept = len(blocks) * self.tokens * self.hidden * self.entry_bytes + max(blocks)
+            inputs = len(blocks) * self.tokens * self.hidden * self.entry_bytes
+            kept += inputs + max(blocks) - sum(blocks)
         # Logits and their gradient in the model's dtype, probabilities or the like in float32.
         return kept + logits * (2 * self.entry_bytes + 4 * (2 + needs.true_loss))
+
+    def _phases(self, needs: Needs) -> int:
+        """Return the number of backward passes of a batch."""
+        kl, fisher = needs.kl_metric, needs.fisher_metric
+        passes = 0 if kl is None else kl.passes(self.vocabulary)
+        return passes + (fisher is not None and fisher.sampled) + needs.true_loss
 
     def _block(self, shapes: Iterable[Shape], needs: Needs) -> int:
         shapes = list(shapes)

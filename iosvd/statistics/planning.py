@@ -10,6 +10,7 @@ import torch
 
 from iosvd.budget import Shape
 from iosvd.linalg import GRAM_SHARE
+from iosvd.models.head import has_plain_head
 from iosvd.models.loading import Model, load_config
 from iosvd.models.sites import SiteSelection, decoder_blocks, find_linears, shared_inputs
 from iosvd.statistics.kl_metric import Estimator
@@ -79,7 +80,9 @@ class Outline:
         products += GRAM_SHARE * grams
         if needs.kronecker_passes:  # G A Gᵀ or Gᵀ B G, once a window.
             products += passes * sum(s.m * s.n * (s.m + s.n) for s in shapes) / length
-        return Work((passes + backward) * self.forward, products)
+        # Without a backward pass no logits are needed.
+        model = self.forward if backward else sum(shape.entries for shape in shapes)
+        return Work((passes + backward) * model, products)
 
     @property
     def spectra_bytes(self) -> int:
@@ -132,4 +135,5 @@ def activations_of(model: PreTrainedModel, selection: SiteSelection, tokens: int
         vocabulary=config.vocab_size,
         tokens=tokens,
         entry_bytes=model.dtype.itemsize,
+        separate_head=has_plain_head(config) and model.get_output_embeddings() not in linears,
     )

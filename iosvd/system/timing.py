@@ -51,6 +51,8 @@ class StageClock:
 def measured() -> Iterator[Callable[[], Stage]]:
     """Yield a function that returns the cost of the block after it ends."""
     found: list[Stage] = []
+    if _on_gpu():
+        torch.cuda.synchronize()  # Work that is queued is not this block's.
     _reset_peak()
     started = time.monotonic()
     yield lambda: found[0]
