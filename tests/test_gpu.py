@@ -12,6 +12,7 @@ from conftest import build
 from torch.testing import assert_close
 
 from iosvd.allocation import LossAware
+from iosvd.correction import Anchored
 from iosvd.layers.int8 import Code
 from iosvd.method import Method
 from iosvd.models.sites import SiteSelection, find_sites
@@ -37,6 +38,14 @@ def test_statistics_agree_with_the_cpu() -> None:
             value = getattr(on_gpu, field)
             assert value.device.type == "cuda"
             assert_close(value.cpu(), getattr(found["cpu"][name], field), rtol=1e-3, atol=1e-5)
+
+
+def test_a_refit_on_a_gpu_keeps_every_tensor_there() -> None:
+    model = build("llama", torch.bfloat16).to("cuda")
+    method = Method(InputOutput(), LossAware(), Anchored())
+    result = compress(model, TOKENS, method=method, ratio=0.5)
+    assert {tensor.device.type for tensor in result.model.state_dict().values()} == {"cuda"}
+    assert torch.isfinite(model(input_ids=TOKENS.cuda()).logits).all()
 
 
 def test_a_run_starts_before_the_gpu_is_in_use(tmp_path: Path) -> None:

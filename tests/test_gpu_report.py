@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,10 @@ def test_the_report_needs_no_extra_and_every_part_works(tmp_path: Path) -> None:
     started = "import runpy; runpy.run_module('benchmarks.gpu', run_name='__main__')"
     script = f"EXTRAS = {hidden}\n{HIDING}\n{started}"
     command = [sys.executable, "-c", script, "size=tiny", f"out={tmp_path}"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert found.returncode == 0, found.stderr
     (written,) = tmp_path.glob("gpu-*.json")
     tables = {t["title"]: t for t in json.loads(written.read_text())["tables"]}
@@ -41,16 +45,34 @@ def test_the_report_needs_no_extra_and_every_part_works(tmp_path: Path) -> None:
     assert "# GPU report" in found.stdout and (tmp_path / f"{written.stem}.md").exists()
 
 
-def test_a_part_that_fails_or_comes_too_late_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_or_comes_too_late_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(_: Setting) -> list:
+        written = json.loads(next(tmp_path.glob("*.json")).read_text())
+        assert [table["title"] for table in written["tables"]] == ["Tests"]  # Already on disk.
         raise RuntimeError("no such\nkernel")
 
-    monkeypatch.setattr(gpu, "PARTS", {"First": fails, "Second": gpu.tests})
-    first, second = gpu.report(CPU)
-    assert first.rows == [{"failed": "RuntimeError: no such kernel"}]
-    assert second.title == "Tests" and "failed" not in second.rows[0]
-    (late, _) = gpu.report(CPU, seconds=-time.monotonic())
-    assert late.rows == [{"skipped": "no time was left"}]
+    monkeypatch.setattr(gpu, "PARTS", {"First": gpu.tests, "Second": fails, "Third": gpu.tests})
+    gpu.main(["size=tiny", f"out={tmp_path}"])
+    written = json.loads(next(tmp_path.glob("*.json")).read_text())
+    first, second, third = written["tables"]
+    assert second["rows"] == [{"failed": "RuntimeError: no such kernel"}]
+    assert first["title"] == third["title"] == "Tests"
+    late = [table for tables in gpu.report(replace(CPU, seconds_at_most=0.0)) for table in tables]
+    assert {str(table.rows) for table in late} == {"[{'skipped': 'no time was left'}]"}
+
+
+def test_a_row_that_fails_leaves_the_others_alone() -> None:
+    def fails() -> dict[str, str]:
+        raise MemoryError("of the card")
+
+    assert CPU.row({"method": "a"}, 0.0, fails) == {
+        "method": "a",
+        "failed": "MemoryError: of the card",
+    }
+    late = replace(CPU, seconds_at_most=1.0)
+    assert late.row({"method": "b"}, 60.0, fails) == {"method": "b", "skipped": "no time was left"}
 
 
 def test_an_option_that_does_not_exist_is_one_line() -> None:

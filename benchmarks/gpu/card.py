@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,12 +85,12 @@ def factorizations(setting: Setting) -> list[Table]:
     places = dict.fromkeys([setting.device, torch.device("cpu")])
     rows = []
     for name, factorize, dtype in KINDS:
-        row = {"factorisation": name}
         for device in places:
             for width in widths:
-                row[f"{device.type}, {width}"] = _timed(setting, factorize, dtype, device, width)
-        rows.append(row)
-    notes = "Seconds of one matrix; ~ is an estimate, from a smaller one by the cube of the width."
+                head = {"factorisation": name, "on": device.type, "width": str(width)}
+                once = partial(_timed, setting, factorize, dtype, device, width)
+                rows.append(setting.row(head, 2.0, once))
+    notes = "Seconds of one matrix; ~ is an estimate, by the cube of the width, from the one named."
     return [Table("One factorisation", rows, notes)]
 
 
@@ -99,19 +100,24 @@ def _timed(
     dtype: torch.dtype,
     device: torch.device,
     width: int,
-) -> str:
-    """Return the seconds of one factorisation, estimated where it would take too long."""
-    small = max(32, width // 8)
-    _once(setting, factorize, _metric(small, dtype, device))  # Warm-up.
-    guess = _once(setting, factorize, _metric(small, dtype, device)) * (width / small) ** 3
-    if guess > _LONGEST_SECONDS:
-        return f"~{guess:.0f}"
-    return f"{_once(setting, factorize, _metric(width, dtype, device)):.3f}"
+) -> dict[str, str]:
+    """Measure wider and wider matrices, as far as there is time."""
+    longest, seconds, measured = min(_LONGEST_SECONDS, setting.left), 0.0, 0
+    _once(setting, factorize, _metric(32, dtype, device))  # Warm-up.
+    for part in (8, 4, 2, 1):
+        if 8 * seconds > longest:
+            break
+        measured = width // part
+        seconds = _once(setting, factorize, _metric(measured, dtype, device))
+    if measured == width:
+        return {"seconds": f"{seconds:.3f}"}
+    guess = seconds * (width / measured) ** 3
+    return {"seconds": f"~{guess:.0f} (from {measured})"}
 
 
 def _metric(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(width, width, generator=generator, dtype=torch.float32).to(device, dtype)
+    torch.manual_seed(0)
+    rows = torch.randn(width, width, device=device, dtype=dtype)
     return rows @ rows.T / width + 0.1 * torch.eye(width, device=device, dtype=dtype)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -16,11 +19,12 @@ BATCHES = (1, 64)
 STEPS = 8
 
 
-def low_rank_(model: PreTrainedModel) -> PreTrainedModel:
-    """Put random low-rank layers in place of all sites."""
+def low_rank_(model: PreTrainedModel, multiple: int) -> PreTrainedModel:
+    """Put random low-rank layers in place of all sites, with ranks that are such multiples."""
     for name, site in find_sites(model, SiteSelection()).items():
         m, n = site.weight.shape
         rank = max(1, int(RATIO * m * n / (m + n)))
+        rank = max(multiple, rank // multiple * multiple)
         place = {"device": site.weight.device, "dtype": site.weight.dtype}
         layer = LowRankLinear(n, m, rank, **place)  # type: ignore[arg-type]
         with torch.no_grad():
@@ -33,24 +37,33 @@ def low_rank_(model: PreTrainedModel) -> PreTrainedModel:
 @torch.inference_mode()
 def decoding(setting: Setting) -> list[Table]:
     """Measure prefill and decoding."""
+    kinds: dict[str, Callable[[], PreTrainedModel]] = {
+        "dense": setting.model,
+        "low rank": lambda: low_rank_(setting.model(), 1),
+        "low rank, ranks of 8": lambda: low_rank_(setting.model(), 8),
+    }
     rows = []
-    for name, build in (("dense", setting.model), ("low rank", lambda: low_rank_(setting.model()))):
-        model = build()
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        row = {"model": name, "weights": f"{weights / 2**20:.0f} MiB"}
-        for batch in BATCHES:
-            prefill, step, peak = _measured(setting, model, batch)
-            row[f"prefill, batch {batch}"] = f"{1e3 * prefill:.1f} ms"
-            row[f"decode, batch {batch}"] = f"{1e3 * step:.2f} ms"
-            row[f"peak, batch {batch}"] = peak
-        rows.append(row)
-        del model
-    length = setting.size.length // 4
+    for name, build in kinds.items():
+        measure = partial(_model_row, setting, build)
+        rows.append(setting.row({"model": name}, 10.0, measure))
     notes = (
-        f"{setting.size.blocks} blocks, ratio {RATIO:g}; prefill of {length} tokens, then one token"
-        f" at a time with the cache of all before it."
+        f"{setting.size.blocks} blocks, ratio {RATIO:g}; prefill of {setting.size.length // 4}"
+        " tokens, then one token at a time with the cache of all before it. Eager calls: at batch 1"
+        " a GPU waits for Python most of the time."
     )
     return [Table("Decoding", rows, notes)]
+
+
+def _model_row(setting: Setting, build: Callable[[], PreTrainedModel]) -> dict[str, str]:
+    model = build()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    row = {"weights": f"{weights / 2**20:.0f} MiB"}
+    for batch in BATCHES:
+        prefill, step, peak = _measured(setting, model, batch)
+        row[f"prefill, batch {batch}"] = f"{1e3 * prefill:.1f} ms"
+        row[f"decode, batch {batch}"] = f"{1e3 * step:.2f} ms"
+        row[f"peak, batch {batch}"] = peak
+    return row
 
 
 def _measured(setting: Setting, model: PreTrainedModel, batch: int) -> tuple[float, float, str]:
@@ -79,5 +92,8 @@ def single_layers(setting: Setting) -> list[Table]:
     """Measure one layer, dense and of low rank, in 16 bits, int8 and four bits."""
     width = setting.size.hidden
     rows = latency.measure(setting.dtype, str(setting.device), width, width // 4)
-    notes = f"{width} × {width}, rank {width // 4}; milliseconds, and the ratio to dense."
+    notes = (
+        f"{width} × {width}, rank {width // 4}; milliseconds of one eager call, and the ratio to"
+        " dense. At batch 1 the launch of kernels may take longer than the bytes."
+    )
     return [Table("One layer", rows, notes)]

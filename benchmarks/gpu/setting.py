@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from iosvd.cache.store import Entry, Key, NoStore
+from iosvd.errors import one_line
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,55 @@ class Table:
     notes: str = ""
 
 
+class InMemory(NoStore):
+    """Keeps entries in main memory, so that methods share statistics and spectra."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+
+    @property
+    def keeps(self) -> bool:
+        return True
+
+    def get(self, key: Key) -> Entry | None:
+        return self._entries.get(key.digest)
+
+    def put(self, key: Key, entry: Entry) -> Entry:
+        tensors = {name: tensor.cpu() for name, tensor in entry.tensors.items()}
+        self._entries[key.digest] = replace(entry, tensors=tensors)
+        return self._entries[key.digest]
+
+
+def attempted(head: dict[str, str], compute: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """Return a row; one that fails says why and leaves the others alone."""
+    try:
+        return head | compute()
+    except Exception as error:  # noqa: BLE001 (whatever a card or its driver raises)
+        traceback.print_exc()
+        return head | {"failed": f"{type(error).__name__}: {one_line(error)[:300]}"}
+
+
 @dataclass(frozen=True)
 class Setting:
-    """Where and at which size the report is made."""
+    """Where and at which size the report is made, and until when."""
 
     device: torch.device
     size: Size
+    seconds_at_most: float = 480.0
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the report should end."""
+        return self.seconds_at_most - (time.monotonic() - self.started)
+
+    def row(
+        self, head: dict[str, str], needed: float, compute: Callable[[], dict[str, str]]
+    ) -> dict[str, str]:
+        """Return a row, if the seconds that it needs are left."""
+        if self.left < needed:
+            return head | {"skipped": "no time was left"}
+        return attempted(head, compute)
 
     @property
     def cuda(self) -> bool:
