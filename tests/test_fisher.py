@@ -72,7 +72,8 @@ def test_sampled_metric_is_that_of_the_drawn_labels() -> None:
     metric = FisherMetric(Labels.sampled, seed=3)
     model = build("llama", torch.float64)
     with torch.no_grad():
-        drawn = metric.draw(model(input_ids=tokens()).logits, 0)[:, :-1]
+        uniform = torch.stack([metric.uniform(window, 10) for window in range(4)])
+        drawn = metric.draw(model(input_ids=tokens()).logits, uniform)[:, :-1]
     g = output_gradients(drawn)
     assert_close(metric_of(metric).fisher_metric, g.T @ g / (4 * 9))
 
@@ -80,16 +81,19 @@ def test_sampled_metric_is_that_of_the_drawn_labels() -> None:
 def test_draws_follow_the_prediction() -> None:
     logits = torch.randn(1, 1, 7, generator=torch.Generator().manual_seed(0)) * 2
     many = logits.expand(1, 40_000, 7)
-    frequency = FisherMetric(Labels.sampled).draw(many, 0).flatten().bincount(minlength=7) / 40_000
+    metric = FisherMetric(Labels.sampled)
+    drawn = metric.draw(many, metric.uniform(0, 40_000)[None])
+    frequency = drawn.flatten().bincount(minlength=7) / 40_000
     assert_close(frequency, logits.softmax(-1).flatten(), atol=0.01, rtol=0)
 
 
 def test_a_certain_prediction_is_always_drawn() -> None:
     logits = torch.full((1, 50, 5), -torch.inf)
     logits[..., 4] = 0.0
-    assert (FisherMetric(Labels.sampled).draw(logits, 0) == 4).all()
-    first = logits.flip(-1)
-    assert (FisherMetric(Labels.sampled).draw(first, 0) == 0).all()
+    metric = FisherMetric(Labels.sampled)
+    uniform = metric.uniform(0, 50)[None]
+    assert (metric.draw(logits, uniform) == 4).all()
+    assert (metric.draw(logits.flip(-1), uniform) == 0).all()
 
 
 def test_sampled_metric_is_the_kl_metric_of_the_whole_vocabulary_in_expectation() -> None:
