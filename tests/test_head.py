@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -50,33 +51,24 @@ def test_chunks_of_logits_give_the_same_statistics(
                 assert_close(one, other, rtol=1e-9, atol=1e-14)
 
 
-def test_a_head_that_is_followed_by_more_is_not_separate() -> None:
-    """As in models that cap or scale their logits."""
-    model = build("llama")
+@pytest.mark.parametrize(
+    ("dtype", "change"),
+    [(torch.float32, lambda logits: logits / 2), (torch.bfloat16, torch.Tensor.float)],
+    ids=["scaled", "cast"],
+)
+def test_logits_that_change_after_the_head_are_taken_whole(
+    dtype: torch.dtype, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Cast logits have the head's values, but another type."""
+    model = build("llama", dtype)
     plain = model.forward
 
-    def scaled(*arguments: object, **options: object) -> object:
+    def changed(*arguments: object, **options: object) -> object:
         output = plain(*arguments, **options)
-        output.logits = output.logits / 2
+        output.logits = change(output.logits)
         return output
 
-    model.forward = scaled
-    assert separate_head(model, TOKENS) is None
-    found = collecting.collect(model, TOKENS, find_sites(model, SiteSelection()), NEEDS["io_svd"])
-    assert all(statistics.kl_metric is not None for statistics in found.values())
-
-
-def test_logits_that_are_cast_after_the_head_are_taken_whole() -> None:
-    """Their values are the head's, but in another type."""
-    model = build("llama", torch.bfloat16)
-    plain = model.forward
-
-    def cast(*arguments: object, **options: object) -> object:
-        output = plain(*arguments, **options)
-        output.logits = output.logits.float()
-        return output
-
-    model.forward = cast
+    model.forward = changed
     assert separate_head(model, TOKENS) is None
     found = collecting.collect(model, TOKENS, find_sites(model, SiteSelection()), NEEDS["io_svd"])
     assert all(statistics.kl_metric is not None for statistics in found.values())

@@ -102,7 +102,7 @@ def test_files_and_functions_fit_on_a_screen(path: Path) -> None:
 
 
 def test_no_variant_is_told_from_others_outside_its_package() -> None:
-    """What others must know of a variant is a property in its package's base.py."""
+    """Properties in a package's base.py tell other packages about its variants."""
     variants = {
         name: package
         for package in ("whitening", "allocation", "correction", "quantization")

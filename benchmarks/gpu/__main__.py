@@ -34,7 +34,6 @@ from iosvd.system.json_files import write_json
 from iosvd.system.versions import commit
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 480.0
 OPTIONS = ("size", "out", "seconds")
 
 
@@ -106,7 +105,7 @@ def main(arguments: list[str]) -> None:
     size = options.get("size") or ("7b" if device.type == "cuda" else "tiny")
     if size not in SIZES:
         raise ConfigError(f"size={size} is none of {', '.join(SIZES)}")
-    setting = Setting(device, SIZES[size], float(options.get("seconds", SECONDS)))
+    setting = Setting(device, SIZES[size], float(options.get("seconds", Setting.seconds_at_most)))
     out = made(Path(options.get("out", "results/tables")))
     name = f"gpu-{re.sub(r'[^a-z0-9]+', '-', setting.name.lower()).strip('-')}"
     tables: list[Table] = []

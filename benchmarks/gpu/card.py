@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.setting import Setting, Table
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _LONGEST_SECONDS = 20.0  # Of a single factorisation; longer ones are estimated.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from iosvd.pipeline import compress_to
 from iosvd.quantization import LossAwareRemap
 from iosvd.statistics.collect import collect
 from iosvd.statistics.needs import Needs
-from iosvd.statistics.planning import outline_of
+from iosvd.statistics.planning import Outline, outline_of
 from iosvd.system.timing import Stage, measured
 from iosvd.whitening import Input, InputOutput
 
@@ -42,6 +43,9 @@ def compression(setting: Setting) -> list[Table]:
         multiplications_per_second(setting, setting.dtype),
         multiplications_per_second(setting, torch.float32),
     )
+    shapes = outline_of(setting.model(), SiteSelection(), tokens.shape[1])
+    # Methods with the same needs share one measurement.
+    collecting = functools.cache(functools.partial(collected, setting, tokens))
     rows, scaled = [], []
     for name, method in METHODS.items():
         found: dict[str, Stage] = {}
@@ -49,14 +53,17 @@ def compression(setting: Setting) -> list[Table]:
         def measured_row(
             method: Method = method, found: dict[str, Stage] = found
         ) -> dict[str, str]:
+            needs = method.whitening.needs | method.allocation.needs
             found |= stages_of(setting, method, tokens, store)
-            return _row(found, expected_seconds(setting, tokens, method, rates), step)
+            # A cached statistic is charged an equal share of its pass: measured alone, it is exact.
+            found["statistics"] = collecting(needs)
+            return _row(found, expected_seconds(shapes, tokens, needs, rates), step)
 
         rows.append(setting.row({"method": name}, 30.0, measured_row))
         if found:
             gradient = Stage(0.0, 0)
             if method.quantization.rounds:
-                gradient = collected(setting, tokens, Needs(gradient_windows=len(tokens)))
+                gradient = collecting(Needs(gradient_windows=len(tokens)))
             scaled.append({"method": name, **_scaled(found, gradient, setting)})
     return [
         Table(f"Compression, {setting.size.name}", rows, _notes(setting, step)),
@@ -79,11 +86,7 @@ def stages_of(
     calibration = Calibration.of(
         setting.model(), tokens, batch_size=1, store=store, identity="the report's model"
     )
-    stages = dict(compress_to(Goal(setting.size.ratio), method, calibration).stages)
-    del calibration
-    # A cached statistic is charged an equal share of its pass: measured alone, it is exact.
-    needs = method.whitening.needs | method.allocation.needs
-    return {**stages, "statistics": collected(setting, tokens, needs)}
+    return dict(compress_to(Goal(setting.size.ratio), method, calibration).stages)
 
 
 def training_step(setting: Setting, tokens: Tensor) -> Stage:
@@ -110,10 +113,8 @@ def collected(setting: Setting, tokens: Tensor, needs: Needs) -> Stage:
     return took()
 
 
-def expected_seconds(setting: Setting, tokens: Tensor, method: Method, rates: Rates) -> float:
+def expected_seconds(shapes: Outline, tokens: Tensor, needs: Needs, rates: Rates) -> float:
     """Return the seconds of the statistics' counted products at the card's rates."""
-    needs = method.whitening.needs | method.allocation.needs
-    shapes = outline_of(setting.model(), SiteSelection(), tokens.shape[1])
     work = shapes.statistics(needs, tokens.shape[1])
     return tokens.numel() * (work.model / rates.model + work.sums / rates.sums)
 

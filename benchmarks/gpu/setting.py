@@ -78,7 +78,7 @@ def attempted(head: dict[str, str], compute: Callable[[], dict[str, str]]) -> di
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and at which size the report is made, and until when."""
+    """The device and the size of the report, and its time limit."""
 
     device: torch.device
     size: Size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from iosvd.errors import ModelError, NumericalError, one_line
 from iosvd.layers.modules import CompressedLinear, LowRankLinear
+from iosvd.models.forward import replaced_forward
 from iosvd.types import Site, Spectrum, Stored
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -160,13 +161,8 @@ def gated(
         left, right = spectrum.left[:, :count].to(*place), spectrum.right[:count].to(*place)
         return linear(linear(x, right) * gates[name].to(*place), left, site.bias)
 
-    before = {name: vars(sites[name]).get("forward") for name in gates}
-    try:
+    with ExitStack() as stack:
         for name in gates:
-            sites[name].forward = partial(forward, sites[name], name)  # type: ignore[method-assign]
+            replaced = replaced_forward(sites[name], partial(forward, sites[name], name))
+            stack.enter_context(replaced)
         yield
-    finally:
-        for name in gates:
-            vars(sites[name]).pop("forward", None)
-            if (own := before[name]) is not None:  # accelerate's hook.
-                sites[name].forward = own  # type: ignore[method-assign]

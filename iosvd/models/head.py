@@ -6,12 +6,12 @@ one module applied to the body's hidden states, they can be computed for a few p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from iosvd.models.forward import replaced_forward
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -67,18 +67,6 @@ def hidden_states(model: PreTrainedModel, head: nn.Module, batch: Tensor) -> Ten
         seen.append(hidden)
         return hidden
 
-    with _replaced_forward(head, keep):
+    with replaced_forward(head, keep):
         model(input_ids=batch, use_cache=False)
     return seen[0]
-
-
-@contextmanager
-def _replaced_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    before = vars(head).get("forward")
-    try:
-        head.forward = forward  # type: ignore[method-assign]
-        yield
-    finally:
-        vars(head).pop("forward", None)
-        if before is not None:  # accelerate's hook.
-            head.forward = before  # type: ignore[method-assign]

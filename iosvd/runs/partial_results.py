@@ -64,10 +64,6 @@ class PartialResults:
         self.clock.add(stage, kept[key].cost)
         return kept[key].result
 
-    def forget(self) -> None:
-        """Remove the file: the complete run's record holds all results."""
-        (self.folder / PARTS).unlink(missing_ok=True)
-
     def _read(self) -> dict[str, _Part]:
         path = self.folder / PARTS
         try:

@@ -45,7 +45,7 @@ class CalibrationOptions:
 
 
 class KL(Enum):
-    """What is measured of the exact divergence from the dense model."""
+    """Measurements of the exact divergence from the dense model."""
 
     none = "none"
     model = "model"

@@ -17,7 +17,7 @@ from iosvd.statistics.needs import Needs
 
 @dataclass(frozen=True)
 class Signals:
-    """What is asked of the logits of one batch of windows."""
+    """The signals that the statistics need from the logits of one batch of windows."""
 
     needs: Needs
     batch: Tensor  # Tokens (windows, length).
