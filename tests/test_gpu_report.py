@@ -17,7 +17,12 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.setting import SIZES, Setting
 
 ROOT = Path(__file__).parents[1]
-CPU = Setting(torch.device("cpu"), SIZES["tiny"])
+
+
+@pytest.fixture
+def setting() -> Setting:
+    """Built when the test starts: its time runs from then on."""
+    return Setting(torch.device("cpu"), SIZES["tiny"])
 
 
 def test_the_report_needs_no_extra_and_every_part_works(tmp_path: Path) -> None:
@@ -46,7 +51,7 @@ def test_the_report_needs_no_extra_and_every_part_works(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_or_comes_too_late_is_a_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(_: Setting) -> list:
         written = json.loads(next(tmp_path.glob("*.json")).read_text())
@@ -59,19 +64,21 @@ def test_a_part_that_fails_or_comes_too_late_is_a_row(
     first, second, third = written["tables"]
     assert second["rows"] == [{"failed": "RuntimeError: no such kernel"}]
     assert first["title"] == third["title"] == "Tests"
-    late = [table for tables in gpu.report(replace(CPU, seconds_at_most=0.0)) for table in tables]
+    late = [
+        table for tables in gpu.report(replace(setting, seconds_at_most=0.0)) for table in tables
+    ]
     assert {str(table.rows) for table in late} == {"[{'skipped': 'no time was left'}]"}
 
 
-def test_a_row_that_fails_leaves_the_others_alone() -> None:
+def test_a_row_that_fails_leaves_the_others_alone(setting: Setting) -> None:
     def fails() -> dict[str, str]:
         raise MemoryError("of the card")
 
-    assert CPU.row({"method": "a"}, 0.0, fails) == {
+    assert setting.row({"method": "a"}, 0.0, fails) == {
         "method": "a",
         "failed": "MemoryError: of the card",
     }
-    late = replace(CPU, seconds_at_most=1.0)
+    late = replace(setting, seconds_at_most=1.0)
     assert late.row({"method": "b"}, 60.0, fails) == {"method": "b", "skipped": "no time was left"}
 
 
