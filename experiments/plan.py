@@ -1,6 +1,6 @@
 """Predict memory, passes and time of a run before anything is loaded: make plan MODEL=…
 
-    python experiments/plan.py model=llama2_7b runtime.memory_gib=24 runtime.checkpoint_blocks=true
+    python experiments/plan.py model=llama2_7b runtime.memory_gib=24
     python experiments/plan.py model=llama2_7b card=h100      # or a100, rtx4090, rtx3090
 
 Bytes and passes are counted from the shapes in the model's configuration. Seconds are estimated
@@ -94,8 +94,7 @@ def plan(overrides: list[str]) -> str:
     tokens, batch = run.data.calibration.windows * length, shapes.activations.tokens
     work = shapes.statistics(planned.needs, length)
     model, sums = work.model * tokens / speed.model, work.sums * tokens / speed.sums
-    # Every pass repeats what goes through the model, and a checkpointed backward half as much more.
-    repeated = max(1, len(passes)) * (1.5 if run.runtime.resources.checkpoint_blocks else 1.0)
+    repeated = max(1, len(passes))  # Every pass repeats what goes through the model.
     factorization = factorization_work(shapes) / speed.factorization
     evaluation = 100 * run.eval.seq_len * shapes.forward / speed.model
     rows = [
@@ -119,7 +118,7 @@ def plan(overrides: list[str]) -> str:
     if planned.largest > limit:
         lines.append(
             "the sums of one site exceed what is left; raise runtime.memory_gib, lower"
-            " runtime.batch_tokens, or set runtime.checkpoint_blocks or metrics_on_cpu to true"
+            " runtime.batch_tokens, or set runtime.metrics_on_cpu=true"
         )
     return "\n".join(lines)
 

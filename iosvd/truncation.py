@@ -111,7 +111,6 @@ def with_gradient(
             needs,
             own.batch_size,
             on_cpu=own.memory.metrics_on_cpu,
-            checkpoint_blocks=own.memory.checkpoint_blocks,
         )
         gradients |= {name: found[name].need("gradient").cpu() for name in group}
     return _WithGradient(truncated, gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,27 +59,27 @@ def test_multiplications_are_counted_by_hand() -> None:
     inputs = 2 * (16**2 + 16**2 + 16**2 + 24**2)  # qkv; o; gate and up; down.
     outputs = 2 * (16**2 + 2 * 8**2 + 16**2 + 2 * 24**2 + 16**2)
     work = found.statistics(IO_SVD, 8)
-    assert work.model == 2 * found.forward
+    assert work.model == 2 * found.forward + weights
     assert work.sums == 5 / 8 * (inputs + outputs)
     exact = Needs(kl_metric=KLMetric(5, estimator=Estimator.exact))
-    assert found.statistics(exact, 8).model == 6 * found.forward
+    assert found.statistics(exact, 8).model == 6 * found.forward + weights
     assert found.statistics(exact, 8).sums == 5 / 8 * 5 * outputs
     scored = found.statistics(Needs(gradient_windows=1), 8)
-    assert (scored.model, scored.sums) == (2 * found.forward, weights)
+    assert (scored.model, scored.sums) == (2 * found.forward + weights, weights)
     sampled = Needs(fisher_metric=FisherMetric(Labels.sampled))
-    assert found.statistics(sampled, 8).total == 2 * found.forward + 5 / 8 * outputs
+    assert found.statistics(sampled, 8).total == 2 * found.forward + weights + 5 / 8 * outputs
     assert found.statistics(Needs(), 8).total == 0
 
 
-def test_activations_shrink_with_blocks_and_grow_with_tokens() -> None:
-    shapes = ((Shape(64, 64), Shape(256, 64), Shape(64, 256)),) * 8
-    found = Activations(shapes, hidden=64, vocabulary=100, tokens=512, entry_bytes=2)
-    whole, blocks = (found.bytes(IO_SVD, checkpointed) for checkpointed in (False, True))
-    assert blocks < whole / 3
-    assert found.bytes(Needs(input_metric=True), False) < blocks
-    twice = Activations(shapes, 64, 100, 1024, 2)
-    assert twice.bytes(IO_SVD, False) == 2 * whole
-    assert found.bytes(IO_SVD | Needs(gradient_windows=1), False) > whole
+def test_activations_are_those_of_one_block_and_the_inputs_of_all() -> None:
+    block = (Shape(64, 64), Shape(256, 64), Shape(64, 256))
+    one, eight = (Activations((block,) * n, 64, 100, tokens=512, entry_bytes=2) for n in (1, 8))
+    assert eight.bytes(IO_SVD) - one.bytes(IO_SVD) == 7 * 512 * 64 * 2
+    assert eight.bytes(Needs(input_metric=True)) == one.bytes(Needs(input_metric=True))
+    assert eight.bytes(Needs(input_metric=True)) < one.bytes(IO_SVD)
+    twice = replace(eight, tokens=1024)
+    assert twice.bytes(IO_SVD) == 2 * eight.bytes(IO_SVD)
+    assert eight.bytes(IO_SVD | Needs(gradient_windows=1)) > eight.bytes(IO_SVD)
 
 
 def test_the_limit_is_what_is_left_of_the_stated_memory() -> None:
@@ -106,7 +107,7 @@ def test_the_plan_is_printed_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (source / "small" / "model.safetensors").unlink()
-    text = plan.plan(overrides(source, "runtime.checkpoint_blocks=true"))
+    text = plan.plan(overrides(source, "runtime.batch_tokens=1024"))
     for line in (
         "weights +0.00 GiB",
         "passes over the calibration set +1,",
@@ -163,7 +164,7 @@ def test_large_models_fit_the_gpus_that_people_have(
     asked = compose_run(["model=llama_7b", f"model.path={tmp_path}", "dataset=wikitext2"])
     found = outline(asked.model, 2048)
     needs = asked.method.whitening.needs | asked.method.allocation.needs
-    activations = found.activations.bytes(needs, checkpoint_blocks=True)
+    activations = found.activations.bytes(needs)
     limit = 0.9 * memory * 1e9 - found.weight_bytes - activations
     needed = found.passes(needs, limit)
     assert max(needed) <= limit

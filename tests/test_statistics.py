@@ -177,19 +177,6 @@ def test_stated_memory_is_what_is_kept(family: str) -> None:
 
 
 @families
-def test_checkpointed_blocks_change_nothing(family: str) -> None:
-    """To the bit: what is computed again is computed by the same operations."""
-    model = build(family)
-    sites = find_sites(model, SiteSelection())
-    one = collect(model, tokens(), sites, EVERYTHING)
-    other = collect(model, tokens(), sites, EVERYTHING, checkpoint_blocks=True)
-    for name in one:
-        for field in STATISTICS:
-            assert torch.equal(getattr(one[name], field), getattr(other[name], field)), field
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
-@families
 def test_a_statistic_does_not_hang_on_what_is_collected_with_it(family: str) -> None:
     """To the bit: or a sweep's table would hang on which of its runs came first."""
     model = build(family)

@@ -196,7 +196,7 @@ def passes_over(cached: CachedStatistics, names: Iterable[str], needs: Needs) ->
         log.warning(
             "the sums of one site take %.2f GiB, more than runtime.memory_gib leaves beside weights"
             " and activations; raise it, lower runtime.batch_tokens, or set"
-            " runtime.metrics_on_cpu=true or runtime.checkpoint_blocks=true",
+            " runtime.metrics_on_cpu=true",
             largest / 2**30,
         )
     return groups

@@ -131,7 +131,6 @@ class CachedStatistics:
                         needs,
                         own.batch_size,
                         on_cpu=own.memory.metrics_on_cpu,
-                        checkpoint_blocks=own.memory.checkpoint_blocks,
                     )
                 log.info("%d sites: %.1f s", len(sites), took().seconds)
             self._put(collected, {part: missing[part] for part in chosen}, parts, took(), found)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from iosvd.models.forward import replaced_forward
 from iosvd.models.sites import decoder_blocks
 from iosvd.system.machine import free_bytes
 
@@ -252,11 +253,8 @@ def _room(
 def checkpointed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """Keep only the input of each decoder block, and recompute its activations when needed."""
     # Not transformers' own: it works in training mode only, where dropout would be on.
-    blocks = decoder_blocks(model) if wanted else []
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
+    with ExitStack() as stack:
+        for block in decoder_blocks(model) if wanted else []:
+            again = partial(checkpoint, block.forward, use_reentrant=False)
+            stack.enter_context(replaced_forward(block, again))
         yield
-    finally:
-        for block in blocks:
-            del block.forward  # Remove the instance attribute that shadows the method.

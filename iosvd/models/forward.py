@@ -1,15 +1,20 @@
-"""Replace the forward pass of a module for a while."""
+"""Change what a model's forward pass computes, for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
+    from transformers import PreTrainedModel
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module compute something else, and restore its forward pass at the end."""
     before = vars(module).get("forward")
     try:
@@ -19,3 +24,32 @@ def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> 
         vars(module).pop("forward", None)
         if before is not None:  # accelerate's hook.
             module.forward = before  # type: ignore[method-assign]
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode and without gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def activation_gradients(model: PreTrainedModel) -> Iterator[None]:
+    """The same, but with gradients that flow back to the embeddings' output and to no parameter."""
+    asked = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    # The leaf, since no parameter requires a gradient.
+    embeddings = model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_())
+    try:
+        with evaluation(model), torch.enable_grad():
+            yield
+    finally:
+        hook.remove()
+        for parameter, wanted in asked.items():
+            parameter.requires_grad_(wanted)

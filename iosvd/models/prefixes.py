@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from iosvd.models.forward import replaced_forward
 from iosvd.models.sites import decoder_blocks
 from iosvd.system.machine import free_bytes
 
@@ -39,13 +40,10 @@ class Prefixes:
             yield
             return
         known = self.outputs[start][first - 1]
-        for block in self.blocks[:first]:  # Only the last one's output is used.
-            block.forward = partial(_answer, known)
-        try:
+        with ExitStack() as stack:
+            for block in self.blocks[:first]:  # Only the last one's output is used.
+                stack.enter_context(replaced_forward(block, partial(_answer, known)))
             yield
-        finally:
-            for block in self.blocks[:first]:
-                del block.forward  # Remove the instance attribute that shadows the method.
 
     def first_changed(self, layers: Iterable[nn.Module]) -> int:
         """Return the first block that holds one of these layers; 0 if a layer is in none."""

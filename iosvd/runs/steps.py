@@ -75,7 +75,7 @@ def memory_use(run: Run, model: PreTrainedModel, tokens: Tensor) -> MemoryUse:
     beside = 0
     if where == devices:
         shapes = activations_of(model, run.model.sites, batch_size(run, tokens) * tokens.shape[1])
-        beside = shapes.bytes(needs, resources.checkpoint_blocks)
+        beside = shapes.bytes(needs)
     limit = sums_limit(resources.memory_gib, where, beside, run.runtime.parallel.workers)
     return MemoryUse(limit, resources.metrics_on_cpu, resources.checkpoint_blocks)
 
@@ -122,7 +122,7 @@ def plan_statistics(run: Run, device: torch.device) -> Planned:
     shapes = outline(run.model, max(1, resources.batch_tokens // length) * length)
     needs = run.method.whitening.needs | run.method.allocation.needs
     where = torch.device("cpu") if resources.metrics_on_cpu else device
-    activations = shapes.activations.bytes(needs, resources.checkpoint_blocks)
+    activations = shapes.activations.bytes(needs)
     beside = activations + shapes.weight_bytes if where == device else 0
     limit = sums_limit(resources.memory_gib, [where], beside, run.runtime.parallel.workers)
     passes = shapes.passes(needs, limit)

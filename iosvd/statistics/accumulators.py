@@ -46,16 +46,15 @@ class Sums:
 
     def see_output(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         """Add a site's inputs, and watch for the cotangents of its output."""
-        if self.phase is not Phase.INPUTS:  # A checkpointed block recomputes its activations.
-            return
         x = inputs[0].detach()
-        if self.shared[name] == name and not self.only_kronecker:
+        # Blocks run once more on the way back.
+        if self.phase is Phase.INPUTS and self.shared[name] == name and not self.only_kronecker:
             rows = rows_of(x)
             if self.needs.input_metric:
                 self._add_gram(self.input_metric, name, rows)
             if self.needs.input_magnitude:
                 self._add(self.input_magnitude, name, rows.abs().sum(0))
-        if self.needs.backward:
+        if y.requires_grad:  # There is a graph to go back through.
             weighs = self.needs.gradient_windows > 0 or self.needs.every_gradient
             y.register_hook(partial(self.see_cotangent, name, x if weighs else None))
 

@@ -1,8 +1,9 @@
 """Collect the statistics of sites in one pass over the calibration set (METHODS 2).
 
-Cost in units of one forward pass: the forward itself 1; each backward pass of the KL metric, or of
-the loss of drawn labels, 1, because no parameter asks for a gradient; the true loss another 1, plus
-the outer product of its gradient. The Kronecker factors repeat the pass.
+Cost in units of one forward pass: the forward itself 1, and once more block by block if there is a
+backward pass; each backward pass of the KL metric, or of the loss of drawn labels, 1, because no
+parameter asks for a gradient; the true loss another 1, plus the outer product of its gradient. The
+Kronecker factors repeat the pass.
 Cotangents are of order one at every position and are divided by the number of tokens at the end,
 so half precision does not underflow. Sums are float32 or better, on the device of the site.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.errors import NumericalError
-from iosvd.models.blocks import checkpointed
+from iosvd.models.chain import chained_blocks, without_graph
+from iosvd.models.forward import activation_gradients, evaluation
 from iosvd.models.head import hidden_states, separate_head
 from iosvd.models.sites import shared_inputs
 from iosvd.statistics.accumulators import Phase, Sums
@@ -39,7 +42,6 @@ def collect(
     batch_size: int = 8,
     *,
     on_cpu: bool = False,
-    checkpoint_blocks: bool = False,
 ) -> dict[str, SiteStatistics]:
     """Return the statistics of the given sites, which may be a subset of the model's.
 
@@ -50,31 +52,51 @@ def collect(
         needs: which statistics; asking for none costs nothing.
         batch_size: windows per forward pass; it changes results only by rounding.
         on_cpu: keep the sums in main memory, wherever the model is.
-        checkpoint_blocks: for each backward pass compute the activations of one decoder block at a
-            time again, instead of keeping those of all.
 
     Raises:
         NumericalError: activations or logits are not finite; the first such site is named.
     """
     if needs == Needs():
         return {name: SiteStatistics(name) for name in sites}
-    head = separate_head(model, tokens)
-    if head in sites.values():  # The hooks must see it at work on whole batches.
-        head = None
     sums = Sums(needs, shared_inputs(model, tokens, sites), on_cpu)
-    with _observed(model, sites, sums), checkpointed(model, checkpoint_blocks and needs.backward):
-        for number in range(max(1, needs.kronecker_passes)):
-            sums.only_kronecker = number > 0
-            _pass_over(model, head, tokens, batch_size, sums)
-            sums.kronecker.finish_pass(len(tokens), number == needs.kronecker_passes - 1)
+    with activation_gradients(model) if needs.backward else evaluation(model):
+        body = _body(model, tokens, sites, needs)
+        with _observed(sites, sums):
+            for number in range(max(1, needs.kronecker_passes)):
+                sums.only_kronecker = number > 0
+                _pass_over(body, tokens, batch_size, sums)
+                sums.kronecker.finish_pass(len(tokens), number == needs.kronecker_passes - 1)
     sums.check()
     sums.finish(*tokens.shape)
     return {name: sums.statistics(name) for name in sites}
 
 
-def _pass_over(
-    model: PreTrainedModel, head: nn.Module | None, tokens: Tensor, batch_size: int, sums: Sums
-) -> None:
+@dataclass(frozen=True)
+class _Body:
+    """A model up to its head, or up to its logits if they are more than the head's output."""
+
+    model: PreTrainedModel
+    head: nn.Module  # Logits are its output.
+    blocks: list[nn.Module]  # That keep no graph.
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Return the head's inputs (windows, length, d)."""
+        if isinstance(self.head, nn.Identity):
+            return self.model(input_ids=batch, use_cache=False).logits
+        return hidden_states(self.model, self.head, batch)
+
+
+def _body(
+    model: PreTrainedModel, tokens: Tensor, sites: Mapping[str, nn.Module], needs: Needs
+) -> _Body:
+    head = separate_head(model, tokens)
+    if head is None or head in sites.values():  # The hooks must see it at work on whole batches.
+        head = nn.Identity()
+    return _Body(model, head, chained_blocks(model, tokens) if needs.backward else [])
+
+
+def _pass_over(body: _Body, tokens: Tensor, batch_size: int, sums: Sums) -> None:
+    model = body.model
     starts = range(0, len(tokens), batch_size)
     for start in track(starts, len(starts), "statistics", "batch"):
         batch = tokens[start : start + batch_size].to(model.device)
@@ -86,32 +108,30 @@ def _pass_over(
             only_losses=sums.only_kronecker,
         )
         sums.phase, sums.first_window, sums.windows = Phase.INPUTS, start, len(batch)
-        if head is None:
-            _pass_whole(model, signals, sums)
-        else:
-            _pass_in_chunks(model, head, signals, sums)
+        _pass_batch(body, signals, sums)
         if start == 0:
             sums.check()  # A broken model fails now, not after the whole pass.
 
 
-def _pass_whole(model: PreTrainedModel, signals: Signals, sums: Sums) -> None:
-    """Run one batch forward, then back-propagate from all of its logits; the hooks sum."""
-    logits = model(input_ids=signals.batch, use_cache=False).logits
-    _check(logits, signals, sums)
+def _pass_batch(body: _Body, signals: Signals, sums: Sums) -> None:
+    """Run one batch forward and back-propagate every signal; the hooks sum."""
     phases = signals.phases
-    for number, scalar in enumerate(signals.scalars(logits, 0)):
-        sums.phase = phases[number]
-        torch.autograd.backward(scalar, retain_graph=number + 1 < len(phases))
-
-
-def _pass_in_chunks(model: PreTrainedModel, head: nn.Module, signals: Signals, sums: Sums) -> None:
-    """The same, with the logits of a few positions at a time."""
-    hidden = hidden_states(model, head, signals.batch)
-    if not (phases := signals.phases):
+    with without_graph(body.blocks if phases else []) as chain:
+        hidden = body(signals.batch)
+    if not phases:
         _check(hidden, signals, sums)
-        _check(head(hidden[:, -1:]), signals, sums)
+        _check(body.head(hidden[:, -1:]), signals, sums)
         return
-    gradients = [torch.empty_like(hidden) for _ in phases]
+
+    def begin(number: int) -> None:
+        sums.phase = phases[number]
+
+    chain.back(hidden, _gradients(body.head, hidden.detach(), signals, sums), begin)
+
+
+def _gradients(head: nn.Module, hidden: Tensor, signals: Signals, sums: Sums) -> list[Tensor]:
+    """Return each signal's gradient in the head's inputs, computed a few logits at a time."""
+    gradients = [torch.empty_like(hidden) for _ in signals.phases]
     positions = max(1, CHUNK_ENTRIES // (len(signals.batch) * signals.vocabulary))
     for start in range(0, hidden.shape[1], positions):
         chunk = hidden[:, start : start + positions].detach().requires_grad_()
@@ -121,9 +141,7 @@ def _pass_in_chunks(model: PreTrainedModel, head: nn.Module, signals: Signals, s
             (found,) = torch.autograd.grad(scalar, chunk, retain_graph=True)
             gradient[:, start : start + positions] = found
         del logits
-    for number, gradient in enumerate(gradients):
-        sums.phase = phases[number]
-        torch.autograd.backward(hidden, gradient, retain_graph=number + 1 < len(phases))
+    return gradients
 
 
 def _check(logits: Tensor, signals: Signals, sums: Sums) -> None:
@@ -137,23 +155,9 @@ def _check(logits: Tensor, signals: Signals, sums: Sums) -> None:
 
 
 @contextmanager
-def _observed(model: PreTrainedModel, sites: Mapping[str, nn.Module], sums: Sums) -> Iterator[None]:
-    """Attach the hooks, with gradients of activations only; restore everything at the end."""
-    asked = {p: p.requires_grad for p in model.parameters()}
-    training = model.training
+def _observed(sites: Mapping[str, nn.Module], sums: Sums) -> Iterator[None]:
+    """Attach the hooks for a while."""
     with ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(sums.needs.backward))
-        model.eval().requires_grad_(False)
-        embeddings = model.get_input_embeddings()
-        if sums.needs.backward:
-            # The leaf of the activation gradients, since no parameter requires one.
-            hook = embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_())
-            stack.callback(hook.remove)
         for name, site in sites.items():
             stack.callback(site.register_forward_hook(partial(sums.see_output, name)).remove)
-        try:
-            yield
-        finally:
-            model.train(training)
-            for parameter, wanted in asked.items():
-                parameter.requires_grad_(wanted)
+        yield

@@ -22,19 +22,19 @@ class MemoryUse:
 
     limit_bytes: float = math.inf  # Of the sums of one pass over the calibration set.
     metrics_on_cpu: bool = False  # Keep the sums in main memory, wherever the model is.
-    checkpoint_blocks: bool = (
-        False  # Keep activations of one decoder block at a time, for one more forward.
-    )
+    # While adapters are trained: activations of one block at a time, for one more forward pass.
+    checkpoint_blocks: bool = False
 
 
 @dataclass(frozen=True)
 class Activations:
     """Memory of one batch of windows besides weights and sums, in bytes, from shapes alone.
 
-    Counted for blocks of linear layers whose weights ask for no gradient: the output of every
-    layer, the activation function's result, both norms in float32, and for a weight's gradient
-    each layer's input; logits and what the cotangents are made of. Measured within 10 % of the
-    whole peak (make bench), of which it is the smaller part.
+    Counted for blocks of linear layers whose weights ask for no gradient, of which one at a time
+    has a graph: the output of every layer, the activation function's result, both norms in
+    float32, and for a weight's gradient each layer's input; the input of every block; logits and
+    what the cotangents are made of. Measured within 10 % of the whole peak (make bench), of which
+    it is the smaller part.
     """
 
     shapes: tuple[tuple[Shape, ...], ...]  # Of the linear layers, by decoder block.
@@ -44,21 +44,20 @@ class Activations:
     entry_bytes: int  # Of the model's dtype.
     separate_head: bool = True  # Whether a few logits can be computed at a time.
 
-    def bytes(self, needs: Needs, checkpoint_blocks: bool) -> int:
+    def bytes(self, needs: Needs) -> int:
         """Return the peak bytes of a forward and backward pass."""
-        blocks = [self._block(shapes, needs) for shapes in self.shapes]
+        block = max(self._block(shapes, needs) for shapes in self.shapes)
         logits = self.tokens * self.vocabulary
         if self.separate_head:
             logits = min(logits, CHUNK_ENTRIES)
         if not needs.backward:
-            return max(blocks) + logits * self.entry_bytes
-        # And the gradient of the hidden states in each backward pass.
-        kept = sum(blocks) + self._phases(needs) * self.tokens * self.hidden * self.entry_bytes
-        if checkpoint_blocks:
-            inputs = len(blocks) * self.tokens * self.hidden * self.entry_bytes
-            kept += inputs + max(blocks) - sum(blocks)
+            return block + logits * self.entry_bytes
+        # The input of each block, and the gradient of the hidden states in each backward pass.
+        states = len(self.shapes) + 1 + self._phases(needs)
+        kept = states * self.tokens * self.hidden * self.entry_bytes
         # Logits and their gradient in the model's dtype, probabilities or the like in float32.
-        return kept + logits * (2 * self.entry_bytes + 4 * (2 + needs.true_loss))
+        head = logits * (2 * self.entry_bytes + 4 * (2 + needs.true_loss))
+        return kept + max(block, head)  # One after the other.
 
     def _phases(self, needs: Needs) -> int:
         """Return the number of backward passes of a batch."""

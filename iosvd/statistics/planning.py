@@ -80,9 +80,11 @@ class Outline:
         products += GRAM_SHARE * grams
         if needs.kronecker_passes:  # G A Gᵀ or Gᵀ B G, once a window.
             products += passes * sum(s.m * s.n * (s.m + s.n) for s in shapes) / length
-        # Without a backward pass no logits are needed.
-        model = self.forward if backward else sum(shape.entries for shape in shapes)
-        return Work((passes + backward) * model, products)
+        blocks = sum(shape.entries for shape in shapes)
+        if not backward:  # No logits are needed.
+            return Work(passes * blocks, products)
+        # The blocks run forward once more on the way back.
+        return Work((passes + backward) * self.forward + passes * blocks, products)
 
     @property
     def spectra_bytes(self) -> int:
