@@ -28,6 +28,14 @@ class Method:
     factorization: Factorization = Factorization()  # noqa: RUF009 (frozen)
     min_rank_fraction: float = 0.0  # Of its break-even rank, which every site keeps at least.
 
+    def check_visits(self) -> None:
+        """Raise ConfigError if the method cannot compress blocks that live in main memory."""
+        if not self.correction.works_on_visits:
+            raise ConfigError(
+                "this correction needs all decoder blocks on the device; set"
+                " runtime.blocks_on_cpu=false or correction=none"
+            )
+
 
 @dataclass(frozen=True)
 class Goal:

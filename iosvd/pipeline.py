@@ -21,6 +21,7 @@ from iosvd.layers.replacement import check_finite, install_, install_quantized_
 from iosvd.layers.rows import half_dtype
 from iosvd.method import Goal, Method
 from iosvd.models.sites import SiteSelection
+from iosvd.models.visiting import visits
 from iosvd.plan import Plan, make_plan
 from iosvd.statistics.memory import MemoryUse
 from iosvd.statistics.needs import Needs
@@ -136,6 +137,8 @@ def compress_to(
 
     goal.check(method)
     check_dense(calibration.model)
+    if visits(calibration.model):
+        method.check_visits()
     model, clock = calibration.model, StageClock()
     budget = goal.budget(calibration.sites, method)
     factorized = factorized or spectra_for(goal, method, calibration)

@@ -16,6 +16,7 @@ from iosvd.correction import Anchored
 from iosvd.layers.int8 import Code
 from iosvd.method import Method
 from iosvd.models.sites import SiteSelection, find_sites
+from iosvd.models.visiting import visit_
 from iosvd.pipeline import compress
 from iosvd.quantization import Axis, Half, LossAwareRemap, Quantization, Remap, RoundToNearest
 from iosvd.statistics.collect import collect
@@ -97,6 +98,21 @@ def test_quantised_layers_agree_with_the_cpu(
     assert {t.device.type for t in on_gpu.model.state_dict().values()} == {"cuda"}
     assert on_gpu.plan.ratio_achieved <= 0.6
     assert torch.isfinite(on_gpu.model(input_ids=TOKENS.cuda()).logits).all()
+
+
+def test_blocks_in_main_memory_change_nothing_but_memory() -> None:
+    small, large = build("llama"), build("llama").cuda()
+    visit_(small, torch.device("cuda"))
+    assert {p.device.type for p in small.model.layers.parameters()} == {"cpu"}
+    one, two = (
+        compress(model, TOKENS, method="io_svd_plus", ratio=0.6, batch_size=4)
+        for model in (small, large)
+    )
+    assert one.plan.ranks == two.plan.ranks
+    with torch.no_grad():
+        logits = [result.model(input_ids=TOKENS.cuda()).logits for result in (one, two)]
+    assert_close(*logits, rtol=1e-4, atol=1e-4)
+    assert {p.device.type for p in small.model.layers.parameters()} == {"cpu"}
 
 
 def test_sums_in_main_memory_change_rounding_only() -> None:

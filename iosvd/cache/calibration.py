@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from iosvd.budget import Shape
@@ -94,6 +95,11 @@ class Calibration:
     def shapes(self) -> Mapping[str, Shape]:
         """The shape of each site's weight, (out, in)."""
         return {name: Shape(*site.weight.shape) for name, site in self.sites.items()}
+
+    def device_of(self, site: str) -> torch.device:
+        """Return the device where a site is factorised: a weight may live in main memory."""
+        home = self.sites[site].weight.device
+        return self.model.device if home.type == "cpu" else home
 
     @cached_property
     def keys(self) -> CacheKeys:

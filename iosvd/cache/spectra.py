@@ -27,6 +27,7 @@ from iosvd.whitening import Whitening
 log = logging.getLogger(__name__)
 _TENSORS = ("right", "sigma", "left_energy", "right_energy", "output_diagonal", "input_diagonal")
 _NUMBERS = ("damping_output", "damping_input")
+Place = tuple[torch.device, torch.dtype]  # Of a factorisation.
 Found = dict[tuple[str, str], Entry]  # By kind, spectrum or score, and site.
 
 
@@ -93,38 +94,53 @@ class SpectraOf:
             with of_stage("factorization"):
                 log.info("%d sites", len(group))
             for name in track(group, len(group), "factorization", "site"):
+                place = (cached.calibration.device_of(name), self.factorization.precision.dtype)
                 if name in lacking["spectrum"]:
-                    entry = self._spectrum(sites[name], collected, name)
+                    entry = self._spectrum(sites[name], collected, name, place)
                     found["spectrum", name] = store.put(wanted["spectrum", name], entry)
                 if name in lacking.get("score", ()):
-                    entry = self._score(sites[name], collected, found["spectrum", name], name)
+                    kept = _spectrum_of(found["spectrum", name])
+                    entry = self._score(sites[name], collected, name, kept, place)
                     found["score", name] = store.put(wanted["score", name], entry)
                 if not store.keeps:
                     found["spectrum", name] = self._cut(found["spectrum", name], sites[name])
                 del collected.statistics[name]
         return stages
 
-    def _spectrum(self, site: nn.Linear, collected: Collected, name: str) -> Entry:
-        """Whiten and factorise one site."""
+    def _spectrum(
+        self,
+        site: nn.Linear,
+        collected: Collected,
+        name: str,
+        place: Place,
+    ) -> Entry:
+        """Whiten and factorise one site; the spectrum is kept where the weight is."""
+        home = site.weight.device
         with measured() as took:
-            place = (site.weight.device, self.factorization.precision.dtype)
             statistics = collected.statistics[name].to(*place)
-            spectrum = self.factorization(site.weight, self.whitening(statistics), name)
+            weight = site.weight.to(place[0])
+            spectrum = self.factorization(weight, self.whitening(statistics), name)
             keep = torch.promote_types(site.weight.dtype, torch.float32)
             spectrum = spectrum.head(len(spectrum.sigma), keep)
-        tensors = {field: getattr(spectrum, field) for field in _TENSORS}
+        tensors = {field: getattr(spectrum, field).to(home) for field in _TENSORS}
         # Transposed, so that the first components are contiguous in the file.
-        tensors["left_transposed"] = spectrum.left.T.contiguous()
+        tensors["left_transposed"] = spectrum.left.T.contiguous().to(home)
         numbers = {field: getattr(spectrum, field) for field in _NUMBERS}
         cost = collected.cost(name, self.whitening.needs.parts())
         return Entry(tensors, took(), {**numbers, **_cost_of_statistics(cost)})
 
-    def _score(self, site: nn.Linear, collected: Collected, kept: Entry, name: str) -> Entry:
+    def _score(
+        self,
+        site: nn.Linear,
+        collected: Collected,
+        name: str,
+        kept: Spectrum,
+        place: Place,
+    ) -> Entry:
         """Score one site's spectrum as stored, so that every run sees the same rounding."""
-        place = (site.weight.device, self.factorization.precision.dtype)
         with measured() as took:
             statistics = collected.statistics[name].to(*place)
-            tensors, numbers = self._scores(site, statistics, _spectrum_of(kept))
+            tensors, numbers = self._scores(site, statistics, kept)
         already = self.whitening.needs.parts()
         apart = [part for part in self.scored.parts() if part not in already]
         cost = collected.cost(name, apart)

@@ -53,6 +53,11 @@ class Correction(Protocol):
         return False
 
     @property
+    def works_on_visits(self) -> bool:
+        """Whether it works on blocks that live in main memory (models/visiting.py)."""
+        return False
+
+    @property
     def libraries(self) -> tuple[str, ...]:
         """Optional libraries that it imports; checked before any work is done."""
         return ()

@@ -11,5 +11,9 @@ from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 class NoCorrection(Correction):
     """Leave the truncated sites as they are."""
 
+    @property
+    def works_on_visits(self) -> bool:
+        return True
+
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         return CorrectionResult(inputs.sites, inputs.sites.ranks)

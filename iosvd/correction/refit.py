@@ -25,11 +25,11 @@ from iosvd.models.blocks import (
     Layout,
     calls_of,
     capture_input,
-    device_of,
     hidden_states_of,
     layout_of,
 )
 from iosvd.models.sites import decoder_blocks
+from iosvd.models.visiting import device_of
 from iosvd.system.progress import track
 from iosvd.types import Site
 

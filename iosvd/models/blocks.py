@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from iosvd.models.forward import replaced_forward
 from iosvd.models.sites import decoder_blocks
+from iosvd.models.visiting import device_of
 from iosvd.system.machine import free_bytes
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
@@ -219,11 +220,6 @@ def _writes(block: nn.Module, hidden: Tensor, call: Call, name: str, sites: Sequ
             stack.callback(hook.remove)
         found = call(block, hidden)
     return torch.allclose(found, hidden + loud, rtol=1e-2, atol=1e-2)
-
-
-def device_of(block: nn.Module) -> torch.device:
-    """Return the device of a block."""
-    return next(block.parameters()).device
 
 
 def _stopping(seen: list[Tensor]) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from iosvd.models.blocks import Call
 from iosvd.models.forward import replaced_forward
 from iosvd.models.sites import decoder_blocks
+from iosvd.models.visiting import present
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -57,7 +58,8 @@ class Chain:
             visit = self.visits.pop()
             gradients = _through(output, visit.output, gradients, begin)
             hidden = visit.hidden.detach().requires_grad_()
-            gradients = _through(visit.call(visit.block, hidden), hidden, gradients, begin)
+            with present(visit.block):
+                gradients = _through(visit.call(visit.block, hidden), hidden, gradients, begin)
             output = visit.hidden
         for number, gradient in enumerate(gradients):
             begin(number)

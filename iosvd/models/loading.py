@@ -11,6 +11,7 @@ import torch
 
 from iosvd.errors import ConfigError, IosvdError, ModelError, one_line
 from iosvd.models.sites import SiteSelection
+from iosvd.models.visiting import visit_
 from iosvd.system.json_files import read_json
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
@@ -61,12 +62,19 @@ class Model:
             object.__setattr__(self, "dtype", _dtype(self.dtype))
 
 
-def load_model(model: Model, device: str = "cpu", device_map: str | None = None) -> PreTrainedModel:
+def load_model(
+    model: Model,
+    device: str = "cpu",
+    device_map: str | None = None,
+    *,
+    blocks_on_cpu: bool = False,
+) -> PreTrainedModel:
     """Load the weights in the model's dtype, in evaluation mode.
 
     Args:
         device: for instance "cuda:0"; ignored with a device map.
         device_map: passed to transformers, for instance "auto" to use all GPUs.
+        blocks_on_cpu: keep the decoder blocks in main memory; each visits the device to compute.
 
     Raises:
         ModelError: no such model, no network, or a damaged file; the text says what to set.
@@ -74,8 +82,11 @@ def load_model(model: Model, device: str = "cpu", device_map: str | None = None)
     options: dict[str, Any] = {"dtype": model.dtype.torch}
     if device_map is not None:
         options["device_map"] = device_map
-    loaded = _load("AutoModelForCausalLM", model, options)
-    return (loaded if device_map is not None else loaded.to(device)).eval()
+    loaded = _load("AutoModelForCausalLM", model, options).eval()
+    if blocks_on_cpu:
+        visit_(loaded, torch.device(device))
+        return loaded
+    return loaded if device_map is not None else loaded.to(device)
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:

@@ -74,6 +74,7 @@ class Resources:
     batch_requests: int = 32
     memory_gib: float | None = None
     metrics_on_cpu: bool = False
+    blocks_on_cpu: bool = False
     checkpoint_blocks: bool = False
 
 

@@ -14,6 +14,8 @@ from iosvd.cache.disk import Cache
 from iosvd.cache.store import NoStore, Store
 from iosvd.errors import ConfigError
 from iosvd.models.loading import load_model
+from iosvd.models.sites import decoder_blocks
+from iosvd.models.visiting import device_of, visitor_bytes
 from iosvd.runs.fingerprints import model_identity
 from iosvd.runs.run import Run
 from iosvd.statistics.memory import MemoryUse, sums_limit
@@ -27,8 +29,12 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 
 def loaded(run: Run) -> PreTrainedModel:
     """Load the run's model on the run's device; compression changes it."""
+    resources = run.runtime.resources
     return load_model(
-        run.model, device_for(run.runtime.resources.device), run.runtime.resources.device_map
+        run.model,
+        device_for(resources.device),
+        resources.device_map,
+        blocks_on_cpu=resources.blocks_on_cpu,
     )
 
 
@@ -70,12 +76,12 @@ def memory_use(run: Run, model: PreTrainedModel, tokens: Tensor) -> MemoryUse:
         run.runtime.resources,
         run.method.whitening.needs | run.method.allocation.needs,
     )
-    devices = {parameter.device for parameter in model.parameters()}
+    devices = {device_of(module) for module in (model, *decoder_blocks(model))}
     where = {torch.device("cpu")} if resources.metrics_on_cpu else devices
     beside = 0
     if where == devices:
         shapes = activations_of(model, run.model.sites, batch_size(run, tokens) * tokens.shape[1])
-        beside = shapes.bytes(needs)
+        beside = shapes.bytes(needs) + visitor_bytes(model)
     limit = sums_limit(resources.memory_gib, where, beside, run.runtime.parallel.workers)
     return MemoryUse(limit, resources.metrics_on_cpu, resources.checkpoint_blocks)
 
@@ -123,10 +129,11 @@ def plan_statistics(run: Run, device: torch.device) -> Planned:
     needs = run.method.whitening.needs | run.method.allocation.needs
     where = torch.device("cpu") if resources.metrics_on_cpu else device
     activations = shapes.activations.bytes(needs)
-    beside = activations + shapes.weight_bytes if where == device else 0
+    weights = shapes.visiting_bytes if resources.blocks_on_cpu else shapes.weight_bytes
+    beside = activations + weights if where == device else 0
     limit = sums_limit(resources.memory_gib, [where], beside, run.runtime.parallel.workers)
     passes = shapes.passes(needs, limit)
-    peak = taken_bytes(device) + shapes.weight_bytes
+    peak = taken_bytes(device) + weights
     if passes:
         peak += activations + (max(passes) if where == device else 0)
     return Planned(shapes, needs, where, activations, limit, tuple(passes), peak)

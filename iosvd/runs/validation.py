@@ -18,6 +18,7 @@ def check_combination(run: Run) -> None:
     _check_floor(run)
     _check_gradient(run)
     _check_trials(run)
+    _check_blocks(run)
     f = run.method.factorization
     if f.precision is Precision.float32 and f.algorithm is Algorithm.gram:
         raise ConfigError(
@@ -53,6 +54,17 @@ def _check_floor(run: Run) -> None:
             f"min_rank_fraction={fraction:g} keeps more than ratio={run.goal.ratio:g} allows;"
             " lower it, or raise ratio"
         )
+
+
+def _check_blocks(run: Run) -> None:
+    resources = run.runtime.resources
+    if resources.blocks_on_cpu:
+        run.method.check_visits()
+        if resources.device_map is not None:
+            raise ConfigError(
+                f"runtime.blocks_on_cpu=true and runtime.device_map={resources.device_map} both say"
+                " where blocks are; set one of them"
+            )
 
 
 def _check_trials(run: Run) -> None:

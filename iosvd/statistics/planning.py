@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from iosvd.budget import Shape
 from iosvd.linalg import GRAM_SHARE
@@ -41,6 +42,7 @@ class Outline:
     shared: Mapping[str, str]  # Site to the first site that reads the same tensor.
     activations: Activations
     weight_bytes: int
+    block_bytes: tuple[int, ...]  # Of the decoder blocks' weights.
 
     def passes(self, needs: Needs, limit_bytes: float) -> list[int]:
         """Return the bytes of the sums in each pass over the calibration set."""
@@ -49,6 +51,11 @@ class Outline:
         groups = groups_within(self.sites, needs, self.shared, limit_bytes)
         shapes = ({name: self.sites[name] for name in group} for group in groups)
         return [statistics_bytes(group, needs, self.shared) for group in shapes]
+
+    @property
+    def visiting_bytes(self) -> int:
+        """Bytes of weights on the device if decoder blocks visit it one at a time."""
+        return self.weight_bytes - sum(self.block_bytes) + max(self.block_bytes)
 
     @property
     def forward(self) -> int:
@@ -119,8 +126,13 @@ def outline_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) ->
         sites={name: Shape(*site.weight.shape) for name, site in sites.items()},
         shared=shared_inputs(model, few, sites),
         activations=activations_of(model, selection, tokens),
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=_bytes(model),
+        block_bytes=tuple(map(_bytes, decoder_blocks(model))),
     )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def activations_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) -> Activations:
