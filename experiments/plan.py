@@ -38,7 +38,7 @@ class Speed:
     """Multiplications per second of a device."""
 
     model: float  # Of a product in the model's dtype.
-    sums: float  # In float32.
+    sums: float  # In float32, or in TF32 where that is exact.
     factorization: float  # Counted as `factorization_work` counts.
 
 
@@ -47,23 +47,26 @@ class Card:
     """Published peaks of a GPU: dense products in TFLOP/s, and memory."""
 
     half: float  # bf16 and fp16 with float32 sums.
+    tf32: float  # The sums of a model in half precision.
     single: float  # float32, without TF32.
     double: float
     memory_gib: float
 
     def speed(self, dtype: torch.dtype, precision: torch.dtype) -> Speed:
         """Return the peaks as multiplications per second; two operations are one of them."""
-        model = self.single if dtype is torch.float32 else self.half
+        model, sums = (
+            (self.single, self.single) if dtype is torch.float32 else (self.half, self.tf32)
+        )
         factorization = self.double if precision is torch.float64 else self.single
-        return Speed(model * 5e11, self.single * 5e11, factorization * 5e11)
+        return Speed(model * 5e11, sums * 5e11, factorization * 5e11)
 
 
 # NVIDIA's data sheets; half of the figures with sparsity.
 CARDS = {
-    "a100": Card(312, 19.5, 19.5, 80),
-    "h100": Card(989, 67, 67, 80),
-    "rtx4090": Card(165, 82.6, 1.29, 24),
-    "rtx3090": Card(71, 35.6, 0.556, 24),
+    "a100": Card(312, 156, 19.5, 19.5, 80),
+    "h100": Card(989, 494, 67, 67, 80),
+    "rtx4090": Card(165, 82.6, 82.6, 1.29, 24),
+    "rtx3090": Card(71, 35.6, 35.6, 0.556, 24),
 }
 
 

@@ -8,6 +8,7 @@ is all that a root still reveals of it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -192,9 +193,19 @@ def _eigen(matrix: Tensor, damping: float) -> Root | None:
     return EigenRoot(vectors, values.sqrt(), damping) if values[0] > 0 else None
 
 
+def flat(x: Tensor) -> Tensor:
+    """Flatten (windows, length, width) to (tokens, width)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums of products: float32 or better."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def rows_of(x: Tensor) -> Tensor:
     """Flatten (windows, length, width) to (tokens, width), in float32 or better."""
-    return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+    return flat(x).to(wide(x.dtype))
 
 
 def add_lower_gram_(total: Tensor, rows: Tensor) -> None:
@@ -202,13 +213,40 @@ def add_lower_gram_(total: Tensor, rows: Tensor) -> None:
 
     In four block rows this takes 5/8 of the operations of the whole product (measured 0.64 to 0.71
     of its time for widths 192 to 2048 on one CPU thread); torch has no symmetric product.
+
+    Args:
+        total: (width, width), in float32 or better.
+        rows: (tokens, width), in any type.
     """
-    for start, end in _blocks(len(total), _GRAM_BLOCKS):
-        add_product_(total[start:end, :end], rows[:, start:end], rows[:, :end])
+    cast = rows.to(total.dtype)
+    with exact_tensor_cores(rows.dtype):
+        for start, end in _blocks(len(total), _GRAM_BLOCKS):
+            _add_product_(total[start:end, :end], cast[:, start:end], cast[:, :end])
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add aᵀ b to a matrix, which may be on another device."""
+    """Add aᵀ b, of any type, to a matrix in float32 or better, which may be on another device."""
+    with exact_tensor_cores(a.dtype):
+        _add_product_(total, a.to(total.dtype), b.to(total.dtype))
+
+
+@contextmanager
+def exact_tensor_cores(dtype: torch.dtype) -> Iterator[None]:
+    """Let CUDA multiply in TF32 what was cast to float32 from this type, if that is exact.
+
+    TF32 keeps 10 bits behind the point and float32's exponents, which hold every number of both
+    half-precision types; sums stay in float32. On an H100 this is 7 times as fast.
+    """
+    setting = torch.backends.cuda.matmul
+    before = setting.allow_tf32
+    setting.allow_tf32 = before or dtype in (torch.float16, torch.bfloat16)
+    try:
+        yield
+    finally:
+        setting.allow_tf32 = before
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.device == a.device:
         total.addmm_(a.T, b)
     else:

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from iosvd.allocation import LossAware
 from iosvd.correction import Anchored
 from iosvd.layers.int8 import Code
+from iosvd.linalg import add_lower_gram_
 from iosvd.method import Method
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.models.visiting import visit_
@@ -113,6 +114,16 @@ def test_blocks_in_main_memory_change_nothing_but_memory() -> None:
         logits = [result.model(input_ids=TOKENS.cuda()).logits for result in (one, two)]
     assert_close(*logits, rtol=1e-4, atol=1e-4)
     assert {p.device.type for p in small.model.layers.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_sums_of_products_are_as_good_as_float32(dtype: torch.dtype) -> None:
+    rows = torch.randn(4096, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    total = torch.zeros(512, 512, device="cuda")
+    add_lower_gram_(total, rows.cuda())
+    exact = (rows.double().T @ rows.double()).tril()
+    error = (total.cpu().double().tril() - exact).norm() / exact.norm()
+    assert error < 2e-6
 
 
 def test_sums_in_main_memory_change_rounding_only() -> None:

@@ -15,6 +15,7 @@ from iosvd.linalg import (
     Root,
     RootKind,
     add_lower_gram_,
+    add_product_,
     mirror_,
     principal_directions,
     root_of,
@@ -91,3 +92,44 @@ def test_blockwise_gram_is_the_gram(width: int) -> None:
     mirror_(total)
     together = batches.flatten(0, 1)
     assert_close(total, together.T @ together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tf32_holds_every_number_in_half_precision(dtype: torch.dtype) -> None:
+    """TF32 drops the last 13 bits of a float32."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = every[~every.isnan()].float()
+    assert len(numbers) > 60_000
+    assert (numbers.view(torch.int32) & 0x1FFF == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exact"), [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)]
+)
+def test_products_use_tf32_only_where_it_is_exact(
+    dtype: torch.dtype, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[bool] = []
+
+    def see(*_: object) -> None:
+        allowed.append(torch.backends.cuda.matmul.allow_tf32)
+        raise ArithmeticError
+
+    monkeypatch.setattr("iosvd.linalg._add_product_", see)
+    rows, total = torch.ones(3, 8, dtype=dtype), torch.zeros(8, 8)
+    for add in (lambda: add_lower_gram_(total, rows), lambda: add_product_(total, rows, rows)):
+        with pytest.raises(ArithmeticError):
+            add()
+    assert allowed == [exact, exact]
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_products_of_half_precision_are_summed_in_float32() -> None:
+    rows = torch.randn(64, 8).bfloat16()
+    total, product = torch.zeros(8, 8), torch.zeros(8, 8)
+    add_lower_gram_(total, rows)
+    add_product_(product, rows, rows)
+    wanted = (rows.double().T @ rows.double()).float()
+    mirror_(total)
+    assert_close(total, wanted)
+    assert_close(product, wanted)

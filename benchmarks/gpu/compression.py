@@ -41,7 +41,7 @@ def compression(setting: Setting) -> list[Table]:
     step = training_step(setting, tokens)
     rates = Rates(
         multiplications_per_second(setting, setting.dtype),
-        multiplications_per_second(setting, torch.float32),
+        multiplications_per_second(setting, torch.float32, tf32=setting.cuda),
     )
     shapes = outline_of(setting.model(), SiteSelection(), tokens.shape[1])
     # Methods with the same needs share one measurement.
@@ -76,7 +76,7 @@ class Rates:
     """Measured multiplications per second."""
 
     model: float  # In the model's dtype.
-    sums: float  # In float32.
+    sums: float  # In float32, on a GPU with TF32.
 
 
 def stages_of(

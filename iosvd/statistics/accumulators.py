@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.errors import NumericalError
-from iosvd.linalg import add_lower_gram_, add_product_, mirror_, rows_of
+from iosvd.linalg import add_lower_gram_, add_product_, flat, mirror_, wide
 from iosvd.statistics.kronecker import KroneckerSums
 from iosvd.statistics.needs import Needs, SiteStatistics
 
@@ -49,18 +49,18 @@ class Sums:
         x = inputs[0].detach()
         # Blocks run once more on the way back.
         if self.phase is Phase.INPUTS and self.shared[name] == name and not self.only_kronecker:
-            rows = rows_of(x)
+            rows = flat(x)
             if self.needs.input_metric:
                 self._add_gram(self.input_metric, name, rows)
             if self.needs.input_magnitude:
-                self._add(self.input_magnitude, name, rows.abs().sum(0))
+                self._add(self.input_magnitude, name, rows.abs().sum(0, dtype=wide(x.dtype)))
         if y.requires_grad:  # There is a graph to go back through.
             weighs = self.needs.gradient_windows > 0 or self.needs.every_gradient
             y.register_hook(partial(self.see_cotangent, name, x if weighs else None))
 
     def see_cotangent(self, name: str, x: Tensor | None, cotangent: Tensor) -> None:
         """Add the cotangents of a site's output."""
-        rows = rows_of(cotangent)
+        rows = flat(cotangent)
         if self.phase is Phase.KL:
             self._add_gram(self.kl_metric, name, rows)
         elif self.phase is Phase.SAMPLED_LOSS:
@@ -74,14 +74,16 @@ class Sums:
             self._add_gram(self.fisher_metric, name, rows)
         if x is None:
             return
-        inputs, length = rows_of(x), len(rows) // self.windows
+        inputs, length = flat(x), len(rows) // self.windows
         scored = max(0, min(self.windows, self.needs.gradient_windows - self.first_window))
         if scored and not self.only_kronecker:
             kept = scored * length
             self._add_product(self.gradient, name, rows[:kept], inputs[:kept])
         if self.needs.every_gradient:
             for g, seen in zip(rows.split(length), inputs.split(length), strict=True):
-                self._see_window(name, g.T @ seen)
+                gradient = g.new_zeros(g.shape[1], seen.shape[1], dtype=wide(g.dtype))
+                add_product_(gradient, g, seen)
+                self._see_window(name, gradient)
 
     def _see_window(self, name: str, gradient: Tensor) -> None:
         if self.needs.fisher_rows and not self.only_kronecker:
@@ -98,15 +100,18 @@ class Sums:
         """Add rowsᵀ rows, computing only the blocks of the lower triangle."""
         width = rows.shape[1]
         if name not in sums:
-            sums[name] = rows.new_zeros(width, width, device="cpu" if self.on_cpu else None)
+            sums[name] = self._zeros(rows, (width, width))
         add_lower_gram_(sums[name], rows)
 
     def _add_product(self, sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
         """Add aᵀ b."""
         if name not in sums:
-            shape = (a.shape[1], b.shape[1])
-            sums[name] = a.new_zeros(shape, device="cpu" if self.on_cpu else None)
+            sums[name] = self._zeros(a, (a.shape[1], b.shape[1]))
         add_product_(sums[name], a, b)
+
+    def _zeros(self, like: Tensor, shape: tuple[int, int]) -> Tensor:
+        device = "cpu" if self.on_cpu else None
+        return like.new_zeros(shape, dtype=wide(like.dtype), device=device)
 
     def _own(self, term: Tensor) -> Tensor:
         return term.cpu() if self.on_cpu else term
