@@ -71,10 +71,13 @@ def check_installed(libraries: Iterable[str]) -> None:
             raise _missing(library)
 
 
+_EXTRAS = {"gguf": "gguf"}  # The extras that bring a library, other than experiments.
+
+
 def _missing(library: str) -> MissingExtraError:
     return MissingExtraError(
         f"{library} is not installed; install iosvd with its extra:"
-        " pip install 'iosvd[experiments]'"
+        f" pip install 'iosvd[{_EXTRAS.get(library, 'experiments')}]'"
     )
 
 

@@ -70,6 +70,7 @@ RECORD = Record(
     started="2026-11-22T20:00:00+00:00",
     device="cpu",
     model_revision=None,
+    model_file=None,
     commit="abc",
 )
 

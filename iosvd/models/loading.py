@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from iosvd.errors import ConfigError, IosvdError, ModelError, one_line
+from iosvd.errors import ConfigError, IosvdError, ModelError, check_installed, one_line
+from iosvd.models.gguf import GgufFile, context_length, described, make_ordinary_
 from iosvd.models.sites import SiteSelection
 from iosvd.models.visiting import visit_
 from iosvd.system.json_files import read_json
@@ -52,6 +53,7 @@ class Model:
     hub_id: str | None = None
     revision: str | None = None
     embedded: bool = False  # One of the models that come with the package.
+    gguf_file: str | None = None  # A file in the folder or the repository, instead of all others.
     dtype: Dtype = Dtype.float16
     seq_len: int = 2048  # Default window length: the protocol's, or a shorter context's.
     trust_remote_code: bool = False
@@ -83,6 +85,7 @@ def load_model(
     if device_map is not None:
         options["device_map"] = device_map
     loaded = _load("AutoModelForCausalLM", model, options).eval()
+    make_ordinary_(loaded)
     if blocks_on_cpu:
         visit_(loaded, torch.device(device))
         return loaded
@@ -99,12 +102,14 @@ def load_config(model: Model) -> Any:
     return _load("AutoConfig", model, {})
 
 
-def context_of(folder: str) -> int:
+def context_of(folder: str, gguf_file: str | None = None) -> int:
     """Return the context length of the model in a folder, in tokens.
 
     Raises:
-        ModelError: the folder has no readable config.json that says so.
+        ModelError: neither its config.json nor its GGUF file says so.
     """
+    if gguf_file is not None:
+        return context_length(Path(folder) / gguf_file)
     path = Path(folder) / "config.json"
     try:
         return int(read_json(path)["max_position_embeddings"])
@@ -123,15 +128,40 @@ def folder_of(model: Model) -> Path | None:
     return Path(model.path) if model.path is not None else None
 
 
+def gguf_of(model: Model) -> GgufFile | None:
+    """Return what a record says of the GGUF file that a model comes from, if it does.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    if model.gguf_file is None:
+        return None
+    if (folder := folder_of(model)) is not None:
+        return described(folder / model.gguf_file)
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(str(model.hub_id), model.gguf_file, revision=model.revision or "main")
+    return described(Path(str(found)))
+
+
+def hub_revision(model: Model) -> str | None:
+    """Return the hub's commit of a model's configuration, None for a local folder."""
+    return None if folder_of(model) else getattr(load_config(model), "_commit_hash", None)
+
+
 def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
     import transformers
 
     folder = folder_of(model)
     if folder is None and model.hub_id is None:
         raise ConfigError(f"model {model.name} has no source; set model.path=FOLDER")
-    if folder is not None and not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model folder: it has no config.json; set model.path")
+    needed = model.gguf_file or "config.json"
+    if folder is not None and not (folder / needed).is_file():
+        raise ModelError(f"{folder} is not a model folder: it has no {needed}; set model.path")
     options = {**options, "trust_remote_code": model.trust_remote_code}
+    if model.gguf_file is not None:
+        check_installed(["gguf"])
+        options["gguf_file"] = model.gguf_file
     if folder is None:
         options["revision"] = model.revision or "main"
     try:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from iosvd.data.texts import Dataset
 from iosvd.errors import ConfigError, check_at_least, check_name, one_line
 from iosvd.method import Goal
+from iosvd.models.gguf import gguf_in
 from iosvd.models.loading import Model, context_of
 from iosvd.options import number, typed_group
 from iosvd.presets import conf_folder, method_of
@@ -57,7 +58,15 @@ OmegaConf.register_new_resolver(
     "threads_each", lambda workers: max(1, cores() // max(1, workers)), replace=True
 )
 OmegaConf.register_new_resolver(
-    "window_length", lambda path: min(PROTOCOL_LENGTH, context_of(path)), replace=True
+    "folder_if_there", lambda path: path if Path(path).is_dir() else None, replace=True
+)
+OmegaConf.register_new_resolver(
+    "gguf_in", lambda path: gguf_in(Path(path)) if path else None, replace=True
+)
+OmegaConf.register_new_resolver(
+    "window_length",
+    lambda path, gguf_file=None: min(PROTOCOL_LENGTH, context_of(path, gguf_file)),
+    replace=True,
 )
 
 

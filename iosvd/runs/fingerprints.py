@@ -35,7 +35,10 @@ def digest(run: Run) -> str:
     # Earlier versions recorded the ratio 1 as an integer.
     identity["ratio"] = int(run.goal.ratio) if run.goal.ratio == 1 else run.goal.ratio
     dataset = run.data.dataset
-    identity["model"] = _without_place(config["model"]) | {"content": _model_content(run)}
+    model = _without_place(config["model"])
+    if run.model.gguf_file is None:  # Earlier versions did not have the option.
+        del model["gguf_file"]
+    identity["model"] = model | {"content": _model_content(run)}
     identity["dataset"] = _dataset(config["dataset"], dataset, dataset.calibration)
     tasks = _tasks(config["eval"]["zero_shot"], run.eval.zero_shot)
     texts = {
@@ -54,7 +57,10 @@ def model_identity(run: Run, revision: str | None) -> str:
         revision: the hub's commit that it was loaded from.
     """
     content = _model_content(run)
-    source = content or [run.model.hub_id, revision or run.model.revision]
+    model = run.model
+    source = content or [model.hub_id, revision or model.revision]
+    if content is None and model.gguf_file is not None:
+        source = [*source, model.gguf_file]
     return _hash_of({"source": source, "dtype": run.model.dtype.value})
 
 
@@ -92,7 +98,9 @@ def _model_content(run: Run) -> str | None:
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a model folder; set model.path")
     try:
-        return _hash_files(*_files(folder), cache=Path(run.runtime.output.cache))
+        file = run.model.gguf_file
+        files = _files(folder) if file is None else [folder / file]
+        return _hash_files(*files, cache=Path(run.runtime.output.cache))
     except OSError as error:
         raise ModelError(
             f"cannot read the model in {folder}: {error.strerror}: {error.filename}; ask its owner"

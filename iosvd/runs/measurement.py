@@ -22,7 +22,7 @@ from iosvd.evaluation.divergence import Context, divergences
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.zero_shot import TaskScore, ZeroShotResult, load_tasks, zero_shot
 from iosvd.layers.replacement import stored_bytes, truncated_weights
-from iosvd.models.loading import load_config, load_tokenizer
+from iosvd.models.loading import gguf_of, hub_revision, load_config, load_tokenizer
 from iosvd.models.sites import find_sites
 from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.plan import Plan
@@ -34,7 +34,7 @@ from iosvd.runs.run import KL, Run
 from iosvd.runs.steps import batch_size, cache_of, calibration_of, loaded
 from iosvd.runs.tokens import calibration_tokens, evaluation_tokens
 from iosvd.system.files import remove, written_whole
-from iosvd.system.json_files import write_json
+from iosvd.system.json_files import to_json, write_json
 from iosvd.system.timing import Stage, StageClock
 from iosvd.system.versions import commit, library_versions
 
@@ -58,7 +58,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     with clock.stage("data"):
         _check_context(run)
         tokenizer = load_tokenizer(run.model)
-        revision = getattr(load_config(run.model), "_commit_hash", None)
+        revision = hub_revision(run.model)
         tokens = calibration_tokens(run, tokenizer, cache, revision)
         texts = evaluation_tokens(run, tokenizer, cache, revision)
         tasks = dict(zip(run.eval.zero_shot.tasks, load_tasks(run.eval.zero_shot), strict=True))
@@ -88,6 +88,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "label": run.label,
         "model": run.model.name,
         "model_revision": getattr(model.config, "_commit_hash", None),
+        "model_file": to_json(gguf_of(run.model)),
         "ratio": compressed.plan.ratio_asked,
         "target_kl": run.goal.target_kl,
         **_plan_summary(compressed.plan),
@@ -118,7 +119,7 @@ def save_checkpoint_of(run: Run, folder: Path) -> None:
         RecordError: this version would choose other ranks than the measured ones.
     """
     cache, tokenizer = cache_of(run), load_tokenizer(run.model)
-    revision = getattr(load_config(run.model), "_commit_hash", None)
+    revision = hub_revision(run.model)
     tokens, model = calibration_tokens(run, tokenizer, cache, revision), loaded(run)
     compressed = compress_to(run.goal, run.method, calibration_of(run, model, tokens, cache))
     measured = read_plan(folder)["sites"]

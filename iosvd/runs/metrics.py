@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from iosvd.errors import shortened
 from iosvd.evaluation.divergence import Divergence
+from iosvd.models.gguf import GgufFile
 from iosvd.plan import SitePlan
 from iosvd.system.json_files import DamagedError
 
@@ -81,6 +82,7 @@ class Metrics:
     model_revision: str | None
     commit: str
     config: Config
+    model_file: GgufFile | None = None
     divergence: dict[str, Divergence] = field(default_factory=dict)
     site_divergence: dict[str, dict[str, SiteDivergence]] = field(default_factory=dict)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from iosvd.errors import RecordError, one_line, plain, shortened
 from iosvd.metric import AVERAGE, Metric, accuracy_on, other, perplexity_on
+from iosvd.models.gguf import GgufFile
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.metrics import Failure, Metrics, SitePlans
 from iosvd.runs.run import Run
@@ -69,6 +70,7 @@ class Record:
     started: str
     device: str
     model_revision: str | None
+    model_file: str | None  # Name, number format and checksum of a GGUF file.
     commit: str
 
     def value(self, metric: Metric) -> float | None:
@@ -149,6 +151,12 @@ def read_failure(folder: Path) -> str | None:
         return f"cannot read {path}: {_cause(error)}; run it again"
 
 
+def _file_line(file: GgufFile | None) -> str | None:
+    if file is None:
+        return None
+    return plain(f"{file.name} ({file.quantization}, sha256 {file.sha256[:12]}…)")
+
+
 def _unreadable(path: Path, error: Exception) -> RecordError:
     return RecordError(f"cannot read {path}: {_cause(error)}; remove it and run again")
 
@@ -172,6 +180,7 @@ def record_of(metrics: Metrics) -> Record:
         seconds=metrics.compression_seconds,
         started=plain(metrics.started),
         device=plain(metrics.device),
+        model_file=_file_line(metrics.model_file),
         model_revision=None if metrics.model_revision is None else plain(metrics.model_revision),
         commit=plain(metrics.commit),
     )

@@ -78,11 +78,13 @@ def _provenance(records: Sequence[Record]) -> str:
         return ""
     days = sorted(record.started[:10] for record in records)
     span = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    files = _listed(record.model_file for record in records if record.model_file)
     revisions = _listed(record.model_revision for record in records if record.model_revision)
     return (
         f" Measured {span} on {_listed(record.device for record in records)},"
         f" commit {_listed(record.commit for record in records)}"
         + (f"; model revision {revisions}" if revisions else "")
+        + (f"; model file {files}" if files else "")
         + "."
     )
 
