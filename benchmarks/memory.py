@@ -1,8 +1,8 @@
 """Peak memory of the statistics against the plan made before: part of make bench
 
-    python benchmarks/memory.py runtime.memory_gib=11
+    python benchmarks/memory.py runtime.memory_gib=6
 
-A random Llama of the shape of a 1B model, two windows of 256 tokens, the statistics of two
+A random Llama of the shape of a 1B model, but four blocks, two windows of 256 tokens, the statistics of two
 allocations, of which one needs the gradient of the loss.
 Writes <results>/tables/memory-<device>.md.
 """
@@ -35,7 +35,7 @@ SHAPE = LlamaConfig(
     vocab_size=128_256,
     hidden_size=2048,
     intermediate_size=8192,
-    num_hidden_layers=16,
+    num_hidden_layers=4,
     num_attention_heads=32,
     num_key_value_heads=8,
     max_position_embeddings=2048,
@@ -43,7 +43,7 @@ SHAPE = LlamaConfig(
 )
 OPTIONS = (
     *("model=local", "model.dtype=float32", "model.seq_len=256", "calibration.windows=2"),
-    *("runtime.batch_tokens=512", "runtime.memory_gib=11"),
+    *("runtime.batch_tokens=512", "runtime.memory_gib=6"),
 )
 
 
@@ -61,7 +61,7 @@ def benchmark(overrides: list[str]) -> str:
     results, device = Path(run.runtime.output.results), device_for(run.runtime.resources.device)
     table = pandas.DataFrame(rows).to_markdown(index=False, floatfmt=".2f")
     page = (
-        f"# Memory of the statistics, {device}\n\n{table}\n\nA random Llama of 1.24 B parameters in"
+        f"# Memory of the statistics, {device}\n\n{table}\n\nA random Llama of 0.5 B parameters in"
         f" float32, 2 windows of 256 tokens in one batch, GiB; the peak is the"
         f" process's, the limit what the sums may take of runtime.memory_gib="
         f"{run.runtime.resources.memory_gib:g}. {torch.get_num_threads()} thread(s),"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iosvd.errors import DataError, check_at_least, extra, one_line
 from iosvd.evaluation import pydoc_task
-from iosvd.system.progress import bars_for_people
+from iosvd.system.progress import bars_for_people, counted
 
 if TYPE_CHECKING:  # Both take seconds to import.
     from lm_eval.api.task import Task
@@ -110,7 +111,7 @@ def zero_shot(
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        with bars_for_people():
+        with bars_for_people(), _counted(lm, model):
             found = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
@@ -130,6 +131,23 @@ def zero_shot(
         scores={name: _score(found, name) for name in found["results"]},
         correct={name: _correct(samples) for name, samples in found["samples"].items()},
     )
+
+
+@contextmanager
+def _counted(lm: Any, model: PreTrainedModel) -> Iterator[None]:
+    """Report how many answers have been scored; a terminal has lm-eval's own bar."""
+    plain = lm.loglikelihood
+
+    def loglikelihood(requests: list[Any], *rest: Any, **options: Any) -> Any:
+        with counted(len(requests), "zero-shot", "answer") as loop:
+            hook = model.register_forward_hook(lambda *call: loop.advance(len(call[-1].logits)))
+            try:
+                return plain(requests, *rest, **options)
+            finally:
+                hook.remove()
+
+    lm.loglikelihood = loglikelihood
+    yield
 
 
 def task_folder(options: ZeroShot, name: str) -> Path:

@@ -86,10 +86,19 @@ def load_model(
         options["device_map"] = device_map
     loaded = _load("AutoModelForCausalLM", model, options).eval()
     make_ordinary_(loaded)
+    _read(loaded)
     if blocks_on_cpu:
         visit_(loaded, torch.device(device))
         return loaded
     return loaded if device_map is not None else loaded.to(device)
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel) -> None:
+    """Read weights that are mapped from a file: unread, they do not count as memory in use."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.detach().reshape(-1)[:: max(1, 4096 // parameter.element_size())].sum()
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:

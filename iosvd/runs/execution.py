@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator
@@ -45,6 +44,8 @@ from iosvd.system.files import (
 )
 from iosvd.system.json_files import write_json, write_sealed
 from iosvd.system.logs import of_run
+from iosvd.system.machine import release_memory
+from iosvd.system.progress import heartbeat
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -70,7 +71,7 @@ def execute(run: Run) -> Outcome:
     if run.runtime.parallel.threads is not None:
         torch.set_num_threads(run.runtime.parallel.threads)
     try:
-        with of_run(folder.name.rpartition("-")[0]), locked(run):
+        with of_run(folder.name.rpartition("-")[0]), heartbeat(), locked(run):
             return _execute(run)
     except Timeout:
         log.info("another process carries out %s", folder)
@@ -79,6 +80,8 @@ def execute(run: Run) -> Outcome:
     except Exception as error:  # noqa: BLE001
         record_failure(run, error)
         return Outcome.failed
+    finally:
+        release_memory()
 
 
 @contextmanager
@@ -154,9 +157,7 @@ def _with_less_memory(
             raise
         reason = one_line(error)[:300]
     # Outside the handler: its traceback keeps everything that was allocated alive.
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    release_memory()
     again = with_half_the_batch(run)
     smaller = again.runtime.resources
     log.warning(

@@ -52,8 +52,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         run: what is measured.
         folder: of the run; no other process writes to it.
     """
-    started, cache = datetime.now(timezone.utc), cache_of(run)
-    clock = StageClock()
+    started, cache, clock = datetime.now(timezone.utc), cache_of(run), StageClock()
     parts = PartialResults(folder, f"{digest(run)} {commit()}", clock)
     with clock.stage("data"):
         _check_context(run)

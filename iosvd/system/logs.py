@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from iosvd.system.progress import heartbeat
+
 FORMAT = "%(asctime)s %(levelname)s %(where)s%(message)s"
 _run: ContextVar[str] = ContextVar("run", default="")
 _stage: ContextVar[str] = ContextVar("stage", default="")
@@ -34,10 +36,11 @@ def of_run(name: str) -> Iterator[None]:
 
 @contextmanager
 def of_stage(name: str) -> Iterator[None]:
-    """Mark the lines that are logged inside with their stage."""
+    """Mark the lines that are logged inside with their stage, of which there is one a minute."""
     token = _stage.set(name)
     try:
-        yield
+        with heartbeat():
+            yield
     finally:
         _stage.reset(token)
 
