@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py runtime.memory_gib=6
 
-A random Llama of the shape of a 1B model, but four blocks, two windows of 256 tokens, the statistics of two
-allocations, of which one needs the gradient of the loss.
-Writes <results>/tables/memory-<device>.md.
+A random Llama with the widths of a 1B model and four blocks, two windows of 256 tokens, the
+statistics of two allocations, of which one needs the gradient of the loss. Writes
+<results>/tables/memory-<device>.md.
 """
 
 from __future__ import annotations

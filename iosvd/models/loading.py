@@ -14,6 +14,7 @@ from iosvd.models.gguf import GgufFile, context_length, described, make_ordinary
 from iosvd.models.sites import SiteSelection
 from iosvd.models.visiting import visit_
 from iosvd.system.json_files import read_json
+from iosvd.system.machine import out_of_memory
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -179,6 +180,8 @@ def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
         raise
     # transformers, safetensors and the hub client raise many types for a model they cannot load.
     except Exception as error:
+        if out_of_memory(error):
+            raise
         cause = one_line(error)[:300]
         if folder is not None:
             raise ModelError(f"cannot load the model in {folder}: {cause}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import traceback
 from collections.abc import Callable, Iterator
@@ -44,7 +43,7 @@ from iosvd.system.files import (
 )
 from iosvd.system.json_files import write_json, write_sealed
 from iosvd.system.logs import of_run
-from iosvd.system.machine import release_memory
+from iosvd.system.machine import out_of_memory, release_memory
 from iosvd.system.progress import heartbeat
 
 log = logging.getLogger(__name__)
@@ -173,17 +172,6 @@ def _with_less_memory(
         "checkpoint_blocks": smaller.checkpoint_blocks,
     }
     return work(again), retried
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: on a GPU, in main memory, or by the process's limit."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    # torch's allocator for the CPU, the system, safetensors, C++.
-    signs = ("can't allocate memory", "Cannot allocate memory", "os error 12", "bad_alloc")
-    return any(sign in str(error) for sign in signs)
 
 
 def with_half_the_batch(run: Run) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import os
 import sys
@@ -36,6 +37,23 @@ def taken_bytes(device: torch.device) -> int:
 def resident_bytes() -> int:
     """Return the main memory of this process."""
     return int(psutil.Process().memory_info().rss)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a GPU, in main memory, or by the process's limit."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's allocator for the CPU, the system, safetensors, C++.
+    signs = (
+        "can't allocate memory",
+        "can't start new thread",
+        "Cannot allocate memory",
+        "os error 12",
+        "bad_alloc",
+    )
+    return any(sign in str(error) for sign in signs)
 
 
 def release_memory() -> None:
