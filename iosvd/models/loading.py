@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -15,6 +16,7 @@ from iosvd.models.sites import SiteSelection
 from iosvd.models.visiting import visit_
 from iosvd.system.json_files import read_json
 from iosvd.system.machine import out_of_memory
+from iosvd.system.progress import bars_for_people
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -174,8 +176,10 @@ def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
         options["gguf_file"] = model.gguf_file
     if folder is None:
         options["revision"] = model.revision or "main"
+    source = folder or model.hub_id
     try:
-        return getattr(transformers, loader).from_pretrained(folder or model.hub_id, **options)
+        with nullcontext() if model.gguf_file is None else bars_for_people():
+            return getattr(transformers, loader).from_pretrained(source, **options)
     except IosvdError:
         raise
     # transformers, safetensors and the hub client raise many types for a model they cannot load.
