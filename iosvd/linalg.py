@@ -22,6 +22,8 @@ LARGEST_DAMPING = 1e-2  # Beyond it the metric would no longer be the measured o
 _GRAM_BLOCKS = 4
 GRAM_SHARE = 5 / 8  # Of a symmetric product's multiplications, what four block rows take.
 _MIRROR_BLOCKS = 16
+# Of torch 2.9. Reading the old one raises an error for those who have used the new one.
+_NEW_SETTING = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 _FIRST_RETRY = 1e-12  # The first step when zero damping fails.
 
 
@@ -219,31 +221,38 @@ def add_lower_gram_(total: Tensor, rows: Tensor) -> None:
         rows: (tokens, width), in any type.
     """
     cast = rows.to(total.dtype)
-    with exact_tensor_cores(rows.dtype):
+    with tensor_cores(rows):
         for start, end in _blocks(len(total), _GRAM_BLOCKS):
             _add_product_(total[start:end, :end], cast[:, start:end], cast[:, :end])
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add aᵀ b, of any type, to a matrix in float32 or better, which may be on another device."""
-    with exact_tensor_cores(a.dtype):
+    with tensor_cores(a, b):
         _add_product_(total, a.to(total.dtype), b.to(total.dtype))
 
 
 @contextmanager
-def exact_tensor_cores(dtype: torch.dtype) -> Iterator[None]:
-    """Let CUDA multiply in TF32 what was cast to float32 from this type, if that is exact.
+def tensor_cores(*factors: Tensor) -> Iterator[None]:
+    """Let CUDA multiply in TF32 what was cast to float32, if that rounds no factor.
 
     TF32 keeps 10 bits behind the point and float32's exponents, which hold every number of both
-    half-precision types; sums stay in float32. On an H100 this is 7 times as fast.
+    half-precision types; sums stay in float32. At an H100's peaks this is 7 times as fast.
+
+    Args:
+        factors: before they were cast.
     """
+    if not all(x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) for x in factors):
+        yield
+        return
     setting = torch.backends.cuda.matmul
-    before = setting.allow_tf32
-    setting.allow_tf32 = before or dtype in (torch.float16, torch.bfloat16)
+    name, value = ("fp32_precision", "tf32") if _NEW_SETTING else ("allow_tf32", True)
+    before = getattr(setting, name)
+    setattr(setting, name, value)
     try:
         yield
     finally:
-        setting.allow_tf32 = before
+        setattr(setting, name, before)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

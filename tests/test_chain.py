@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from functools import partial
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import FAMILIES, build
 from test_statistics import EVERYTHING, tokens
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import iosvd.statistics.collect as collecting
+from iosvd.errors import ModelError
 from iosvd.models.chain import chained_blocks, without_graph
 from iosvd.models.forward import activation_gradients
 from iosvd.models.sites import SiteSelection, decoder_blocks, find_sites
-from iosvd.statistics.needs import STATISTICS, SiteStatistics
+from iosvd.statistics.needs import STATISTICS, Needs, SiteStatistics
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -53,42 +56,116 @@ def test_statistics_are_those_of_the_whole_graph(
 
 
 def test_one_block_at_a_time_has_a_graph() -> None:
+    """Two gradients go through a block; its graph is freed before the next block has one."""
     model = build("llama")
     blocks = decoder_blocks(model)
-    kept: dict[int, int] = {}  # Outputs with a graph that are alive, by block.
-    most = 0
+    graphs: list[weakref.ref[Any]] = []
+    alive: list[int] = []
 
-    def see(number: int, _: Any, __: Any, output: Tensor) -> None:
-        nonlocal most
+    def see(_: Any, __: Any, output: Tensor) -> None:
         if output.requires_grad:
-            kept[number] = kept.get(number, 0) + 1
-            most = max(most, sum(kept.values()))
-            output.grad_fn.register_prehook(lambda *_: kept.pop(number) and None)
+            graphs.append(node_of(output))
+            alive.append(sum(graph() is not None for graph in graphs))
 
-    for number, block in enumerate(blocks):
-        block.mlp.down_proj.register_forward_hook(partial(see, number))
+    for block in blocks:
+        block.mlp.down_proj.register_forward_hook(see)
     with activation_gradients(model):
         with without_graph(blocks) as chain:
             logits = model(input_ids=tokens()).logits
-        assert not kept
-        chain.back(logits, [torch.ones_like(logits)], lambda _: None)
-    assert most == 1 and not kept
+        assert not graphs
+        chain.back(logits, [torch.ones_like(logits), logits.detach()], lambda _: None)
+    assert alive == [1, 1]
 
 
-def remembering(model: PreTrainedModel) -> None:
+class Node:
+    """Lives as long as a node of a graph."""
+
+
+def node_of(output: Tensor) -> weakref.ref[Node]:
+    assert output.grad_fn is not None
+    output.grad_fn.metadata["node"] = node = Node()
+    return weakref.ref(node)
+
+
+def leaking(model: PreTrainedModel, share: float = 1.0) -> None:
     """The second block also adds what the first one's layer wrote."""
     first, second = decoder_blocks(model)
     written: list[Tensor] = []
     first.mlp.down_proj.register_forward_hook(lambda *call: written.append(call[-1]))
-    second.register_forward_hook(lambda *call: call[-1] + written[-1])
+    second.register_forward_hook(lambda *call: call[-1] + share * written[-1])
 
 
-def test_blocks_that_are_no_chain_keep_their_graph(caplog: pytest.LogCaptureFixture) -> None:
+def writing_over_its_input(model: PreTrainedModel) -> None:
+    def halve(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        given[0].mul_(0.5)
+
+    decoder_blocks(model)[1].register_forward_pre_hook(halve)
+
+
+def called_by_name(model: PreTrainedModel) -> None:
+    second = decoder_blocks(model)[1]
+    plain = second.forward
+    second.forward = lambda **named: plain(**named)
+    second.register_forward_pre_hook(
+        lambda _, given, named: ((), {"hidden_states": given[0], **named}), with_kwargs=True
+    )
+
+
+def holding_a_longer_list(model: PreTrainedModel) -> None:
+    """Experts, for instance: more modules than there are blocks, side by side."""
+    model.experts = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(5))
+    first = decoder_blocks(model.model)[0]
+    first.register_forward_hook(lambda *call: call[-1] + model.experts[3](call[-1]))
+
+
+@pytest.mark.parametrize(
+    "change", [leaking, writing_over_its_input, called_by_name, holding_a_longer_list]
+)
+def test_blocks_that_are_no_chain_keep_their_graph(
+    change: Callable[[PreTrainedModel], None], caplog: pytest.LogCaptureFixture
+) -> None:
     model = build("llama")
-    remembering(model)
+    change(model)
     with caplog.at_level("INFO"):
         assert chained(model) == []
     assert "the activations of all of them are kept" in caplog.text
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_small_leak_is_found_in_half_precision(dtype: torch.dtype) -> None:
+    model = build("llama", dtype)
+    assert chained(model) == decoder_blocks(model)
+    leaking(model, share=0.1)
+    assert chained(model) == []
+
+
+def test_inputs_of_a_last_block_without_a_norm_behind_it_count_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The head reads what the last block returned, the same tensor."""
+    model = build("llama")
+    model.model.norm = nn.Identity()
+    monkeypatch.setattr(collecting, "separate_head", lambda *_: model.lm_head)
+
+    def forward(**named: Any) -> Any:
+        hidden = model.model(input_ids=named["input_ids"]).last_hidden_state
+        return SimpleNamespace(logits=model.lm_head(hidden))
+
+    model.forward = forward
+    one, other = (statistics(model, monkeypatch, whole=whole) for whole in (False, True))
+    for name in one:
+        for field in STATISTICS:
+            assert torch.equal(getattr(one[name], field), getattr(other[name], field)), field
+
+
+def test_a_site_that_no_gradient_reaches_is_named() -> None:
+    model = build("llama")
+    up = decoder_blocks(model)[0].mlp.up_proj
+    up.register_forward_hook(lambda *call: call[-1].detach())
+    sites = find_sites(model, SiteSelection())
+    with pytest.raises(ModelError, match=r"no gradient reaches model.layers.0.mlp.up_proj; exclu"):
+        collecting.collect(model, tokens(), sites, Needs(kl_metric=EVERYTHING.kl_metric))
 
 
 @pytest.mark.parametrize(

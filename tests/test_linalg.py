@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import random_statistics
@@ -19,6 +21,7 @@ from iosvd.linalg import (
     mirror_,
     principal_directions,
     root_of,
+    tensor_cores,
 )
 
 
@@ -103,25 +106,29 @@ def test_tf32_holds_every_number_in_half_precision(dtype: torch.dtype) -> None:
     assert (numbers.view(torch.int32) & 0x1FFF == 0).all()
 
 
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+
+
 @pytest.mark.parametrize(
-    ("dtype", "exact"), [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)]
+    ("dtypes", "on_cuda", "rounds_none"),
+    [
+        *[((half, half), True, True) for half in (HALF, BRAIN)],
+        *[((SINGLE, SINGLE), True, False), ((BRAIN, SINGLE), True, False)],
+        ((HALF, HALF), False, False),
+    ],
 )
-def test_products_use_tf32_only_where_it_is_exact(
-    dtype: torch.dtype, exact: bool, monkeypatch: pytest.MonkeyPatch
+def test_products_use_tf32_where_it_rounds_no_factor(
+    dtypes: tuple[torch.dtype, torch.dtype], on_cuda: bool, rounds_none: bool
 ) -> None:
-    allowed: list[bool] = []
-
-    def see(*_: object) -> None:
-        allowed.append(torch.backends.cuda.matmul.allow_tf32)
+    setting = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(setting, "fp32_precision") else "allow_tf32"
+    before = getattr(setting, name)
+    # Stand-ins for tensors on a GPU, which this machine may not have.
+    factors = [SimpleNamespace(dtype=dtype, is_cuda=on_cuda) for dtype in dtypes]
+    with pytest.raises(ArithmeticError), tensor_cores(*factors):  # type: ignore[arg-type]
+        assert (getattr(setting, name) in (True, "tf32")) == rounds_none
         raise ArithmeticError
-
-    monkeypatch.setattr("iosvd.linalg._add_product_", see)
-    rows, total = torch.ones(3, 8, dtype=dtype), torch.zeros(8, 8)
-    for add in (lambda: add_lower_gram_(total, rows), lambda: add_product_(total, rows, rows)):
-        with pytest.raises(ArithmeticError):
-            add()
-    assert allowed == [exact, exact]
-    assert not torch.backends.cuda.matmul.allow_tf32
+    assert getattr(setting, name) == before
 
 
 def test_products_of_half_precision_are_summed_in_float32() -> None:

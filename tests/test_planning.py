@@ -141,7 +141,7 @@ def test_a_named_card_has_its_published_peaks(source: Path) -> None:  # noqa: F8
 @pytest.mark.parametrize(
     ("memory", "shape", "visits", "passes"),
     [
-        (24, (4096, 11008, 32), False, 13),
+        (24, (4096, 11008, 32), False, 14),
         (80, (5120, 13824, 40), False, 4),
         (12, (4096, 11008, 32), True, 11),
         (24, (5120, 13824, 40), True, 10),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import FAMILIES, build
+from test_chain import node_of
 from test_execution import overrides, source  # noqa: F401 (a fixture)
 from test_statistics import EVERYTHING, tokens
 from torch import Tensor, nn
@@ -88,10 +90,14 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
-@pytest.mark.parametrize("method", ["io_svd_plus", "asvd", "dip_svd_search"])
-def test_a_model_is_compressed_as_on_a_large_device(method: str) -> None:
+@pytest.mark.parametrize("method", ["io_svd_plus", "asvd", "dip_svd_search", "dobi_svd"])
+def test_a_model_is_compressed_as_on_a_large_device(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device weights are copies, which are lost when a visit ends."""
     model, other = build("llama"), build("llama")
     visit_(other, CPU)
+    monkeypatch.setattr(Guest, "sent", lambda _, home: home.clone())
     one, two = (
         compress(each, tokens(), method=method, ratio=0.6, batch_size=4) for each in (model, other)
     )
@@ -116,6 +122,7 @@ def test_a_graph_keeps_no_copy_of_a_weight() -> None:
 def test_training_a_visitor_is_one_line() -> None:
     model = build("llama")
     visit_(model, CPU)
+    model.requires_grad_(True)
     with pytest.raises(ConfigError, match="cannot be trained; set runtime"):
         model(input_ids=tokens())
     with torch.no_grad():  # The failed visit has ended.
@@ -131,6 +138,71 @@ def test_a_visit_ends_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device.there
         raise NumericalError("of a kind")
     assert not device.there and block.mlp.up_proj.weight.isnan().all()
+
+
+def test_an_arrival_that_fails_leaves_the_block_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    visit_(model, CPU)
+    block = decoder_blocks(model)[0]
+    homes = [parameter.data_ptr() for parameter in block.parameters()]
+    sent: list[Tensor] = []
+
+    def fails(_: Guest, home: Tensor) -> Tensor:
+        sent.append(home.clone())
+        if len(sent) == 4:
+            raise torch.OutOfMemoryError
+        return sent[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guest, "sent", fails)
+        with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+            model(input_ids=tokens())
+    assert [parameter.data_ptr() for parameter in block.parameters()] == homes
+    assert block.guest._visits == 0
+
+
+def test_graphs_through_visitors_are_freed_without_a_backward_pass() -> None:
+    model = build("llama")
+    visit_(model.requires_grad_(False), CPU)
+    graphs = []
+
+    def see(*call: Any) -> None:
+        graphs.append(node_of(call[-1]))
+
+    decoder_blocks(model)[0].mlp.act_fn.register_forward_hook(see)
+    hidden = torch.ones(1, 4, 16, requires_grad=True)
+    model(inputs_embeds=hidden)
+    assert graphs[0]() is None
+
+
+def test_what_is_outside_of_blocks_moves_and_buffers_of_blocks_stay() -> None:
+    """To the meta device, whose tensors are told from those of main memory."""
+    model = build("llama")
+    blocks = decoder_blocks(model)
+    for number, block in enumerate(blocks):
+        block.register_buffer("scale", torch.full((1,), float(number)))
+    visit_(model, torch.device("meta"))
+    inside = [t for block in blocks for t in [*block.parameters(), *block.buffers()]]
+    assert {t.device.type for t in inside} == {"cpu"}
+    outside = [model.lm_head.weight, model.model.embed_tokens.weight, model.model.norm.weight]
+    assert {t.device.type for t in outside} == {"meta"}
+    assert [float(block.scale) for block in blocks] == [0.0, 1.0]
+    assert device_of(blocks[0]) == torch.device("meta")
+
+
+def test_the_limit_of_visits_is_that_of_one_device(
+    source: Path,  # noqa: F811
+) -> None:
+    from iosvd.runs.config import compose_run
+    from iosvd.runs.steps import loaded, memory_use
+
+    windows = torch.zeros(8, 16, dtype=torch.long)
+    limits = []
+    for option in ("false", "true"):
+        asked = [f"runtime.blocks_on_cpu={option}", "runtime.memory_gib=4"]
+        run = compose_run(overrides(source, *asked))
+        limits.append(memory_use(run, loaded(run), windows).limit_bytes)
+    assert limits[0] == pytest.approx(limits[1], abs=2**26)
 
 
 def test_corrections_that_need_all_blocks_are_refused(source: Path) -> None:  # noqa: F811

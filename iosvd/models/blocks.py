@@ -40,6 +40,12 @@ class Call:
     positional: tuple[Any, ...]
     named: Mapping[str, Any]
 
+    @property
+    def carries_graph(self) -> bool:
+        """Whether one of them has a gradient."""
+        values = (*self.positional, *self.named.values())
+        return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Return the block's output."""
         found = block(hidden, *self.positional, **self.named)

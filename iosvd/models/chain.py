@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from iosvd.errors import ModelError
 from iosvd.models.blocks import Call
 from iosvd.models.forward import replaced_forward
 from iosvd.models.sites import decoder_blocks
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+_LARGEST_DIFFERENCE = 1e-2  # Relative, in bfloat16.
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def without_graph(blocks: Sequence[nn.Module]) -> Iterator[Chain]:
     """Let these blocks keep no graph; the chain holds what a backward pass needs."""
     chain = Chain()
     with ExitStack() as stack:
-        for block in blocks:
+        for block in dict.fromkeys(blocks):
             forward = partial(_forward, chain, block, block.forward)
             stack.enter_context(replaced_forward(block, forward))
         yield chain
@@ -110,21 +112,41 @@ def chained_blocks(model: PreTrainedModel, tokens: Tensor) -> list[nn.Module]:
     """Return the decoder blocks if earlier ones reach each only through its first argument.
 
     If they do not (keys and values that are shared among blocks, inputs for every block that are
-    made from the embeddings), gradients that go back block by block would be wrong, and no block is
-    returned. Found by comparing both on a few tokens.
+    made from the embeddings), gradients that go back block by block would be wrong; nor can every
+    block run twice. Then no block is returned. Found by comparing both on a few tokens.
 
     Args:
         model: in the state of `activation_gradients`.
         tokens: windows (windows, length).
     """
     blocks, few = decoder_blocks(model), tokens[:1, :8].to(model.device)
-    whole, parts = (_gradient(model, chosen, few) for chosen in ([], blocks))
-    # The same operations in the same order: they differ by little more than nothing.
-    tolerance = 8 * torch.finfo(whole.dtype).eps
-    if torch.linalg.norm(parts - whole) <= tolerance * torch.linalg.norm(whole):
+    whole = _gradient(model, [], few)
+    if blocks and _same(whole, _gradient_in_parts(model, blocks, few)):
         return blocks
-    log.info("blocks pass more than hidden states; the activations of all of them are kept")
+    log.info("blocks cannot run again one by one; the activations of all of them are kept")
     return []
+
+
+def _same(whole: Tensor, parts: Tensor | None) -> bool:
+    # The same operations in the same order: they differ by the order of sums on a GPU at most.
+    tolerance = min(8 * torch.finfo(whole.dtype).eps, _LARGEST_DIFFERENCE)
+    if parts is None or not torch.isfinite(whole).all():
+        return False
+    return bool(torch.linalg.norm(parts - whole) <= tolerance * torch.linalg.norm(whole))
+
+
+def _gradient_in_parts(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor
+) -> Tensor | None:
+    """Return the gradient that goes back block by block, None if that raises an error."""
+    try:
+        return _gradient(model, blocks, tokens)
+    except torch.OutOfMemoryError:
+        raise
+    # Whatever a model's own code raises when its blocks are called in another way.
+    except Exception as error:  # noqa: BLE001
+        log.debug("blocks one by one: %s", error)
+        return None
 
 
 def _gradient(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> Tensor:
@@ -137,6 +159,8 @@ def _gradient(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tenso
             logits = model(input_ids=tokens, use_cache=False).logits
     finally:
         hook.remove()
+    if any(visit.call.carries_graph for visit in chain.visits):
+        raise ModelError("a block's other arguments depend on earlier blocks")
     draws = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
     chain.back(logits, [draws.to(logits)], begin=lambda _: None)
     assert leaves[0].grad is not None

@@ -20,16 +20,19 @@ from iosvd.models.sites import decoder_blocks
 def visit_(model: nn.Module, device: torch.device) -> None:
     """Move a model to a device, but for its decoder blocks, which will visit it.
 
-    Weights can be frozen only: training would change the copy on the device.
+    The blocks are frozen: training would change the copy on the device.
     """
-    blocks = decoder_blocks(model)
-    homes = {tensor: tensor.data for block in blocks for tensor in _tensors(block)}
-    for tensor in homes:
-        tensor.data = torch.empty(0, dtype=tensor.dtype)  # Not moved with the rest.
-    model.to(device)
-    for tensor, home in homes.items():
-        tensor.data = home.pin_memory() if device.type == "cuda" else home
+    device = torch.empty(0, device=device).device  # With an index: "cuda" is not equal to "cuda:0".
+    blocks = list(dict.fromkeys(decoder_blocks(model)))
+    inside = {module for block in blocks for module in block.modules()}
+    for module in model.modules():
+        if module not in inside:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
     for block in blocks:
+        block.requires_grad_(False)
+        if device.type == "cuda":
+            for tensor in _tensors(block):
+                tensor.data = tensor.data.pin_memory()
         block.guest = Guest(block, device)  # type: ignore[assignment]
 
 
@@ -58,8 +61,8 @@ def present(module: nn.Module) -> Iterator[None]:
     if guest is None:
         yield
         return
-    guest.arrive()
     try:
+        guest.arrive()
         yield
     finally:
         guest.leave()
@@ -130,7 +133,7 @@ class Guest:
             if weight.untyped_storage().data_ptr() == place:
                 offset = int(tensor.storage_offset())
                 return _Away(weight, tuple(tensor.shape), tensor.stride(), offset)
-        return tensor
+        return tensor.detach()  # The tensor itself may hold the graph that holds this one.
 
     def _unpack(self, packed: Tensor | _Away) -> Tensor:
         if isinstance(packed, Tensor):

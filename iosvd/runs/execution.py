@@ -163,26 +163,33 @@ def _with_less_memory(
         "out of memory; tried once more with batches of %d tokens and %d requests%s",
         smaller.batch_tokens,
         smaller.batch_requests,
-        ", block by block" if smaller.checkpoint_blocks else "",
+        ", decoder blocks in main memory" if smaller.blocks_on_cpu else "",
     )
     retried = {
         "error": reason,
         "batch_tokens": smaller.batch_tokens,
         "batch_requests": smaller.batch_requests,
         "checkpoint_blocks": smaller.checkpoint_blocks,
+        "blocks_on_cpu": smaller.blocks_on_cpu,
     }
     return work(again), retried
 
 
 def with_half_the_batch(run: Run) -> Run:
-    """Return a run with half the batch; a single window is instead processed block by block."""
+    """Return a run with half the batch.
+
+    With a single window the decoder blocks move to main memory, if the method works there, and
+    adapters are trained with the activations of one block at a time.
+    """
     resources, length = run.runtime.resources, max(run.data.calibration.seq_len, run.eval.seq_len)
     whole = resources.batch_tokens // length <= 1
+    can_visit = run.method.correction.works_on_visits and resources.device_map is None
     smaller = replace(
         resources,
         batch_tokens=max(1, resources.batch_tokens // 2),
         batch_requests=max(1, resources.batch_requests // 2),
         checkpoint_blocks=resources.checkpoint_blocks or whole,
+        blocks_on_cpu=resources.blocks_on_cpu or (whole and can_visit),
     )
     return replace(run, runtime=replace(run.runtime, resources=smaller))
 

@@ -13,6 +13,8 @@ from iosvd.cache.calibration import Calibration
 from iosvd.cache.disk import Cache
 from iosvd.cache.store import NoStore, Store
 from iosvd.errors import ConfigError
+from iosvd.models.chain import chained_blocks
+from iosvd.models.forward import activation_gradients
 from iosvd.models.loading import load_model
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import device_of, visitor_bytes
@@ -81,9 +83,15 @@ def memory_use(run: Run, model: PreTrainedModel, tokens: Tensor) -> MemoryUse:
     beside = 0
     if where == devices:
         shapes = activations_of(model, run.model.sites, batch_size(run, tokens) * tokens.shape[1])
-        beside = shapes.bytes(needs) + visitor_bytes(model)
+        chained = not needs.backward or _is_chain(model, tokens)
+        beside = shapes.bytes(needs, chained=chained) + visitor_bytes(model)
     limit = sums_limit(resources.memory_gib, where, beside, run.runtime.parallel.workers)
     return MemoryUse(limit, resources.metrics_on_cpu, resources.checkpoint_blocks)
+
+
+def _is_chain(model: PreTrainedModel, tokens: Tensor) -> bool:
+    with activation_gradients(model):
+        return bool(chained_blocks(model, tokens))
 
 
 def batch_size(run: Run, windows: Tensor) -> int:
@@ -130,7 +138,8 @@ def plan_statistics(run: Run, device: torch.device) -> Planned:
     where = torch.device("cpu") if resources.metrics_on_cpu else device
     activations = shapes.activations.bytes(needs)
     weights = shapes.visiting_bytes if resources.blocks_on_cpu else shapes.weight_bytes
-    beside = activations + weights if where == device else 0
+    at_home = sum(shapes.block_bytes) if resources.blocks_on_cpu else 0
+    beside = activations + weights if where == device else at_home
     limit = sums_limit(resources.memory_gib, [where], beside, run.runtime.parallel.workers)
     passes = shapes.passes(needs, limit)
     peak = taken_bytes(device) + weights

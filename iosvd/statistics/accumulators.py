@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from iosvd.errors import NumericalError
+from iosvd.errors import ModelError, NumericalError
 from iosvd.linalg import add_lower_gram_, add_product_, flat, mirror_, wide
 from iosvd.statistics.kronecker import KroneckerSums
 from iosvd.statistics.needs import Needs, SiteStatistics
@@ -124,6 +124,17 @@ class Sums:
                     raise NumericalError(
                         f"the {what} of {name} have NaN or infinity on the calibration set;"
                         " try model.dtype=float32 or bfloat16"
+                    )
+
+    def check_reached(self) -> None:
+        """Raise for the first site whose output no gradient has reached."""
+        needs = self.needs
+        asked = ((needs.kl_metric, self.kl_metric), (needs.fisher_metric, self.fisher_metric))
+        for name in self.shared:
+            for wanted, sums in (*asked, (needs.gradient_windows > 0, self.gradient)):
+                if wanted and name not in sums:
+                    raise ModelError(
+                        f"no gradient reaches {name}; exclude it (model.sites.exclude)"
                     )
 
     def _named(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:

@@ -67,6 +67,7 @@ def collect(
                 _pass_over(body, tokens, batch_size, sums)
                 sums.kronecker.finish_pass(len(tokens), number == needs.kronecker_passes - 1)
     sums.check()
+    sums.check_reached()
     sums.finish(*tokens.shape)
     return {name: sums.statistics(name) for name in sites}
 
@@ -126,7 +127,9 @@ def _pass_batch(body: _Body, signals: Signals, sums: Sums) -> None:
     def begin(number: int) -> None:
         sums.phase = phases[number]
 
-    chain.back(hidden, _gradients(body.head, hidden.detach(), signals, sums), begin)
+    gradients = _gradients(body.head, hidden.detach(), signals, sums)
+    begin(0)  # Blocks run again, but their inputs have been seen.
+    chain.back(hidden, gradients, begin)
 
 
 def _gradients(head: nn.Module, hidden: Tensor, signals: Signals, sums: Sums) -> list[Tensor]:

@@ -32,9 +32,10 @@ class Activations:
 
     Counted for blocks of linear layers whose weights ask for no gradient, of which one at a time
     has a graph: the output of every layer, the activation function's result, both norms in
-    float32, and for a weight's gradient each layer's input; the input of every block; logits and
-    what the cotangents are made of. Measured within 10 % of the whole peak (make bench), of which
-    it is the smaller part.
+    float32, the cotangents of the widest layers, and for a weight's gradient each layer's input;
+    the input of every block; logits and what the cotangents are made of; what is cast to float32
+    for the sums. Measured within 10 % of the whole peak (make bench), of which it is the smaller
+    part.
     """
 
     shapes: tuple[tuple[Shape, ...], ...]  # Of the linear layers, by decoder block.
@@ -44,9 +45,15 @@ class Activations:
     entry_bytes: int  # Of the model's dtype.
     separate_head: bool = True  # Whether a few logits can be computed at a time.
 
-    def bytes(self, needs: Needs) -> int:
-        """Return the peak bytes of a forward and backward pass."""
-        block = max(self._block(shapes, needs) for shapes in self.shapes)
+    def bytes(self, needs: Needs, *, chained: bool = True) -> int:
+        """Return the peak bytes of a forward and backward pass.
+
+        Args:
+            needs: what is collected.
+            chained: whether blocks keep no graph (models/chain.py).
+        """
+        blocks = [self._block(shapes, needs) for shapes in self.shapes]
+        block = max(blocks) if chained else sum(blocks)
         logits = self.tokens * self.vocabulary
         if self.separate_head:
             logits = min(logits, CHUNK_ENTRIES)
@@ -55,6 +62,8 @@ class Activations:
         # The input of each block, and the gradient of the hidden states in each backward pass.
         states = len(self.shapes) + 1 + self._phases(needs)
         kept = states * self.tokens * self.hidden * self.entry_bytes
+        if not self.separate_head:
+            kept += logits * self.entry_bytes
         # Logits and their gradient in the model's dtype, probabilities or the like in float32.
         head = logits * (2 * self.entry_bytes + 4 * (2 + needs.true_loss))
         return kept + max(block, head)  # One after the other.
@@ -67,10 +76,14 @@ class Activations:
 
     def _block(self, shapes: Iterable[Shape], needs: Needs) -> int:
         shapes = list(shapes)
-        per_token = sum(shape.m for shape in shapes) + max(shape.m for shape in shapes)
+        widest = max(shape.m for shape in shapes)
+        per_token = sum(shape.m for shape in shapes) + widest
+        if needs.backward:
+            per_token += 2 * widest
         if needs.gradient_windows or needs.every_gradient:
             per_token += sum({shape.n for shape in shapes}) + self.hidden
-        return self.tokens * (per_token * self.entry_bytes + 2 * 4 * self.hidden)
+        cast = 4 * widest if self.entry_bytes < 4 else 0
+        return self.tokens * (per_token * self.entry_bytes + 2 * 4 * self.hidden + cast)
 
 
 def sums_limit(

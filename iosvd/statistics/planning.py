@@ -142,9 +142,11 @@ def activations_of(model: PreTrainedModel, selection: SiteSelection, tokens: int
         tuple(Shape(*m.weight.shape) for m in block.modules() if m in linears)
         for block in decoder_blocks(model)
     ]
+    # A model without a list of blocks keeps all of its activations.
+    everything = tuple(Shape(*linear.weight.shape) for linear in linears)
     config = model.config.get_text_config()
     return Activations(
-        shapes=tuple(block for block in blocks if block),
+        shapes=tuple(block for block in blocks if block) or (everything,),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         tokens=tokens,
