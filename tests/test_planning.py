@@ -23,7 +23,7 @@ from iosvd.statistics.kl_metric import Estimator, KLMetric
 from iosvd.statistics.memory import Activations, sums_limit
 from iosvd.statistics.needs import Needs
 from iosvd.statistics.planning import outline, outline_of
-from iosvd.system.machine import GIB, resident_bytes
+from iosvd.system.machine import GIB, release_memory, resident_bytes
 
 IO_SVD = Needs(input_metric=True, kl_metric=KLMetric(5))
 
@@ -175,3 +175,16 @@ def test_large_models_fit_the_gpus_that_people_have(
     needed = found.passes(needs, limit)
     assert max(needed) <= limit
     assert len(needed) <= passes
+
+
+def test_memory_in_small_pieces_goes_back_to_the_system() -> None:
+    """The C library alone would keep what lies below the last piece that is in use."""
+    before = resident_bytes()
+    pieces = [torch.ones(2**14) for _ in range(4000)]  # 250 MiB, each below the mapping threshold.
+    last = torch.ones(2**14)
+    held = resident_bytes() - before
+    del pieces
+    release_memory()
+    assert held > 200 * 2**20
+    assert resident_bytes() - before < held / 4
+    assert float(last.sum()) == 2**14
