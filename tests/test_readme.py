@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy
 import pandas
 import pytest
 import torch
@@ -26,6 +27,7 @@ from iosvd.runs.config import compose, to_run
 from iosvd.whitening import Identity
 
 ROOT = Path(__file__).parents[1]
+TEXTS = ("wikitext2", "ptb", "c4")
 README = (ROOT / "README.md").read_text()
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 
@@ -162,10 +164,14 @@ def test_every_command_has_its_target() -> None:
             assert command.split()[1] in targets, (path.name, command)
 
 
-def test_the_demo_is_the_committed_one() -> None:
-    rendered = rows_of((ROOT / "results" / "tables" / "demo-tiny.md").read_text())
-    shown = [row for row in rows_of(README) if len(row) == 6]
-    assert len(shown) == 17 and shown == rendered
+def test_the_language_model_is_the_rendered_table() -> None:
+    rendered = rows_of((ROOT / "results" / "tables" / "smollm2-smollm2_135m.md").read_text())
+    shown = [row for row in rows_of(README) if len(row) == 5]
+    assert len(shown) == 10 and shown == [row[:5] for row in rendered]
+    frame = pandas.read_csv(ROOT / "results" / "tables" / "smollm2-smollm2_135m.csv")
+    logs = numpy.log(frame.set_index(["label", "ratio"])[[f"{t}_ppl" for t in TEXTS]])
+    ours, theirs = (logs.loc[name, 0.8] - logs.loc["dense", 1.0] for name in ("io_svd", "svd_llm"))
+    assert all((ours / theirs).between(0.25, 0.36))  # "About a third."
 
 
 def test_int8_at_the_same_bytes_is_the_rendered_table() -> None:

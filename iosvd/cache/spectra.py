@@ -19,6 +19,7 @@ from iosvd.scoring import with_fisher_norm, with_loss_change
 from iosvd.statistics.memory import statistics_bytes
 from iosvd.statistics.needs import Needs, SiteStatistics
 from iosvd.system.logs import of_stage
+from iosvd.system.machine import release_memory
 from iosvd.system.progress import track
 from iosvd.system.timing import Stage, StageClock, measured
 from iosvd.types import Spectrum
@@ -105,6 +106,8 @@ class SpectraOf:
                 if not store.keeps:
                     found["spectrum", name] = self._cut(found["spectrum", name], sites[name])
                 del collected.statistics[name]
+            del collected
+            release_memory()  # For the next pass, or for what comes after.
         return stages
 
     def _spectrum(
