@@ -19,6 +19,7 @@ import iosvd.cache.code
 import iosvd.cache.keys
 import iosvd.cache.spectra
 import iosvd.cache.statistics
+import iosvd.runs.execution
 import iosvd.runs.measurement
 import iosvd.trials
 from iosvd.allocation import Allocation, LossAware, SensitivitySearch, Spectral
@@ -30,7 +31,7 @@ from iosvd.errors import ConfigError
 from iosvd.factorization import Factorization
 from iosvd.method import Method
 from iosvd.pipeline import Compressed, compress, factorize
-from iosvd.runs.execution import Outcome, execute
+from iosvd.runs.execution import Outcome, execute, with_half_the_batch
 from iosvd.runs.records import run_folder
 from iosvd.runs.steps import cache_of
 from iosvd.statistics.memory import MemoryUse
@@ -334,6 +335,28 @@ def test_out_of_memory_is_tried_once_more_with_half_the_batch(
     twice = run(source, "ratio=0.5", "whitening.top_k=2")
     assert execute(twice) is Outcome.failed
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "moves"),
+    [
+        ("cuda", [], True),
+        ("cpu", [], False),  # They are there already.
+        ("cuda", ["method=io_svd_anchored"], False),
+        ("cuda", ["runtime.device_map=auto"], False),
+        ("cuda", ["runtime.batch_tokens=64"], False),  # Four windows: half of them are tried.
+    ],
+)
+def test_a_single_window_that_does_not_fit_moves_blocks_to_main_memory(
+    device: str,
+    options: list[str],
+    moves: bool,
+    source: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(iosvd.runs.execution, "device_for", lambda _: device)
+    smaller = with_half_the_batch(run(source, "runtime.batch_tokens=16", *options))
+    assert smaller.runtime.resources.blocks_on_cpu is moves
 
 
 def test_other_errors_are_not_tried_again(source: Path, counter: Counter) -> None:  # noqa: F811

@@ -88,7 +88,8 @@ def load_model(
     if device_map is not None:
         options["device_map"] = device_map
     loaded = _load("AutoModelForCausalLM", model, options).eval()
-    make_ordinary_(loaded)
+    if model.gguf_file is not None:
+        make_ordinary_(loaded)
     _read(loaded)
     if blocks_on_cpu:
         visit_(loaded, torch.device(device))

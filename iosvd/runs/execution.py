@@ -32,6 +32,7 @@ from iosvd.runs.records import (
     run_folder,
 )
 from iosvd.runs.run import Run
+from iosvd.runs.steps import device_for
 from iosvd.runs.tracking import tracked
 from iosvd.system.files import (
     own_folder,
@@ -183,7 +184,11 @@ def with_half_the_batch(run: Run) -> Run:
     """
     resources, length = run.runtime.resources, max(run.data.calibration.seq_len, run.eval.seq_len)
     whole = resources.batch_tokens // length <= 1
-    can_visit = run.method.correction.works_on_visits and resources.device_map is None
+    can_visit = (
+        run.method.correction.works_on_visits
+        and resources.device_map is None
+        and device_for(resources.device) != "cpu"
+    )
     smaller = replace(
         resources,
         batch_tokens=max(1, resources.batch_tokens // 2),
