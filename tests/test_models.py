@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +82,45 @@ def test_an_unreachable_hub_says_which_option_to_set(monkeypatch: pytest.MonkeyP
     with pytest.raises(ModelError, match=r"cannot load org/name.*model\.path=FOLDER") as error:
         load_model(Model("x", hub_id="org/name"))
     assert "\n" not in str(error.value)
+
+
+HUB = """
+import sys
+from iosvd.models.loading import Model, hub_revision
+from iosvd.runs.config import compose_run
+from iosvd.runs.fingerprints import model_identity
+model = Model("x", hub_id="somebody/small")
+run = compose_run(["model=hub", "model.hub_id=somebody/small", "dataset=pydoc", "eval=pydoc"])
+print(hub_revision(model), model_identity(run, hub_revision(model)))
+"""
+
+
+def test_the_commit_of_a_model_on_the_hub_is_known(tmp_path: Path) -> None:
+    """In a cache of the hub's client, without a network; `main` moves to another commit."""
+    place = tmp_path / "hub" / "models--somebody--small"
+    (place / "refs").mkdir(parents=True)
+    found = []
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(ASSETS / "tiny", place / "snapshots" / commit)
+        (place / "refs" / "main").write_text(commit)
+        environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        environment.pop("HF_HUB_CACHE", None)
+        done = subprocess.run(
+            [sys.executable, "-c", HUB],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.split())
+    assert [commit for commit, _ in found] == ["a" * 40, "b" * 40]
+    assert found[0][1] != found[1][1]
+
+
+def test_a_model_folder_that_lacks_a_weight_is_one_line(tmp_path: Path) -> None:
+    model = load_model(Model("tiny", embedded=True, dtype=Dtype.float32))
+    state = {name: value for name, value in model.state_dict().items() if "5.mlp.up" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ModelError, match=r"lacks 1 weights, for instance model.layers.5.mlp.up_pr"):
+        load_model(Model("small", path=str(tmp_path)))

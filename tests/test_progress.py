@@ -80,6 +80,19 @@ def test_a_loop_that_is_left_early_is_no_longer_reported(lines: list[str]) -> No
     assert not progress._loops
 
 
+def test_work_goes_on_where_no_thread_is_to_be_had(
+    lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.threading.Thread, "start", fails)
+        with of_stage("load"):
+            pass
+    assert not progress._stages
+
+
 def test_a_terminal_has_bars_instead(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with of_stage("statistics"):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,8 +109,9 @@ def zero_shot(
         from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    _report(lm, model)
     try:
-        with bars_for_people(), _counted(lm, model):
+        with bars_for_people():
             found = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
@@ -133,21 +133,22 @@ def zero_shot(
     )
 
 
-@contextmanager
-def _counted(lm: Any, model: PreTrainedModel) -> Iterator[None]:
-    """Report how many answers have been scored; a terminal has lm-eval's own bar."""
-    plain = lm.loglikelihood
+def _report(lm: Any, model: PreTrainedModel) -> None:
+    """Let lm-eval's model report how far it is; a terminal has lm-eval's own bar."""
+    # Not public, but the version is pinned: only here are requests tokens.
+    plain = lm._loglikelihood_tokens
 
     def loglikelihood(requests: list[Any], *rest: Any, **options: Any) -> Any:
-        with counted(len(requests), "zero-shot", "answer") as loop:
+        # Answers that differ in their last token alone share a row of a batch.
+        rows = {(*context, *answer[:-1]) for _, context, answer in requests}
+        with counted(len(rows), "zero-shot", "answer") as loop:
             hook = model.register_forward_hook(lambda *call: loop.advance(len(call[-1].logits)))
             try:
                 return plain(requests, *rest, **options)
             finally:
                 hook.remove()
 
-    lm.loglikelihood = loglikelihood
-    yield
+    lm._loglikelihood_tokens = loglikelihood
 
 
 def task_folder(options: ZeroShot, name: str) -> Path:

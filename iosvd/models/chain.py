@@ -22,6 +22,7 @@ from iosvd.models.blocks import Call
 from iosvd.models.forward import replaced_forward
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import present
+from iosvd.system.machine import out_of_memory
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -123,7 +124,6 @@ def chained_blocks(model: PreTrainedModel, tokens: Tensor) -> list[nn.Module]:
     whole = _gradient(model, [], few)
     if blocks and _same(whole, _gradient_in_parts(model, blocks, few)):
         return blocks
-    log.info("blocks cannot run again one by one; the activations of all of them are kept")
     return []
 
 
@@ -141,10 +141,10 @@ def _gradient_in_parts(
     """Return the gradient that goes back block by block, None if that raises an error."""
     try:
         return _gradient(model, blocks, tokens)
-    except torch.OutOfMemoryError:
-        raise
     # Whatever a model's own code raises when its blocks are called in another way.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         log.debug("blocks one by one: %s", error)
         return None
 

@@ -84,10 +84,16 @@ def load_model(
     Raises:
         ModelError: no such model, no network, or a damaged file; the text says what to set.
     """
-    options: dict[str, Any] = {"dtype": model.dtype.torch}
+    options: dict[str, Any] = {"dtype": model.dtype.torch, "output_loading_info": True}
     if device_map is not None:
         options["device_map"] = device_map
-    loaded = _load("AutoModelForCausalLM", model, options).eval()
+    loaded, found = _load("AutoModelForCausalLM", model, options)
+    loaded.eval()
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random.
+        raise ModelError(
+            f"the model in {folder_of(model) or model.hub_id} lacks {len(missing)} weights, for"
+            f" instance {missing[0]}; it may be incomplete"
+        )
     if model.gguf_file is not None:
         make_ordinary_(loaded)
     _read(loaded)
@@ -97,7 +103,6 @@ def load_model(
     return loaded if device_map is not None else loaded.to(device)
 
 
-@torch.no_grad()
 def _read(model: PreTrainedModel) -> None:
     """Read weights that are mapped from a file: unread, they do not count as memory in use."""
     for parameter in model.parameters():
@@ -151,15 +156,39 @@ def gguf_of(model: Model) -> GgufFile | None:
         return None
     if (folder := folder_of(model)) is not None:
         return described(folder / model.gguf_file)
-    from transformers.utils.hub import cached_file
-
-    found = cached_file(str(model.hub_id), model.gguf_file, revision=model.revision or "main")
-    return described(Path(str(found)))
+    return described(_hub_file(model, model.gguf_file))
 
 
 def hub_revision(model: Model) -> str | None:
-    """Return the hub's commit of a model's configuration, None for a local folder."""
-    return None if folder_of(model) else getattr(load_config(model), "_commit_hash", None)
+    """Return the hub's commit of a model, None for a local folder."""
+    if folder_of(model) is not None:
+        return None
+    from transformers.utils.hub import extract_commit_hash
+
+    found = _hub_file(model, model.gguf_file or "config.json")
+    return extract_commit_hash(found.as_posix(), None)
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether there is a model in a folder."""
+    return (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
+
+
+def _hub_file(model: Model, name: str) -> Path:
+    """Return a file of a hub's repository in the local cache, where it is put first."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        return Path(str(cached_file(str(model.hub_id), name, revision=model.revision or "main")))
+    except OSError as error:
+        raise _not_on_hub(model, error) from error
+
+
+def _not_on_hub(model: Model, error: BaseException) -> ModelError:
+    return ModelError(
+        f"cannot load {model.hub_id} from the hub: {one_line(error)[:300]};"
+        " to use a local copy set model.path=FOLDER"
+    )
 
 
 def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
@@ -187,10 +216,7 @@ def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
     except Exception as error:
         if out_of_memory(error):
             raise
-        cause = one_line(error)[:300]
         if folder is not None:
+            cause = one_line(error)[:300]
             raise ModelError(f"cannot load the model in {folder}: {cause}") from error
-        raise ModelError(
-            f"cannot load {model.hub_id} from the hub: {cause};"
-            " to use a local copy set model.path=FOLDER"
-        ) from error
+        raise _not_on_hub(model, error) from error

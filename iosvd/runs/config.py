@@ -22,7 +22,7 @@ from iosvd.data.texts import Dataset
 from iosvd.errors import ConfigError, check_at_least, check_name, one_line
 from iosvd.method import Goal
 from iosvd.models.gguf import gguf_in
-from iosvd.models.loading import Model, context_of
+from iosvd.models.loading import Model, context_of, holds_model
 from iosvd.options import number, typed_group
 from iosvd.presets import conf_folder, method_of
 from iosvd.runs.run import (
@@ -58,7 +58,7 @@ OmegaConf.register_new_resolver(
     "threads_each", lambda workers: max(1, cores() // max(1, workers)), replace=True
 )
 OmegaConf.register_new_resolver(
-    "folder_if_there", lambda path: path if Path(path).is_dir() else None, replace=True
+    "model_if_there", lambda path: path if holds_model(Path(path)) else None, replace=True
 )
 OmegaConf.register_new_resolver(
     "gguf_in", lambda path: gguf_in(Path(path)) if path else None, replace=True
@@ -129,8 +129,11 @@ def to_run(composed: DictConfig, label: str) -> Run:
         OmegaConf.resolve(composed)
         config = OmegaConf.to_container(composed)
     except OmegaConfBaseException as error:
-        # A resolver's own error is the cause, and says more than its wrapper.
-        raise ConfigError(one_line(error.__cause__ or error)) from None
+        # A resolver's own error is the cause, and says more than its wrappers.
+        cause: BaseException = error
+        while isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ConfigError(one_line(cause)) from None
     assert isinstance(config, dict)
     if unknown := sorted(set(config) - set(_GROUPS)):
         raise ConfigError(f"unknown option {unknown[0]}; options: {', '.join(sorted(_GROUPS))}")

@@ -57,7 +57,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     with clock.stage("data"):
         _check_context(run)
         tokenizer = load_tokenizer(run.model)
-        revision = hub_revision(run.model)
+        revision, file = hub_revision(run.model), gguf_of(run.model)
         tokens = calibration_tokens(run, tokenizer, cache, revision)
         texts = evaluation_tokens(run, tokenizer, cache, revision)
         tasks = dict(zip(run.eval.zero_shot.tasks, load_tasks(run.eval.zero_shot), strict=True))
@@ -86,8 +86,8 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "digest": digest(run),
         "label": run.label,
         "model": run.model.name,
-        "model_revision": getattr(model.config, "_commit_hash", None),
-        "model_file": to_json(gguf_of(run.model)),
+        "model_revision": revision,
+        "model_file": to_json(file),
         "ratio": compressed.plan.ratio_asked,
         "target_kl": run.goal.target_kl,
         **_plan_summary(compressed.plan),

@@ -15,7 +15,7 @@ from iosvd.cache.store import NoStore, Store
 from iosvd.errors import ConfigError
 from iosvd.models.chain import chained_blocks
 from iosvd.models.forward import activation_gradients
-from iosvd.models.loading import load_model
+from iosvd.models.loading import hub_revision, load_model
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import device_of, visitor_bytes
 from iosvd.runs.fingerprints import model_identity
@@ -68,7 +68,7 @@ def calibration_of(
         batch_size=batch_size(run, tokens),
         memory=memory_use(run, model, tokens),
         store=store,
-        identity=model_identity(run, getattr(model.config, "_commit_hash", None)),
+        identity=model_identity(run, hub_revision(run.model)),
     )
 
 

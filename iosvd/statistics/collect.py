@@ -10,6 +10,7 @@ so half precision does not underflow. Sums are float32 or better, on the device 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from iosvd.statistics.memory import CHUNK_ENTRIES
 from iosvd.statistics.needs import Needs, SiteStatistics
 from iosvd.statistics.signals import Signals
 from iosvd.system.progress import track
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -93,7 +96,10 @@ def _body(
     head = separate_head(model, tokens)
     if head is None or head in sites.values():  # The hooks must see it at work on whole batches.
         head = nn.Identity()
-    return _Body(model, head, chained_blocks(model, tokens) if needs.backward else [])
+    blocks = chained_blocks(model, tokens) if needs.backward else []
+    if needs.backward and not blocks:
+        log.info("blocks cannot run again one by one; the activations of all of them are kept")
+    return _Body(model, head, blocks)
 
 
 def _pass_over(body: _Body, tokens: Tensor, batch_size: int, sums: Sums) -> None:

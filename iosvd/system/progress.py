@@ -1,7 +1,7 @@
 """Progress of long work: bars on a terminal, and lines in a log where no terminal shows bars.
 
 Work that is done item by item says when it begins, then once a minute how much is done and how long
-the rest will take. A stage without items says once a minute that it is still at work.
+the rest of it will take. A stage without items says once a minute that it is still at work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
-BEAT_SECONDS = 55.0  # Between two lines, so that they are at most a minute apart.
+BEAT_SECONDS = 55.0  # Between two lines of a stage; a minute at most, also under load.
 
 
 @dataclass
@@ -86,13 +86,18 @@ def heartbeat() -> Iterator[None]:
         while not ended.wait(BEAT_SECONDS):
             if _stages[-1:] == [stage]:
                 spent = duration(time.monotonic() - started)
-                log.info("%s", _loops[0].line() if _loops else f"at work, {spent} so far")
+                outermost = _loops[:1]
+                log.info("%s", outermost[0].line() if outermost else f"at work, {spent} so far")
 
     # In a copy of the context, which names the run and the stage in every line.
     run = contextvars.copy_context().run
     thread = threading.Thread(target=run, args=(beat,), name="heartbeat", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # No thread is to be had; the work goes on without.
+        yield
+        return
     _stages.append(stage)
-    thread.start()
     try:
         yield
     finally:
