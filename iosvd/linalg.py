@@ -245,10 +245,17 @@ def tensor_cores(*factors: Tensor) -> Iterator[None]:
     if not all(x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) for x in factors):
         yield
         return
+    with tf32(True):
+        yield
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32 in CUDA's float32 products for a while."""
     setting = torch.backends.cuda.matmul
-    name, value = ("fp32_precision", "tf32") if _NEW_SETTING else ("allow_tf32", True)
+    name = "fp32_precision" if _NEW_SETTING else "allow_tf32"
     before = getattr(setting, name)
-    setattr(setting, name, value)
+    setattr(setting, name, ("tf32" if allowed else "ieee") if _NEW_SETTING else allowed)
     try:
         yield
     finally:

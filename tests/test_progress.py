@@ -1,4 +1,4 @@
-"""What long work says where no terminal shows bars."""
+"""Progress lines in logs, for runs without a terminal."""
 
 from __future__ import annotations
 

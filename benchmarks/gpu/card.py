@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.setting import Setting, Table
+from iosvd import linalg
 
 _LONGEST_SECONDS = 20.0  # Of a single factorisation; longer ones are estimated.
 
@@ -28,18 +28,8 @@ def multiplications_per_second(setting: Setting, dtype: torch.dtype, tf32: bool 
     width = (8192 if dtype.itemsize <= 4 else 4096) if setting.cuda else 512
     a = torch.randn(width, width, device=setting.device).to(dtype)
     b = torch.randn(width, width, device=setting.device).to(dtype)
-    with _tf32(tf32):
+    with linalg.tf32(tf32):
         return width**3 / setting.seconds(lambda: a @ b)
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def ceilings(setting: Setting) -> list[Table]:

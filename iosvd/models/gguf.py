@@ -24,7 +24,7 @@ _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # Of llama.cpp.
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a record says about the file that a model came from."""
+    """The GGUF file of a model, as a run records it."""
 
     name: str
     quantization: str  # The number format of most weights, for instance Q4_1.

@@ -147,7 +147,7 @@ def folder_of(model: Model) -> Path | None:
 
 
 def gguf_of(model: Model) -> GgufFile | None:
-    """Return what a record says of the GGUF file that a model comes from, if it does.
+    """Return the GGUF file of a model, None if it has none.
 
     Raises:
         ModelError: the file cannot be read.

@@ -72,16 +72,17 @@ def execute(run: Run) -> Outcome:
         torch.set_num_threads(run.runtime.parallel.threads)
     try:
         with of_run(folder.name.rpartition("-")[0]), heartbeat(), locked(run):
-            return _execute(run)
+            outcome = _execute(run)
     except Timeout:
         log.info("another process carries out %s", folder)
         return Outcome.elsewhere
     # No failure of one run may end a sweep of two hundred.
     except Exception as error:  # noqa: BLE001
         record_failure(run, error)
-        return Outcome.failed
-    finally:
+        outcome = Outcome.failed
+    if outcome is not Outcome.skipped:  # A run that is skipped has loaded nothing.
         release_memory()
+    return outcome
 
 
 @contextmanager
