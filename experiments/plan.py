@@ -103,6 +103,10 @@ def plan(overrides: list[str]) -> str:
     rows = [
         ("model", f"{run.model.name}, {len(shapes.sites)} sites, {run.label}, on {place}"),
         ("weights", _gib(shapes.weight_bytes)),
+        (
+            "what a ratio refers to",
+            f"{shapes.covered_share:.1%} of the weights of the decoder blocks",
+        ),
         ("activations of a batch", f"{_gib(planned.activations)} for {batch:,} tokens"),
         ("sums of the statistics", f"{_gib(sum(passes))} in all, on {held}"),
         ("sums of the largest pass", _gib(planned.largest)),

@@ -108,7 +108,7 @@ def test_text_that_is_no_utf8_and_rows_without_text_are_one_line(tmp_path: Path)
     (tmp_path / "test.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     with pytest.raises(DataError, match=r"train\.txt is not UTF-8 \(byte 2\)"):
         read_documents(dataset, Split("train"))
-    with pytest.raises(DataError, match=r"test\.jsonl has rows without text"):
+    with pytest.raises(DataError, match=r"test\.jsonl: row 2 has a null in the field 'text'"):
         read_documents(dataset, Split("test"))
 
 

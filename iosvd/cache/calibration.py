@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,15 @@ from iosvd.cache.keys import CacheKeys
 from iosvd.cache.store import NoStore, Store
 from iosvd.errors import ConfigError, ModelError
 from iosvd.layers.replacement import compressed_layers
-from iosvd.models.sites import SiteSelection, find_sites, shared_inputs
+from iosvd.models.routing import without_idle_experts
+from iosvd.models.sites import SiteSelection, covered_share, find_sites, shared_inputs
 from iosvd.statistics.memory import MemoryUse
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+_MOST = 0.9  # Of the weights of the decoder blocks; a smaller share is worth a warning.
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,16 @@ class Calibration:
                 " in it"
             )
         check_dense(model)
+        sites = without_idle_experts(model, tokens, find_sites(model, selection), batch_size)
+        if (share := covered_share(model, sites)) < _MOST:
+            log.warning(
+                "the sites hold %.0f%% of the weights of the decoder blocks; ratios refer to these"
+                " alone, and the others stay as they are",
+                100 * share,
+            )
         return cls(
             model=model,
-            sites=find_sites(model, selection),
+            sites=sites,
             tokens=tokens,
             gradient_tokens=gradient_tokens,
             batch_size=batch_size,

@@ -22,12 +22,12 @@ from iosvd.layers.replacement import compressed_layer, install_, twin_of
 from iosvd.models.blocks import (
     Call,
     HiddenStates,
-    Layout,
     calls_of,
     capture_input,
     hidden_states_of,
-    layout_of,
 )
+from iosvd.models.layout import Layout, layout_of
+from iosvd.models.linear_form import expert_of
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import device_of
 from iosvd.system.progress import track
@@ -36,7 +36,7 @@ from iosvd.types import Site
 
 @torch.no_grad()
 def refit(inputs: CorrectionInputs, options: RefitOptions) -> dict[str, Site]:
-    """Return all sites refitted; the dense model is left as it is."""
+    """Return all sites refitted, but for experts; the dense model is left as it is."""
     model, calibration = inputs.calibration.model, inputs.calibration
     blocks = decoder_blocks(model)
     names_by_block = [_sites_in(model, block, inputs) for block in blocks]
@@ -49,7 +49,9 @@ def refit(inputs: CorrectionInputs, options: RefitOptions) -> dict[str, Site]:
     states = hidden_states_of(prefix, calibration.tokens, calibration.batch_size)
     work = zip(blocks, names_by_block, calls, strict=True)
     for block, names, block_calls in track(work, len(blocks), "refit", "block"):
-        layout = _layout(block, dense_states, block_calls, list(names))
+        # The compressed model routes tokens otherwise, so an expert's inputs have no partners.
+        fitted = [name for name, full in names.items() if expert_of(model, full) is None]
+        layout = _layout(block, dense_states, block_calls, fitted)
         groups = [group[0] for group in layout.groups]
         reached = dense_states.pass_(block, block_calls, ["", *groups])
         sites = {name: inputs.sites[full] for name, full in names.items()}

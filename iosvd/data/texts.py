@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from iosvd.data.pydoc import pydoc_documents
 from iosvd.errors import ConfigError, DataError, check_at_least, extra, one_line
 
+log = logging.getLogger(__name__)
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -71,10 +74,12 @@ def local_file(dataset: Dataset, split: Split) -> Path:
     folder = Path(dataset.path or "")
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; dataset.path must hold {split.name}{SUFFIXES}")
-    found = [folder / f"{split.name}{suffix}" for suffix in SUFFIXES]
-    for path in found:
-        if path.is_file():
-            return path
+    files = [folder / f"{split.name}{suffix}" for suffix in SUFFIXES]
+    if found := [path for path in files if path.is_file()]:
+        if len(found) > 1:
+            others = ", ".join(path.name for path in found[1:])
+            log.warning("%s is read, and %s beside it is not", found[0], others)
+        return found[0]
     held = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)) or "none"
     raise DataError(
         f"{folder} has no {split.name} in txt, jsonl or parquet (found: {held});"
@@ -84,33 +89,78 @@ def local_file(dataset: Dataset, split: Split) -> Path:
 
 def _read_local(path: Path, dataset: Dataset) -> list[str]:
     if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from error
-        if lines[-1] == "":  # After the last newline there is no line.
-            lines.pop()
+        lines = _lines(path)
         # The hub's WikiText rows end in a newline where they are not blank.
         return [f"{x}\n" if x.strip() else "" for x in lines] if dataset.keep_line_ends else lines
-    with extra("pandas"):
-        import pandas
     try:
-        table = (
-            pandas.read_json(path, lines=True, dtype=False)
-            if path.suffix == ".jsonl"
-            else pandas.read_parquet(path)
-        )
+        values = (_of_jsonl if path.suffix == ".jsonl" else _of_parquet)(path, dataset.text_field)
+        return _checked(values, f"{path}: row", dataset.text_field)
     except (ValueError, OSError) as error:
         raise DataError(f"cannot read {path}: {one_line(error)}") from error
-    if dataset.text_field not in table:
-        raise DataError(
-            f"{path} has no field {dataset.text_field!r} (fields: {', '.join(map(str, table))});"
-            " set dataset.text_field"
-        )
-    texts = table[dataset.text_field]
-    if texts.isna().any():
-        raise DataError(f"{path} has rows without {dataset.text_field}; remove them")
-    return [str(text) for text in texts]
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a text file, without a byte order mark."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from error
+    if lines[-1] == "":  # After the last newline there is no line.
+        lines.pop()
+    return lines
+
+
+def _of_jsonl(path: Path, field: str) -> Iterator[Any]:
+    """Yield the field of every row."""
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"line {number} of {path} is no JSON: {one_line(error)}") from error
+        if not isinstance(row, dict) or field not in row:
+            held = ", ".join(row) if isinstance(row, dict) else f"none, but a {_kind(row)}"
+            raise _no_field(f"line {number} of {path}", field, held)
+        yield row[field]
+
+
+def _of_parquet(path: Path, field: str) -> Iterator[Any]:
+    """Yield the field of every row; no other column is read."""
+    with extra("pyarrow"):
+        from pyarrow.parquet import ParquetFile
+    with ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if field not in names:
+            raise _no_field(str(path), field, ", ".join(names))
+        for batch in file.iter_batches(columns=[field]):
+            yield from batch.column(0).to_pylist()
+
+
+def _no_field(where: str, field: str, held: str) -> DataError:
+    return DataError(f"{where} has no field {field!r} (fields: {held}); set dataset.text_field")
+
+
+def _checked(values: Iterable[Any], where: str, field: str) -> list[str]:
+    """Return the values of a field.
+
+    Raises:
+        DataError: one of them is no text.
+    """
+    texts = []
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, str):
+            raise DataError(
+                f"{where} {number} has a {_kind(value)} in the field {field!r}, not a text; set"
+                " dataset.text_field to a field of texts, or make texts of the rows"
+            )
+        texts.append(value)
+    return texts
+
+
+def _kind(value: Any) -> str:
+    kinds = {type(None): "null", list: "list", dict: "table", bool: "truth value"}
+    return kinds.get(type(value), "number" if isinstance(value, int | float) else "value")
 
 
 def _read_hub(dataset: Dataset, split: Split) -> list[str]:
@@ -126,7 +176,8 @@ def _read_hub(dataset: Dataset, split: Split) -> list[str]:
     try:
         rows = datasets.load_dataset(dataset.hub_id, dataset.hub_config, split=name, **options)
         texts = (row[dataset.text_field] for row in rows)
-        return list(islice(texts, split.max_documents) if split.max_documents else texts)
+        chosen = islice(texts, split.max_documents) if split.max_documents else texts
+        return _checked(chosen, f"{dataset.hub_id}: row", dataset.text_field)
     except KeyError:
         raise DataError(
             f"{dataset.hub_id} has no field {dataset.text_field!r}; set dataset.text_field"

@@ -7,133 +7,28 @@ loading fails on the shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from iosvd.errors import CheckpointError, StorageError, one_line
 from iosvd.layers.checkpoint_checks import check_tensors, check_values, tensors_in
-from iosvd.layers.four_bit import FourBitLinear
-from iosvd.layers.modules import StoredLinear, empty_layer
+from iosvd.layers.description import METHOD, LowRankConfig
 from iosvd.layers.replacement import compressed_layers, densify_
-from iosvd.layers.rows import RowLayout
+from iosvd.models.linear_form import from_linear_form_, to_linear_form_
 from iosvd.plan import Plan
 from iosvd.system.files import remove_abandoned, written_whole
-from iosvd.system.json_files import DamagedError, typed
 from iosvd.system.versions import library_versions
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-METHOD = "iosvd"
-
-
-@dataclass(frozen=True)
-class _Description:
-    """The description of the compressed layers in config.json."""
-
-    ranks: dict[str, int]
-    rows: dict[str, dict[str, dict[str, Any]]]  # Of each matrix, a `RowLayout`.
-    four_bit: dict[str, int]
-    biases: list[str]
-
-
-@register_quantization_config(METHOD)
-class LowRankConfig(QuantizationConfigMixin):
-    """How each compressed layer is stored, by qualified name, as in config.json.
-
-    `ranks`: the factorised layers. `rows`: layers with matrices in rows of two widths, one
-    `RowLayout` per matrix. `four_bit`: group sizes of layers in four bits. `biases`: layers that
-    have a bias although the architecture has none.
-    """
-
-    def __init__(
-        self,
-        ranks: Mapping[str, int],
-        rows: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
-        four_bit: Mapping[str, int] | None = None,
-        biases: Sequence[str] | None = None,
-        **_: Any,
-    ) -> None:
-        given = {
-            "ranks": ranks,
-            "rows": {} if rows is None else rows,
-            "four_bit": {} if four_bit is None else four_bit,
-            "biases": [] if biases is None else biases,
-        }
-        try:
-            found = typed(_Description, given, "quantization_config")
-        except DamagedError as error:
-            raise CheckpointError(f"config.json: {error}; save the checkpoint again") from None
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.ranks, self.rows = found.ranks, found.rows
-        self.four_bit, self.biases = found.four_bit, found.biases
-
-    @classmethod
-    def of(cls, model: nn.Module) -> LowRankConfig:
-        """Describe the compressed layers of a model."""
-        ranks, rows, four_bit = {}, {}, {}
-        for name, layer in compressed_layers(model).items():
-            if isinstance(layer, FourBitLinear):
-                four_bit[name] = layer.group
-            elif isinstance(layer, StoredLinear):
-                if layer.rank is not None:
-                    ranks[name] = layer.rank
-                if layer.layouts:
-                    rows[name] = {k: layout.to_dict() for k, layout in layer.layouts.items()}
-        biases = [name for name, layer in compressed_layers(model).items() if layer.added_bias]
-        return cls(ranks, rows, four_bit, biases)
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of all compressed layers."""
-        return list({**self.ranks, **self.rows, **self.four_bit})
-
-    def empty(self, name: str, layer: nn.Linear) -> nn.Module:
-        """Return the uninitialised layer that replaces a dense one.
-
-        Raises:
-            CheckpointError: config.json describes an impossible layer.
-        """
-        m, n, added = layer.out_features, layer.in_features, name in self.biases
-        biased = layer.bias is not None or added
-        device, dtype = layer.weight.device, layer.weight.dtype
-        rank = self.ranks.get(name)
-        if rank is not None and not 0 < rank <= min(m, n):
-            raise CheckpointError(
-                f"config.json gives {name} rank {rank}, but the layer is {m} × {n};"
-                " save the checkpoint again"
-            )
-        try:
-            if name in self.four_bit:
-                return FourBitLinear(n, m, self.four_bit[name], biased, device, dtype)
-            of_site = self.rows.get(name, {})
-            layouts = {k: RowLayout.from_dict(layout) for k, layout in of_site.items()}
-            new = empty_layer(n, m, rank, layouts, biased=biased, device=device, dtype=dtype)
-            new.added_bias = added
-            return new
-        except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"config.json describes rows of {name} that cannot be ({one_line(error)});"
-                " save the checkpoint again"
-            ) from error
-
-    def to_dict(self) -> dict[str, Any]:
-        described = {"rows": self.rows, "four_bit": self.four_bit, "biases": self.biases}
-        present = {key: value for key, value in described.items() if value}
-        return {"quant_method": self.quant_method, "ranks": self.ranks, **present}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
 
 
 @register_quantizer(METHOD)
@@ -146,6 +41,7 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
+        to_linear_form_(model)
         stored = tensors_in(checkpoint_files or [])
         for name in self.quantization_config.layers:
             found, layer = _layer(model, name)
@@ -156,7 +52,8 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         # transformers only warns of missing tensors and leaves their memory uninitialised.
-        for name, parameter in model.named_parameters():
+        body = _body_of(model)
+        for name, parameter in body.named_parameters():
             if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
                 raise CheckpointError(
                     f"the checkpoint has no tensor {name}; it is incomplete, save it again"
@@ -170,6 +67,16 @@ class LowRankQuantizer(HfQuantizer):
                 )
         return model
 
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: nn.Module
+    ) -> list[Any]:
+        """Let tensors have the names that they have in the model (`mark_compressed_`)."""
+        return []
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        to_dense_(model, dtype)
+        return model
+
     def is_serializable(self) -> bool:
         return True
 
@@ -178,13 +85,38 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        return True  # Else transformers' Trainer asks for adapters.
+
+    @property
     def is_compileable(self) -> bool:
         return True
 
 
 def mark_compressed_(model: PreTrainedModel) -> None:
-    """Describe the layers in the model's config, so that `save_pretrained` is complete."""
+    """Describe the layers in the model's config, so that `save_pretrained` is complete.
+
+    Tensors are saved under their names in the model: transformers would rename those of some
+    architectures, and merge those of experts, as older files of dense models have them.
+    """
     model.config.quantization_config = LowRankConfig.of(model)
+    model._weight_conversions = []  # type: ignore[assignment]
+
+
+def to_dense_(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+    """Turn a compressed model into an ordinary dense one, in place.
+
+    Raises:
+        CheckpointError: it has biases that its architecture has not.
+    """
+    if added := LowRankConfig.of(model).biases:
+        raise CheckpointError(
+            f"{added[0]} has a bias that a dense {type(model).__name__} has no place for;"
+            " compress with correction.bias=false"
+        )
+    densify_(model, dtype or model.dtype)
+    from_linear_form_(model)
+    model._weight_conversions = None  # type: ignore[assignment]
 
 
 def save(
@@ -218,12 +150,7 @@ def export_dense(
     Raises:
         CheckpointError: as `save`, or the model has biases that its architecture has not.
     """
-    if added := LowRankConfig.of(model).biases:
-        raise CheckpointError(
-            f"{added[0]} has a bias that a dense {type(model).__name__} has no place for;"
-            " compress with correction.bias=false"
-        )
-    densify_(model, model.dtype)
+    to_dense_(model)
     for holder in (model.config, model):
         for name in ("quantization_config", "hf_quantizer", "quantization_method", "is_quantized"):
             if name in vars(holder):
@@ -257,6 +184,15 @@ def _complete_folder(folder: Path) -> Iterator[Path]:
 def _is_write_failure(error: BaseException) -> bool:
     # safetensors reports a full disk as its own error, tokenizers as a plain Exception.
     return isinstance(error, OSError | SafetensorError | StorageError) or type(error) is Exception
+
+
+def _body_of(model: Any) -> nn.Module:
+    """Return the part of a model whose weights a checkpoint must hold: all, or all but a new head.
+
+    A head is new if the checkpoint was saved by another class: transformers initialises it.
+    """
+    saved_by = getattr(model.config, "architectures", None) or [type(model).__name__]
+    return model if type(model).__name__ in saved_by else model.base_model  # type: ignore[no-any-return]
 
 
 def _layer(model: nn.Module, name: str) -> tuple[str, nn.Linear]:

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class CompressedLinear(nn.Module):
-    """A layer that replaces a linear layer and can be turned back into one."""
+class CompressedLinear(nn.Linear):
+    """A layer that replaces a linear layer and can be turned back into one.
+
+    It is one itself, for libraries that ask (peft), but its `weight` is only a part of it.
+    """
 
     def __init__(
         self,
@@ -27,10 +30,10 @@ class CompressedLinear(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would make a weight.
         self.in_features, self.out_features = in_features, out_features
         empty_bias = torch.empty(out_features, device=device, dtype=dtype)
-        self.bias = nn.Parameter(empty_bias) if bias else None
+        self.bias = nn.Parameter(empty_bias) if bias else None  # type: ignore[assignment]
         self.added_bias = False  # Whether the replaced layer has no bias.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -6,6 +6,7 @@ one per site, and holds one block and the hidden states in memory.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,14 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from iosvd.errors import ModelError
 from iosvd.models.forward import replaced_forward
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import device_of
-from iosvd.system.machine import free_bytes
+from iosvd.system.machine import free_bytes, out_of_memory
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+_LARGEST_ERROR = 1e-2  # Relative, in half precision; another computation differs by far more.
+_INSTEAD = "choose correction=none, projected_gradient or lora"
 SHARE = 0.2  # Share of the free memory that one set of hidden states may take.
 
 
@@ -133,7 +138,16 @@ def hidden_states_of(
 
 
 def calls_of(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> list[dict[int, Call]]:
-    """Return each block's other arguments, by the number of windows in a batch."""
+    """Return each block's other arguments, by the number of windows in a batch.
+
+    Raises:
+        ModelError: hidden states cannot be carried from block to block with these.
+    """
+    _check_carried(model, tokens[:2])
+    return _calls(model, tokens, batch_size)
+
+
+def _calls(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> list[dict[int, Call]]:
     blocks = decoder_blocks(model)
     calls: list[dict[int, Call]] = [{} for _ in blocks]
     for size in {min(batch_size, len(tokens)), len(tokens) % batch_size} - {0}:
@@ -152,6 +166,63 @@ def calls_of(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> list[di
                 stack.callback(block.register_forward_pre_hook(see, with_kwargs=True).remove)
             model(input_ids=tokens[:size].to(model.device), use_cache=False)
     return calls
+
+
+@torch.no_grad()
+def _check_carried(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Check on these windows that states carried from block to block are those of a forward pass.
+
+    They are not where blocks read what earlier ones leave behind (shared keys and values), or have
+    other arguments that depend on the tokens (an embedding for every layer).
+
+    Raises:
+        ModelError: they are not, blocks share layers, or the model has no list of blocks.
+    """
+    blocks = decoder_blocks(model)
+    if not blocks:
+        raise ModelError(f"{type(model).__name__} has no list of decoder blocks; {_INSTEAD}")
+    weights = [id(parameter) for block in blocks for parameter in block.parameters()]
+    if len(set(weights)) < len(weights):
+        raise ModelError(f"blocks of {type(model).__name__} share layers; {_INSTEAD}")
+    whole = _plain(model, blocks[-1], tokens)
+    carried = _carried(model, blocks, tokens)
+    norm = torch.linalg.norm
+    if carried is None or not norm(carried.to(whole) - whole) <= _LARGEST_ERROR * norm(whole):
+        raise ModelError(
+            f"the blocks of {type(model).__name__} get more from each other or from the tokens than"
+            f" hidden states, so these cannot be carried block by block; {_INSTEAD}"
+        )
+
+
+def _plain(model: PreTrainedModel, last: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the last block's outputs in forward passes of one window each."""
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, __: tuple[Tensor, ...], found: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append(found[0] if isinstance(found, tuple) else found)
+
+    hook = last.register_forward_hook(see)
+    try:
+        for window in tokens.split(1):
+            model(input_ids=window.to(model.device), use_cache=False)
+    finally:
+        hook.remove()
+    return torch.cat(seen)
+
+
+def _carried(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> Tensor | None:
+    """Return the same, carried from block to block; None if that raises an error."""
+    try:
+        carried = hidden_states_of(model, tokens, 1)
+        for block, calls in zip(blocks, _calls(model, tokens, 1), strict=True):
+            carried.pass_(block, calls)
+    # Whatever a model's own code raises when its blocks are called in another way.
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        log.debug("carried hidden states: %s", error)
+        return None
+    return carried.states
 
 
 def capture_input(
@@ -176,56 +247,6 @@ def capture_input(
         with suppress(_ArrivedError):
             call(block, hidden)
     return seen[0], stream[-1]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which sites of a block share inputs, and which write to the residual stream."""
-
-    groups: tuple[tuple[str, ...], ...]  # In order of use; the sites of a group read one tensor.
-    writers: tuple[str, ...]  # Sites whose output is added to the residual stream unchanged.
-
-
-def layout_of(block: nn.Module, hidden: Tensor, call: Call, sites: Sequence[str]) -> Layout:
-    """Run a block to find which sites share an input and which write to the residual stream.
-
-    A site writes to the stream if, with all other sites returning zero, the block returns its input
-    plus the site's output. Blocks that normalise after the addition have no such site.
-    """
-    seen: dict[int, list[str]] = {}
-    inputs: list[Tensor] = []  # Kept alive, so that ids stay unique.
-    with ExitStack() as stack:
-        for name in sites:
-
-            def see(_: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
-                inputs.append(given[0])
-                seen.setdefault(id(given[0]), []).append(name)
-
-            hook = block.get_submodule(name).register_forward_pre_hook(see)
-            stack.callback(hook.remove)
-        call(block, hidden)
-    order = [name for group in seen.values() for name in group]
-    writers = tuple(name for name in order if _writes(block, hidden, call, name, order))
-    return Layout(tuple(map(tuple, seen.values())), writers)
-
-
-def _writes(block: nn.Module, hidden: Tensor, call: Call, name: str, sites: Sequence[str]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    loud = torch.randn(hidden.shape, generator=generator).to(hidden)
-
-    def answer(site: str, output: Tensor) -> Tensor:
-        return loud.reshape(output.shape) if site == name else torch.zeros_like(output)
-
-    if block.get_submodule(name).out_features != hidden.shape[-1]:
-        return False
-    with ExitStack() as stack:
-        for site in sites:
-            hook = block.get_submodule(site).register_forward_hook(
-                lambda *call, site=site: answer(site, call[-1])
-            )
-            stack.callback(hook.remove)
-        found = call(block, hidden)
-    return torch.allclose(found, hidden + loud, rtol=1e-2, atol=1e-2)
 
 
 def _stopping(seen: list[Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
@@ -89,11 +90,7 @@ def load_model(
         options["device_map"] = device_map
     loaded, found = _load("AutoModelForCausalLM", model, options)
     loaded.eval()
-    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random.
-        raise ModelError(
-            f"the model in {folder_of(model) or model.hub_id} lacks {len(missing)} weights, for"
-            f" instance {missing[0]}; it may be incomplete"
-        )
+    _check_complete(loaded, found, str(folder_of(model) or model.hub_id))
     if model.gguf_file is not None:
         make_ordinary_(loaded)
     _read(loaded)
@@ -101,6 +98,30 @@ def load_model(
         visit_(loaded, torch.device(device))
         return loaded
     return loaded if device_map is not None else loaded.to(device)
+
+
+def _check_complete(loaded: PreTrainedModel, found: Mapping[str, Any], source: str) -> None:
+    """Raise ModelError unless the weights are those of the architecture, all and no others."""
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{source} holds an adapter (adapter_config.json) beside the model; merge it first"
+            " (peft: merge_and_unload, then save_pretrained), or remove it"
+        )
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random.
+        raise ModelError(
+            f"the model in {source} lacks {len(missing)} weights, for instance {missing[0]}; it may"
+            " be incomplete"
+        )
+    # Old files hold masks, which are computed today.
+    computed = tuple(name for name, _ in loaded.named_buffers())
+    masks = {key for key in found["unexpected_keys"] if key.endswith("masked_bias")}
+    masks |= {key for key in found["unexpected_keys"] for n in computed if n.endswith(key)}
+    if unexpected := sorted(set(found["unexpected_keys"]) - masks):  # It would leave them out.
+        raise ModelError(
+            f"the model in {source} has {len(unexpected)} weights that"
+            f" {type(loaded).__name__} has no place for, for instance {unexpected[0]}; its"
+            " config.json may name another architecture"
+        )
 
 
 def _read(model: PreTrainedModel) -> None:
@@ -199,6 +220,11 @@ def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
         raise ConfigError(f"model {model.name} has no source; set model.path=FOLDER")
     needed = model.gguf_file or "config.json"
     if folder is not None and not (folder / needed).is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{folder} holds an adapter without its model; merge them first (peft:"
+                " merge_and_unload, then save_pretrained)"
+            )
         raise ModelError(f"{folder} is not a model folder: it has no {needed}; set model.path")
     options = {**options, "trust_remote_code": model.trust_remote_code}
     if model.gguf_file is not None:

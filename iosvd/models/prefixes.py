@@ -7,6 +7,7 @@ average, with the same result to the bit.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 
 from iosvd.models.forward import replaced_forward
 from iosvd.models.sites import decoder_blocks
-from iosvd.system.machine import free_bytes
+from iosvd.system.machine import free_bytes, out_of_memory
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
 _SHARE = 0.25  # Share of the free memory that the outputs may take.
 
 
@@ -73,7 +75,29 @@ def remember(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Prefix
             batch = windows[start : start + batch_size].to(model.device)
             model(input_ids=batch, use_cache=False)
         outputs[start] = tuple(seen)
-    return Prefixes(blocks, outputs)
+    found = Prefixes(blocks, outputs)
+    return found if _equal_whole(model, windows[:batch_size], found) else Prefixes(blocks, {})
+
+
+def _equal_whole(model: PreTrainedModel, batch: Tensor, prefixes: Prefixes) -> bool:
+    """Whether forward passes of the first batch that start at a block equal whole ones.
+
+    They do not if blocks leave something behind for later ones (shared keys and values).
+    """
+    batch = batch.to(model.device)
+    whole = model(input_ids=batch, use_cache=False).logits
+    try:
+        for first in {1, len(prefixes.blocks) - 1} - {0}:
+            with prefixes.from_block(first, 0):
+                if not torch.equal(model(input_ids=batch, use_cache=False).logits, whole):
+                    return False
+    # Whatever a model's own code raises when it misses what a skipped block leaves behind.
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        log.debug("forward passes that start at a block: %s", error)
+        return False
+    return True
 
 
 def _answer(known: Any, *_: Any, **__: Any) -> Any:

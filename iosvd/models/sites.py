@@ -14,20 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.errors import ConfigError, ModelError, NumericalError
+from iosvd.models.linear_form import expert_of, to_linear_form_
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
+
+
+BLOCKS = ("*.layers.*", "*.h.*", "*.blocks.*")  # Names that architectures give their blocks.
 
 
 @dataclass(frozen=True)
 class SiteSelection:
     """Selects target modules by globs of qualified names (`*` also matches dots) and by type.
 
-    The default takes every linear layer inside the decoder blocks of Llama, Mistral, Qwen, OPT and
-    GPT-NeoX, and leaves embeddings and the language-model head alone.
+    The default takes every linear layer inside decoder blocks, whichever of three names the
+    architecture gives their list, and leaves embeddings and the language-model head alone.
     """
 
-    include: list[str] = field(default_factory=lambda: ["*.layers.*"])
+    include: list[str] = field(default_factory=lambda: list(BLOCKS))
     exclude: list[str] = field(default_factory=list)
     module_types: list[str] = field(default_factory=lambda: ["torch.nn.Linear"])
 
@@ -35,12 +39,15 @@ class SiteSelection:
 def find_sites(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Linear]:
     """Return the target layers by qualified name, in model order, and check their weights.
 
+    Layers that are linear under another form are given the usual one first (`linear_form`).
+
     Raises:
         ConfigError: a module type does not exist or is not a linear layer.
-        ModelError: nothing matches.
+        ModelError: nothing matches, or a weight is used in two places.
         NumericalError: a weight is not finite.
     """
     sites = find_linears(model, selection)
+    _check_unshared(model, sites)
     for name, module in sites.items():
         if module.weight.is_meta:
             raise ModelError(
@@ -59,8 +66,14 @@ def find_linears(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Lin
         ConfigError: a module type does not exist or is not a linear layer.
         ModelError: nothing matches.
     """
+    to_linear_form_(model)
     types = tuple(_module_type(path) for path in selection.module_types)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, types)}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        # Subclasses that compute something else (routers) are no linear layers.
+        if isinstance(module, types) and type(module).forward is nn.Linear.forward
+    }
     sites = {
         name: module
         for name, module in linears.items()
@@ -75,21 +88,60 @@ def find_linears(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Lin
     return sites
 
 
+def _check_unshared(model: nn.Module, sites: Mapping[str, nn.Linear]) -> None:
+    """Raise ModelError for the first site whose weight another module uses too."""
+    places: dict[int, dict[tuple[int, str], str]] = {}  # By weight: holder and its name in there.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = name.rpartition(".")[0]
+        parent, _, child = path.rpartition(".")
+        # A block that stands in two places of the model holds its layers once.
+        place = (id(model.get_submodule(parent)), child)
+        places.setdefault(id(parameter), {}).setdefault(place, path)
+    for name, site in sites.items():
+        others = [path for path in places[id(site.weight)].values() if path != name]
+        if others:
+            raise ModelError(
+                f"{name} shares its weight with {others[0]}, so it cannot be compressed alone;"
+                " exclude it (model.sites.exclude)"
+            )
+
+
+def covered_share(model: nn.Module, sites: Mapping[str, nn.Linear]) -> float:
+    """Return the share of the decoder blocks' weights that sites hold, which a ratio refers to.
+
+    Weights are parameters of two or more dimensions; norms, biases and gates do not count.
+    """
+    mine = {id(site.weight): site.weight.numel() for site in sites.values()}
+    parameters = (p for block in decoder_blocks(model) for p in block.parameters())
+    inside = {id(p): p.numel() for p in parameters if p.dim() > 1}
+    return sum(mine.values()) / sum((inside | mine).values())
+
+
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder blocks: the longest list of modules of one type."""
-    lists = [
-        m for m in model.modules() if isinstance(m, nn.ModuleList) and len({*map(type, m)}) == 1
-    ]
-    return list(max(lists, key=len, default=()))
+    """Return the decoder blocks: of the lists of modules in the decoder, that with most weights.
+
+    Blocks may be of several classes.
+    """
+    # A vision-language model has another list, in its vision tower.
+    decoder = getattr(model, "get_decoder", lambda: model)()
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=_weights_in, default=()))
+
+
+def _weights_in(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
 
 
 def layer_and_role(site: str) -> tuple[int, str]:
-    """Split a site's name at its first number: model.layers.3.mlp.up_proj is (3, mlp.up_proj)."""
+    """Split a site's name at its first number: model.layers.3.mlp.up_proj is (3, mlp.up_proj).
+
+    The numbers of experts are left out: all experts of a layer have the same role.
+    """
     parts = site.split(".")
     place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if place is None:
         return 0, site
-    return int(parts[place]), ".".join(parts[place + 1 :])
+    return int(parts[place]), ".".join(p for p in parts[place + 1 :] if not p.isdecimal())
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
@@ -133,6 +185,8 @@ def shared_inputs(
         # With a mask, transformers does not look at values; meta tensors have none.
         model(input_ids=few, attention_mask=torch.ones_like(few), use_cache=False)
     for name in sites:
+        if name not in shared and expert_of(model, name) is not None:
+            shared[name] = name  # None of the few tokens was routed to it.
         if name not in shared:
             raise ModelError(
                 f"{name} is not used in the model's forward pass; exclude it (model.sites.exclude)"

@@ -21,9 +21,10 @@ from iosvd.errors import ModelError, RecordError
 from iosvd.evaluation.divergence import Context, divergences
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.zero_shot import TaskScore, ZeroShotResult, load_tasks, zero_shot
+from iosvd.layers.reloading import check_reloads
 from iosvd.layers.replacement import stored_bytes, truncated_weights
 from iosvd.models.loading import gguf_of, hub_revision, load_config, load_tokenizer
-from iosvd.models.sites import find_sites
+from iosvd.models.sites import covered_share, find_sites
 from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.plan import Plan
 from iosvd.runs.config import config_of
@@ -68,6 +69,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     calibration = calibration_of(run, model, tokens, cache)
     # Before the work: an impossible budget should not cost a pass over the calibration set.
     run.goal.budget(calibration.sites, run.method)
+    share = covered_share(model, calibration.sites)
     factorized = spectra_for(run.goal, run.method, calibration)
     compressed = compress_to(run.goal, run.method, calibration, factorized)
     del calibration  # It would keep the layers that were replaced.
@@ -91,6 +93,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "ratio": compressed.plan.ratio_asked,
         "target_kl": run.goal.target_kl,
         **_plan_summary(compressed.plan),
+        "covered_share": share,
         "target_bytes": stored_bytes(model, compressed.plan.sites),
         **evaluated,
         **divergence,
@@ -239,6 +242,11 @@ def _save_checkpoint(
 
     remove(folder)  # Left by a run that ended before its metrics were written.
     save(model, folder, plan, tokenizer)
+    try:
+        check_reloads(model, folder)
+    except BaseException:
+        remove(folder)
+        raise
 
 
 def _check_context(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -10,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from iosvd.errors import ModelError, NumericalError
+from iosvd.errors import ConfigError, ModelError, NumericalError
 from iosvd.linalg import add_lower_gram_, add_product_, flat, mirror_, wide
 from iosvd.statistics.kronecker import KroneckerSums
 from iosvd.statistics.needs import Needs, SiteStatistics
@@ -35,7 +36,9 @@ class Sums:
     phase: Phase = Phase.INPUTS
     first_window: int = 0  # Of the batch that passes.
     windows: int = 0  # In that batch.
+    length: int = 0  # Of a window.
     only_kronecker: bool = False  # In the passes after the first.
+    inputs: Counter[str] = field(default_factory=Counter)  # Tokens that reached each site.
     input_metric: dict[str, Tensor] = field(default_factory=dict)
     input_magnitude: dict[str, Tensor] = field(default_factory=dict)
     kl_metric: dict[str, Tensor] = field(default_factory=dict)
@@ -50,6 +53,7 @@ class Sums:
         # Blocks run once more on the way back.
         if self.phase is Phase.INPUTS and self.shared[name] == name and not self.only_kronecker:
             rows = flat(x)
+            self.inputs[name] += len(rows)
             if self.needs.input_metric:
                 self._add_gram(self.input_metric, name, rows)
             if self.needs.input_magnitude:
@@ -74,13 +78,21 @@ class Sums:
             self._add_gram(self.fisher_metric, name, rows)
         if x is None:
             return
-        inputs, length = flat(x), len(rows) // self.windows
+        inputs, whole = flat(x), len(rows) == self.windows * self.length
         scored = max(0, min(self.windows, self.needs.gradient_windows - self.first_window))
+        # The loss of windows that do not count is back-propagated if something else needs it.
+        some = self.needs.every_loss and 0 < scored < self.windows
+        if not whole and self.windows > 1 and (some or self.needs.every_gradient):
+            raise ConfigError(
+                f"{name} sees only some tokens of a window, so gradients of single windows need"
+                f" batches of one window; set runtime.batch_tokens={self.length}"
+            )
         if scored and not self.only_kronecker:
-            kept = scored * length
+            kept = scored * self.length if whole else len(rows)
             self._add_product(self.gradient, name, rows[:kept], inputs[:kept])
         if self.needs.every_gradient:
-            for g, seen in zip(rows.split(length), inputs.split(length), strict=True):
+            size = self.length if whole else len(rows)
+            for g, seen in zip(rows.split(size), inputs.split(size), strict=True):
                 gradient = g.new_zeros(g.shape[1], seen.shape[1], dtype=wide(g.dtype))
                 add_product_(gradient, g, seen)
                 self._see_window(name, gradient)
@@ -150,9 +162,12 @@ class Sums:
         """Turn the sums into means in place; sites that share a metric share its memory."""
         estimates = self.needs.kl_metric.estimates if self.needs.kl_metric else 1
         predictions = length - 1  # In a window; its loss is their mean.
+        # Of the tokens that reach the site: fewer than all for an expert. So σ² weighs a component
+        # by how often it is used: C and the gradients are means over all tokens.
+        for inputs in (self.input_metric, self.input_magnitude):
+            for name, total in inputs.items():
+                total.div_(self.inputs[name])
         for sums, count in (
-            (self.input_metric, windows * length),
-            (self.input_magnitude, windows * length),
             (self.kl_metric, windows * length * estimates),
             (self.fisher_metric, windows * predictions),
             (self.fisher_rows, windows * predictions**2),

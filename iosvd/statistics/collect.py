@@ -114,7 +114,8 @@ def _pass_over(body: _Body, tokens: Tensor, batch_size: int, sums: Sums) -> None
             vocabulary=model.config.get_text_config().vocab_size,
             only_losses=sums.only_kronecker,
         )
-        sums.phase, sums.first_window, sums.windows = Phase.INPUTS, start, len(batch)
+        sums.phase, sums.first_window = Phase.INPUTS, start
+        sums.windows, sums.length = batch.shape
         _pass_batch(body, signals, sums)
         if start == 0:
             sums.check()  # A broken model fails now, not after the whole pass.

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from iosvd.budget import Shape
+from iosvd.errors import IosvdError, one_line
 from iosvd.linalg import GRAM_SHARE
 from iosvd.models.head import has_plain_head
 from iosvd.models.loading import Model, load_config
-from iosvd.models.sites import SiteSelection, decoder_blocks, find_linears, shared_inputs
+from iosvd.models.routing import active_sites
+from iosvd.models.sites import (
+    SiteSelection,
+    covered_share,
+    decoder_blocks,
+    find_linears,
+    shared_inputs,
+)
 from iosvd.statistics.kl_metric import Estimator
 from iosvd.statistics.memory import Activations, groups_within, statistics_bytes
 from iosvd.statistics.needs import Needs
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class Outline:
 
     sites: Mapping[str, Shape]
     shared: Mapping[str, str]  # Site to the first site that reads the same tensor.
+    active: tuple[str, ...]  # Sites that compute for one token: not all experts do.
+    covered_share: float  # Of the decoder blocks' weights, that the sites hold.
     activations: Activations
     weight_bytes: int
     block_bytes: tuple[int, ...]  # Of the decoder blocks' weights.
@@ -61,7 +74,7 @@ class Outline:
     def forward(self) -> int:
         """Multiplications of a forward pass through the linear layers, per token."""
         head = self.activations.hidden * self.activations.vocabulary
-        return head + sum(shape.entries for shape in self.sites.values())
+        return head + sum(self.sites[name].entries for name in self.active)
 
     def statistics(self, needs: Needs, length: int) -> Work:
         """Return the work of collecting all statistics once, per token.
@@ -80,9 +93,10 @@ class Outline:
         probes = 0 if kl is None else kl.probes if kl.estimator is Estimator.probe else kl.top_k
         backward = probes + sampled + needs.true_loss * passes
         weighed = (needs.gradient_windows > 0) + needs.every_gradient * passes
-        shapes = self.sites.values()
+        shapes = [self.sites[name] for name in self.active]
         products = float(weighed * sum(shape.entries for shape in shapes))
-        grams = needs.input_metric * sum(self.sites[x].n ** 2 for x in set(self.shared.values()))
+        readers = {self.shared[name] for name in self.active}
+        grams = needs.input_metric * sum(self.sites[name].n ** 2 for name in readers)
         grams += (probes + (needs.fisher_metric is not None)) * sum(s.m**2 for s in shapes)
         products += GRAM_SHARE * grams
         if needs.kronecker_passes:  # G A Gᵀ or Gᵀ B G, once a window.
@@ -124,11 +138,31 @@ def outline_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) ->
     few = torch.zeros(1, 8, dtype=torch.long)
     return Outline(
         sites={name: Shape(*site.weight.shape) for name, site in sites.items()},
-        shared=shared_inputs(model, few, sites),
+        shared=_shared_inputs(model, few, sites),
+        active=tuple(active_sites(model, sites)),
+        covered_share=covered_share(model, sites),
         activations=activations_of(model, selection, tokens),
         weight_bytes=_bytes(model),
         block_bytes=tuple(map(_bytes, decoder_blocks(model))),
     )
+
+
+def _shared_inputs(
+    model: PreTrainedModel, tokens: Tensor, sites: Mapping[str, nn.Linear]
+) -> dict[str, str]:
+    """Return `shared_inputs`; each site alone if the model cannot run without values."""
+    try:
+        return shared_inputs(model, tokens, sites)
+    except IosvdError:
+        raise
+    # Whatever a model's own code raises when it looks at values of the meta device.
+    except Exception as error:  # noqa: BLE001
+        log.info(
+            "this architecture runs with values only, so inputs that layers share (q, k, v) are"
+            " counted for each: the plan is an upper bound (%s)",
+            one_line(error)[:100],
+        )
+        return {name: name for name in sites}
 
 
 def _bytes(module: nn.Module) -> int:
@@ -137,7 +171,8 @@ def _bytes(module: nn.Module) -> int:
 
 def activations_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) -> Activations:
     """Return the activations of a batch of this many tokens."""
-    linears = set(find_linears(model, selection).values())
+    sites = find_linears(model, selection)
+    linears = {sites[name] for name in active_sites(model, sites)}
     blocks = [
         tuple(Shape(*m.weight.shape) for m in block.modules() if m in linears)
         for block in decoder_blocks(model)
