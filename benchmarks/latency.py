@@ -10,7 +10,6 @@ the table and writes it to results/tables/latency-<device>.md.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -24,6 +23,7 @@ from iosvd.layers import rows as rows_module
 from iosvd.layers.four_bit import FourBitLinear, quantize_groups
 from iosvd.layers.modules import LowRankLinear, RowLinear, StoredLinear
 from iosvd.layers.rows import PACKED_ROWS, RowLayout, store_rows
+from iosvd.system.commands import arguments
 from iosvd.system.files import made, write_text
 from iosvd.system.versions import commit
 
@@ -149,7 +149,7 @@ if __name__ == "__main__":
     with exit_in_one_line():
         from iosvd.runs.steps import device_for
 
-        asked = device_for(sys.argv[1] if len(sys.argv) > 1 else "auto")
+        asked = device_for((arguments(__doc__) or ["auto"])[0])
         page = report(asked)
         target = Path("results/tables") / f"latency-{asked.partition(':')[0]}.md"
         made(target.parent)

@@ -9,7 +9,6 @@ statistics of two allocations, of which one needs the gradient of the loss. Writ
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from multiprocessing import get_context
@@ -26,6 +25,7 @@ from iosvd.errors import exit_in_one_line
 from iosvd.runs.config import compose_run
 from iosvd.runs.run import Run
 from iosvd.runs.steps import calibration_of, device_for, loaded, plan_statistics
+from iosvd.system.commands import arguments
 from iosvd.system.files import made, write_text
 from iosvd.system.machine import GIB
 from iosvd.system.timing import measured
@@ -106,4 +106,4 @@ def _write_model(folder: Path) -> None:
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        print(benchmark(sys.argv[1:]))
+        print(benchmark(arguments(__doc__)))

@@ -12,7 +12,6 @@ them to <results>/tables/rounding-<model>.md.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from iosvd.quantization.scores import row_scores
 from iosvd.runs.config import compose_run
 from iosvd.runs.run import Run
 from iosvd.runs.steps import batch_size, calibration_of, loaded
+from iosvd.system.commands import arguments
 from iosvd.system.files import made, write_text
 from iosvd.system.progress import track
 from iosvd.system.versions import commit
@@ -229,7 +229,7 @@ def report(bench: Bench) -> str:
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        asked = compose_run([*sys.argv[1:], f"method={METHOD}"])
+        asked = compose_run([*arguments(__doc__), f"method={METHOD}"])
         page = report(Bench.of(asked))
         target = Path(asked.runtime.output.results) / "tables" / f"rounding-{asked.model.name}.md"
         made(target.parent)

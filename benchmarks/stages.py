@@ -12,7 +12,6 @@ attention, norms and the softmax left out of both. Prints the table and writes i
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from iosvd.runs.config import compose_run, own_option
 from iosvd.runs.run import Run
 from iosvd.runs.steps import batch_size, calibration_of, loaded
 from iosvd.statistics.planning import Outline, outline
+from iosvd.system.commands import arguments
 from iosvd.system.files import made, write_text
 from iosvd.system.timing import Stage, StageClock
 from iosvd.system.versions import commit
@@ -167,4 +167,4 @@ def report(
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        benchmark(sys.argv[1:])
+        benchmark(arguments(__doc__))

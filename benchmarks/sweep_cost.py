@@ -22,6 +22,7 @@ import pandas
 from iosvd.errors import exit_in_one_line
 from iosvd.runs.records import read_metrics, run_folder
 from iosvd.sweeps.expansion import sweep_jobs
+from iosvd.system.commands import arguments
 from iosvd.system.files import made, write_text
 from iosvd.system.versions import commit
 from iosvd.tables.sweep import Sweep
@@ -82,4 +83,4 @@ def _stage(record: dict[str, Any], name: str) -> float:
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        print(benchmark(sys.argv[1:]))
+        print(benchmark(arguments(__doc__)))

@@ -10,7 +10,6 @@ instance runtime.results=FOLDER.
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import replace
 
@@ -20,6 +19,7 @@ from iosvd.cache.disk import Cache
 from iosvd.errors import ConfigError, exit_in_one_line
 from iosvd.runs.config import compose_run, own_option
 from iosvd.runs.steps import cache_of
+from iosvd.system.commands import arguments
 from iosvd.system.machine import GIB
 
 
@@ -66,4 +66,4 @@ def _gib(text: str) -> float:
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        print(main(sys.argv[1:]))
+        print(main(arguments(__doc__)))

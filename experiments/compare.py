@@ -15,6 +15,7 @@ from pathlib import Path
 
 from iosvd.errors import RecordError, exit_in_one_line
 from iosvd.runs.config import own_option
+from iosvd.system.commands import arguments
 from iosvd.tables.comparison import compare_with_published, compare_with_table, outside
 from iosvd.tables.sweep import read_table
 
@@ -44,4 +45,4 @@ def compare(overrides: list[str]) -> bool:
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        sys.exit(0 if compare(sys.argv[1:]) else 1)
+        sys.exit(0 if compare(arguments(__doc__)) else 1)

@@ -32,6 +32,7 @@ from iosvd.sweeps.expansion import sweep_jobs
 from iosvd.sweeps.hydra_internals import command_line
 from iosvd.sweeps.launching import carry_out, carry_out_one
 from iosvd.sweeps.status import Stamps, State
+from iosvd.system.commands import arguments
 from iosvd.system.interrupts import interruptible
 from iosvd.system.logs import log_to_console
 
@@ -40,26 +41,27 @@ log = logging.getLogger("iosvd.compress")
 
 def main() -> int:
     """Check and carry out all runs, and report those that are missing at the end."""
-    arguments = command_line()
-    if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
+    arguments(None)
+    command = command_line()
+    if command.help or command.hydra_help or command.cfg or command.info:
         _hydra()
         return 0
     log_to_console()
     try:
-        jobs = sweep_jobs(arguments.overrides) if arguments.multirun else []
-        run = jobs[0].run if jobs else compose_run(arguments.overrides)
+        jobs = sweep_jobs(command.overrides) if command.multirun else []
+        run = jobs[0].run if jobs else compose_run(command.overrides)
         run_folder(run)  # Finds missing files before anything starts.
         cache_of(run).check()
         check_tracking(run.runtime.tracking)
     except (IosvdError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    if not arguments.multirun:
+    if not command.multirun:
         before = Stamps.of([run])
         _hydra()
         return 0 if before.status_of(run).state is State.done else 1
     try:
-        ended = carry_out(jobs, arguments.overrides)
+        ended = carry_out(jobs, command.overrides)
     except (IosvdError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1

@@ -8,10 +8,10 @@ Writes <results>/dashboard.html, one self-contained page for any browser.
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 from iosvd.errors import RecordError, exit_in_one_line
+from iosvd.system.commands import arguments
 from iosvd.system.files import made, write_text
 from iosvd.tables.dashboard import read_runs, to_page
 
@@ -33,4 +33,4 @@ def write(results: Path) -> Path:
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s %(message)s")
     with exit_in_one_line():
-        print(write(Path(*sys.argv[1:2] or ["results"])))
+        print(write(Path(*arguments(__doc__)[:1] or ["results"])))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from iosvd.runs.config import METHOD_GROUPS, config_of, own_option
 from iosvd.runs.records import read_metrics, read_plan_and_spectra, run_folder
 from iosvd.runs.run import Run
 from iosvd.runs.tracking import log_sweep
+from iosvd.system.commands import arguments
 from iosvd.system.files import made, written_whole
 from iosvd.tables.frame import to_frame
 from iosvd.tables.spec import TableSpec
@@ -153,5 +153,5 @@ def _runs(spec: TableSpec, on_disk: OnDisk) -> dict[str, Figure]:
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s %(message)s")
     with exit_in_one_line():
-        for path in draw(sys.argv[1:]):
+        for path in draw(arguments(__doc__)):
             print(path)

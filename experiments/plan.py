@@ -11,7 +11,6 @@ products at its published peaks, so no run is faster. Attention and input/output
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from iosvd.runs.run import Run
 from iosvd.runs.steps import device_for, plan_statistics
 from iosvd.statistics.memory import SPARE
 from iosvd.statistics.planning import Outline
+from iosvd.system.commands import arguments
 from iosvd.system.machine import GIB, free_bytes
 from iosvd.types import Whitener
 
@@ -197,4 +197,4 @@ def _time(seconds: float) -> str:
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        print(plan(sys.argv[1:]))
+        print(plan(arguments(__doc__)))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +37,7 @@ from iosvd.pipeline import compress_to, spectra_for
 from iosvd.runs.config import compose_run, own_option
 from iosvd.runs.run import Run
 from iosvd.runs.steps import batch_size, calibration_of, loaded
+from iosvd.system.commands import arguments
 from iosvd.system.files import made, write_text, written_whole
 from iosvd.system.progress import track
 from iosvd.system.versions import commit
@@ -155,4 +155,4 @@ def _write(run: Run, overrides: list[str], frame: pandas.DataFrame, dense: float
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        print(predict(sys.argv[1:]))
+        print(predict(arguments(__doc__)))

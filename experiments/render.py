@@ -8,10 +8,9 @@ Writes <results>/tables/<experiment>-<model>.md, .csv and .tex, and prints the t
 
 from __future__ import annotations
 
-import sys
-
 from iosvd.errors import exit_in_one_line
 from iosvd.runs.tracking import log_sweep
+from iosvd.system.commands import arguments
 from iosvd.system.files import made, write_text
 from iosvd.tables.frame import to_frame
 from iosvd.tables.latex import to_latex
@@ -37,4 +36,4 @@ def render(overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        render(sys.argv[1:])
+        render(arguments(__doc__))

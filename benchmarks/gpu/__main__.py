@@ -29,6 +29,7 @@ from benchmarks.gpu.inference import decoding, single_layers
 from benchmarks.gpu.numbers import numbers
 from benchmarks.gpu.setting import SIZES, Setting, Table
 from iosvd.errors import ConfigError, exit_in_one_line, one_line
+from iosvd.system.commands import arguments
 from iosvd.system.files import made, write_text
 from iosvd.system.json_files import write_json
 from iosvd.system.versions import commit
@@ -119,4 +120,4 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     with exit_in_one_line():
-        main(sys.argv[1:])
+        main(arguments(__doc__))

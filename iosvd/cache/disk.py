@@ -123,6 +123,21 @@ class Cache(Store):
             "numbers": numbers,
             "commit": _commit(),
         }
+        try:
+            self._write(path, entry, header)
+        except StorageError as error:
+            if not (isinstance(error.__cause__, PermissionError) and is_entry(path)):
+                raise
+            log.warning("%s belongs to somebody else, so this result is not kept", path)
+            return entry
+        self._written.append(key)
+        # Re-read from disk: memory alignment can change rounding, and this process must match
+        # later readers.
+        with suppress(FileNotFoundError):  # Just evicted.
+            return Entry(load_file(path / TENSORS), entry.cost, numbers)
+        return entry
+
+    def _write(self, path: Path, entry: Entry, header: Mapping[str, Any]) -> None:
         with written_whole(path) as temporary:
             temporary.mkdir()
             tensors = {n: t.detach().to("cpu").contiguous() for n, t in entry.tensors.items()}
@@ -132,12 +147,6 @@ class Cache(Store):
                 {**header, "tensors_sha256": file_digest(temporary / TENSORS)},
             )
             remove(path)  # Of a header that was lost.
-        self._written.append(key)
-        # Re-read from disk: memory alignment can change rounding, and this process must match
-        # later readers.
-        with suppress(FileNotFoundError):  # Just evicted.
-            return Entry(load_file(path / TENSORS), entry.cost, numbers)
-        return entry
 
     @contextmanager
     def locked(self, keys: Iterable[Key]) -> Iterator[None]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from iosvd.data.pydoc import pydoc_documents
 from iosvd.errors import ConfigError, DataError, check_at_least, extra, one_line
+from iosvd.system.files import check_no_pointers
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -79,6 +80,7 @@ def local_file(dataset: Dataset, split: Split) -> Path:
         if len(found) > 1:
             others = ", ".join(path.name for path in found[1:])
             log.warning("%s is read, and %s beside it is not", found[0], others)
+        check_no_pointers(found[0])
         return found[0]
     held = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)) or "none"
     raise DataError(

@@ -39,6 +39,7 @@ class Experts(nn.Module):
             self.add_module(str(number), Expert(layers))
         for name in list(dict(fused.named_parameters(recurse=False))):
             delattr(fused, name)
+        fused._is_hf_initialized = True  # type: ignore[assignment]  # Or transformers tries to.
         self.fused = fused
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

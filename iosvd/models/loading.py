@@ -15,6 +15,7 @@ from iosvd.errors import ConfigError, IosvdError, ModelError, check_installed, o
 from iosvd.models.gguf import GgufFile, context_length, described, make_ordinary_
 from iosvd.models.sites import SiteSelection
 from iosvd.models.visiting import visit_
+from iosvd.system.files import check_no_pointers
 from iosvd.system.json_files import read_json
 from iosvd.system.machine import out_of_memory
 from iosvd.system.progress import bars_for_people
@@ -22,6 +23,8 @@ from iosvd.system.progress import bars_for_people
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Names of the context's length in the configurations of various architectures.
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
@@ -151,12 +154,14 @@ def context_of(folder: str, gguf_file: str | None = None) -> int:
         return context_length(Path(folder) / gguf_file)
     path = Path(folder) / "config.json"
     try:
-        return int(read_json(path)["max_position_embeddings"])
+        config = read_json(path)
+        both = {**config.get("text_config", {}), **config}  # Of a vision-language model.
+        return int(next(both[name] for name in _CONTEXT if name in both))
     except FileNotFoundError:
         raise ModelError(f"{folder} is not a model folder: it has no config.json") from None
     except PermissionError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}; ask its owner") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, StopIteration, TypeError):
         raise ModelError(f"{path} does not name the model's context; set model.seq_len") from None
 
 
@@ -243,6 +248,7 @@ def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
         if out_of_memory(error):
             raise
         if folder is not None:
+            check_no_pointers(folder)
             cause = one_line(error)[:300]
             raise ModelError(f"cannot load the model in {folder}: {cause}") from error
         raise _not_on_hub(model, error) from error

@@ -71,8 +71,7 @@ def find_linears(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Lin
     linears = {
         name: module
         for name, module in model.named_modules()
-        # Subclasses that compute something else (routers) are no linear layers.
-        if isinstance(module, types) and type(module).forward is nn.Linear.forward
+        if isinstance(module, types) and _is_linear(module)
     }
     sites = {
         name: module
@@ -86,6 +85,26 @@ def find_linears(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Lin
             f" exclude={selection.exclude}; layers of type {selection.module_types}: {found}, …"
         )
     return sites
+
+
+def _is_linear(layer: nn.Linear) -> bool:
+    """Whether a layer computes W x + b: classes that inherit from nn.Linear need not (routers)."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    weight = layer.weight
+    if weight.shape != (layer.out_features, layer.in_features):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, layer.in_features, generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        expected = torch.nn.functional.linear(x, weight, layer.bias)
+        try:
+            found = layer(x)
+        except Exception:  # noqa: BLE001 (whatever a model's own code raises)
+            return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return weight.is_meta or bool(torch.norm(found - expected) <= 1e-2 * torch.norm(expected))
 
 
 def _check_unshared(model: nn.Module, sites: Mapping[str, nn.Linear]) -> None:

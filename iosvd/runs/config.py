@@ -14,7 +14,7 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,7 +23,7 @@ from iosvd.errors import ConfigError, check_at_least, check_name, one_line
 from iosvd.method import Goal
 from iosvd.models.gguf import gguf_in
 from iosvd.models.loading import Model, context_of, holds_model
-from iosvd.options import number, typed_group
+from iosvd.options import number, own_error, typed_group
 from iosvd.presets import conf_folder, method_of
 from iosvd.runs.run import (
     CalibrationOptions,
@@ -129,11 +129,7 @@ def to_run(composed: DictConfig, label: str) -> Run:
         OmegaConf.resolve(composed)
         config = OmegaConf.to_container(composed)
     except OmegaConfBaseException as error:
-        # A resolver's own error is the cause, and says more than its wrappers.
-        cause: BaseException = error
-        while isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ConfigError(one_line(cause)) from None
+        raise own_error(error) or ConfigError(one_line(error)) from None
     assert isinstance(config, dict)
     if unknown := sorted(set(config) - set(_GROUPS)):
         raise ConfigError(f"unknown option {unknown[0]}; options: {', '.join(sorted(_GROUPS))}")
@@ -278,11 +274,19 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(_explain(error, overrides)) from None
     # Hydra has plain ValueErrors too, for instance for a group set to null.
     except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(one_line(error)) from None
+        raise own_error(error) or ConfigError(one_line(error)) from None
 
 
 def _explain(error: HydraException, overrides: Sequence[str]) -> str:
     """Say which option was meant, and what its neighbours are called."""
+    ambiguous = re.match(r"Ambiguous value for argument '(.*?=.*)'", str(error))
+    if isinstance(error, OverrideParseException) or ambiguous:
+        given = ambiguous[1] if ambiguous else str(error.override)  # type: ignore[attr-defined]
+        key, _, value = given.partition("=")
+        return (
+            f"{given} has characters that mean something to Hydra; quote the value for Hydra, and"
+            f" all of it for the shell: '{key}=\"{value}\"'"
+        )
     match = re.search(r"Could not override '([^']+)'", str(error))
     if match is None:
         return one_line(error).partition(" Config search path:")[0]

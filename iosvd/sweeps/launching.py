@@ -28,6 +28,7 @@ from iosvd.sweeps.expansion import Job
 from iosvd.sweeps.gpus import COUNT_ONLY, take_gpu
 from iosvd.sweeps.hydra_internals import launcher
 from iosvd.sweeps.status import RunStatus, Stamps, State, status_of
+from iosvd.system.commands import write_what_can_be_written
 from iosvd.system.files import remove_abandoned
 from iosvd.system.interrupts import end_with, raise_if_asked, shield_workers
 from iosvd.system.progress import quiet_libraries
@@ -41,6 +42,7 @@ _WAITING_WORKERS = "hydra_plugins.hydra_joblib_launcher"  # Its workers wait for
 
 def carry_out_one(composed: DictConfig) -> None:
     """Carry out one job of Hydra's launcher, in a worker process if the launcher has workers."""
+    write_what_can_be_written()
     hydra_config = HydraConfig.get()
     if str(hydra_config.launcher._target_).startswith(_WAITING_WORKERS):
         parent = int(os.environ.get(_LAUNCHER, os.getpid()))

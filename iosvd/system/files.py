@@ -26,7 +26,9 @@ from iosvd.errors import StorageError
 
 PARTIAL = ".partial"
 _BLOCK_BYTES = 2**22
+_POINTER, _LARGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _OWNER = re.compile(r"\..*\.([0-9a-f]{8})\.([0-9]{1,9})" + re.escape(PARTIAL), flags=re.DOTALL)
 _UMASK = os.umask(0)
@@ -79,7 +81,7 @@ def partial_of(path: Path) -> Path:
 
 @contextmanager
 def write_failures_explained(path: Path) -> Iterator[None]:
-    """Turn the errors of a full disk or missing permission into StorageError.
+    """Turn the errors of a full disk, missing permission or missing locks into StorageError.
 
     safetensors hides the number of the error in its text.
     """
@@ -92,6 +94,11 @@ def write_failures_explained(path: Path) -> Iterator[None]:
             raise StorageError(
                 f"cannot write {path}: {error.strerror}; ask its owner for permission, or set"
                 " runtime.results and runtime.cache to folders of your own"
+            ) from error
+        if error.errno in _NO_LOCKS:
+            raise StorageError(
+                f"the disk of {path} has no file locks, which keep two runs from writing the same"
+                " file; set runtime.results and runtime.cache to folders on a local disk"
             ) from error
         raise
     except SafetensorError as error:
@@ -113,6 +120,20 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def check_no_pointers(place: Path) -> None:
+    """Raise StorageError if a file, or one in a folder, is what Git LFS leaves for a large file."""
+    for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+        start = b""
+        with suppress(OSError):  # Unreadable, which is another error.
+            if path.is_file() and path.stat().st_size < _LARGEST_POINTER:
+                start = path.read_bytes()
+        if start.startswith(_POINTER):
+            raise StorageError(
+                f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull in its"
+                " repository"
+            )
 
 
 def file_digest(path: Path) -> str:

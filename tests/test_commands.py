@@ -1,0 +1,87 @@
+"""What all commands share: help, paths that begin with ~, terminals that are not UTF-8."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from iosvd.errors import ConfigError, ModelError
+from iosvd.models.loading import ASSETS
+from iosvd.runs.config import compose_run
+from iosvd.system.commands import with_home
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = sorted(
+    path
+    for folder in ("experiments", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8") and path.stem != "compress"
+)
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[bytes]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, check=False
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.stem)
+def test_every_command_says_what_it_does(
+    command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(command), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(command), run_name="__main__")
+    assert not ended.value.code
+    first = command.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+    assert first in capsys.readouterr().out
+
+
+def test_hydra_says_what_the_main_command_does() -> None:
+    done = run(["experiments/compress.py", "--help"])
+    assert done.returncode == 0 and b"== Configuration groups ==" in done.stdout
+
+
+def test_a_terminal_that_is_not_utf8_shows_what_it_can(tmp_path: Path) -> None:
+    """The titles of tables have arrows."""
+    options = ["experiment=demo", f"runtime.results={tmp_path}"]
+    done = run(["experiments/render.py", *options], PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0, done.stderr
+    assert b"ppl ?" in done.stdout
+    assert "ppl ↓" in (tmp_path / "tables" / "demo-tiny.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+def test_a_path_may_begin_with_the_home_folder(quote: str) -> None:
+    home = str(Path.home())
+    assert (
+        with_home(f"model.path={quote}~/model{quote}") == f"model.path={quote}{home}/model{quote}"
+    )
+    assert with_home(f"model.path={quote}~{quote}") == f"model.path={quote}{home}{quote}"
+    for same in ("model.path=a~/b", "~/b", "model.path=~user/b", "x=1", "~key"):
+        assert with_home(same) == same
+
+
+@pytest.mark.parametrize("name", ["a=b", "m#1", "modèle", "x,y", "v1(2)", "it's", "a b"])
+def test_a_path_with_characters_of_hydras_grammar_is_quoted(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.symlink_to(ASSETS / "tiny")
+    quoted = f'model.path="{folder}"'
+    assert compose_run(["model=local", quoted]).model.path == str(folder)
+    try:
+        assert compose_run(["model=local", f"model.path={folder}"]).model.path == str(folder)
+    except ConfigError as error:
+        assert f"'{quoted}'" in str(error) and "\n" not in str(error)
+
+
+def test_the_error_of_a_resolver_is_shown_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError) as error:
+        compose_run(["model=local", f"model.path={tmp_path}"])
+    assert str(error.value).startswith(f"{tmp_path}/config.json does not name the model's context")
