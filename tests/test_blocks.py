@@ -94,9 +94,7 @@ def test_blocks_that_get_more_than_hidden_states_are_refused(layers: int) -> Non
     model = small_model("gemma4_text", num_kv_shared_layers=layers, layer_types=kinds)
     tokens = torch.randint(3, 500, (8, 24), generator=torch.Generator().manual_seed(0))
     for batch in (8, 4):
-        with pytest.raises(
-            ModelError, match=r"get more from each other or.*choose"
-        ):
+        with pytest.raises(ModelError, match=r"get more from each other or.*choose"):
             calls_of(model, tokens, batch)
 
 

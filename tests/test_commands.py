@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -13,7 +16,9 @@ import pytest
 from iosvd.errors import ConfigError, ModelError
 from iosvd.models.loading import ASSETS
 from iosvd.runs.config import compose_run
+from iosvd.runs.execution import Outcome, execute
 from iosvd.system.commands import with_home
+from iosvd.system.hub_cache import unwritable_cache
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(
@@ -85,3 +90,30 @@ def test_the_error_of_a_resolver_is_shown_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as error:
         compose_run(["model=local", f"model.path={tmp_path}"])
     assert str(error.value).startswith(f"{tmp_path}/config.json does not name the model's context")
+
+
+def test_a_cache_of_hugging_face_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "home"
+    monkeypatch.setenv("HF_HOME", str(place))
+    denied = PermissionError(errno.EACCES, "Permission denied", str(place / "datasets"))
+    wrapped = RuntimeError("no items")
+    wrapped.__cause__ = denied
+    for error in (denied, wrapped):
+        assert re.search(r"cannot write their cache .*; set HF_HOME", str(unwritable_cache(error)))
+    other = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "results"))
+    assert unwritable_cache(other) is None and unwritable_cache(ValueError()) is None
+
+
+def test_a_disk_without_locks_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    options = [f"runtime.results={tmp_path}", "calibration.windows=2", "eval.windows=2"]
+    assert execute(compose_run(["method=svd", *options])) is Outcome.failed
+    (failure,) = tmp_path.glob("runs/*/*/failure.json")
+    assert "has no file locks" in json.loads(failure.read_text())["error"]

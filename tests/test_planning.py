@@ -10,12 +10,20 @@ import pytest
 import torch
 from conftest import FAMILIES, build
 from test_execution import overrides, run, source  # noqa: F401 (a fixture)
+from transformers import AutoModelForCausalLM
 
 from experiments import plan
+from experiments.small_models import small_model
 from iosvd.budget import Shape
 from iosvd.errors import ConfigError
 from iosvd.models.loading import Dtype, Model
-from iosvd.models.sites import SiteSelection, decoder_blocks, find_sites, shared_inputs
+from iosvd.models.sites import (
+    SiteSelection,
+    covered_share,
+    decoder_blocks,
+    find_sites,
+    shared_inputs,
+)
 from iosvd.runs.config import compose_run
 from iosvd.runs.steps import loaded, memory_use, plan_statistics
 from iosvd.statistics.fisher import FisherMetric, Labels
@@ -189,3 +197,24 @@ def test_memory_in_small_pieces_goes_back_to_the_system() -> None:
     assert held > 100 * 2**20
     assert resident_bytes() - before < held / 2
     assert float(last.sum()) == 2**14
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "bamba", "qwen3_next", "gpt2", "jetmoe"])
+def test_architectures_are_planned_without_values(kind: str) -> None:
+    """Routing, and some layers with a state, look at values, which the meta device has not."""
+    model = small_model(kind)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager").eval()
+    planned = outline_of(empty, SiteSelection(), 2048)
+    sites = find_sites(model, SiteSelection())
+    assert {n: (s.m, s.n) for n, s in planned.sites.items()} == {
+        n: tuple(site.weight.shape) for n, site in sites.items()
+    }
+    assert planned.covered_share == pytest.approx(covered_share(model, sites))
+    exact = shared_inputs(model, torch.zeros(1, 8, dtype=torch.long), sites)
+    assert len(set(planned.shared.values())) >= len(set(exact.values()))  # At most too much.
+
+
+def test_a_plan_says_what_a_ratio_refers_to() -> None:
+    lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in plan.plan([]).splitlines())
+    assert lines["what a ratio refers to"] == "100.0% of the weights of the decoder blocks"

@@ -13,6 +13,7 @@ from typing import Any
 from iosvd.data.pydoc import pydoc_documents
 from iosvd.errors import ConfigError, DataError, check_at_least, extra, one_line
 from iosvd.system.files import check_no_pointers
+from iosvd.system.hub_cache import unwritable_cache
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -191,6 +192,8 @@ def _read_hub(dataset: Dataset, split: Split) -> list[str]:
         OfflineModeIsEnabled,
         datasets.exceptions.DatasetsError,
     ) as error:
+        if (remedy := unwritable_cache(error)) is not None:
+            raise DataError(f"cannot load {dataset.hub_id} ({name}): {remedy}") from error
         raise DataError(
             f"cannot load {dataset.hub_id} ({name}) from the hub:"
             f" {one_line(error)[:200]};"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from iosvd.errors import DataError, check_at_least, extra, one_line
 from iosvd.evaluation import pydoc_task
+from iosvd.system.hub_cache import unwritable_cache
 from iosvd.system.progress import bars_for_people, counted
 
 if TYPE_CHECKING:  # Both take seconds to import.
@@ -211,6 +212,8 @@ def _load_named(name: str, yaml: str, where: str) -> Task:
             return _only(manager.load([name])["tasks"])
         # datasets and templates raise many types for damaged or missing items.
         except Exception as error:
+            if (remedy := unwritable_cache(error)) is not None:
+                raise DataError(f"cannot load the items of {name}: {remedy}") from error
             cause = one_line(error.__cause__ or error)[:200]
             raise DataError(
                 f"cannot load the items of {name} from {where}: {cause};"

@@ -53,7 +53,7 @@ class Experts(nn.Module):
         total = torch.zeros_like(hidden)
         for number in range(self.num_experts):
             if hidden.is_meta:  # Which tokens are routed where depends on values.
-                self._output(number, hidden)
+                self._output(number, hidden[:])  # Each expert reads a tensor of its own.
                 continue
             token, place = torch.where(chosen == number)
             if len(token):

@@ -16,6 +16,7 @@ from iosvd.models.gguf import GgufFile, context_length, described, make_ordinary
 from iosvd.models.sites import SiteSelection
 from iosvd.models.visiting import visit_
 from iosvd.system.files import check_no_pointers
+from iosvd.system.hub_cache import unwritable_cache
 from iosvd.system.json_files import read_json
 from iosvd.system.machine import out_of_memory
 from iosvd.system.progress import bars_for_people
@@ -211,6 +212,8 @@ def _hub_file(model: Model, name: str) -> Path:
 
 
 def _not_on_hub(model: Model, error: BaseException) -> ModelError:
+    if (remedy := unwritable_cache(error)) is not None:
+        return ModelError(f"cannot load {model.hub_id}: {remedy}")
     return ModelError(
         f"cannot load {model.hub_id} from the hub: {one_line(error)[:300]};"
         " to use a local copy set model.path=FOLDER"

@@ -283,9 +283,10 @@ def _explain(error: HydraException, overrides: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException) or ambiguous:
         given = ambiguous[1] if ambiguous else str(error.override)  # type: ignore[attr-defined]
         key, _, value = given.partition("=")
+        reason = one_line(error).partition(" See https")[0].partition(" 1. ")[0]
         return (
-            f"{given} has characters that mean something to Hydra; quote the value for Hydra, and"
-            f" all of it for the shell: '{key}=\"{value}\"'"
+            f"{given}: {reason}; if the value is one text, quote it for Hydra, and all for the"
+            f" shell: '{key}=\"{value}\"'"
         )
     match = re.search(r"Could not override '([^']+)'", str(error))
     if match is None:

@@ -80,9 +80,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, tokenizer)
     evaluated = _evaluation(run, model, tokenizer, tasks, texts, parts)
     write_json(folder / ANSWERS, evaluated.pop("answers"))
-    divergence = {}
-    if run.eval.kl is not KL.none:
-        divergence = _divergence(run, compressed, factorized, texts, parts)
+    divergence = _divergence(run, compressed, factorized, texts, parts)
     stages = {**clock.stages, **compressed.stages}
     return {
         "digest": digest(run),
@@ -90,7 +88,6 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "model": run.model.name,
         "model_revision": revision,
         "model_file": to_json(file),
-        "ratio": compressed.plan.ratio_asked,
         "target_kl": run.goal.target_kl,
         **_plan_summary(compressed.plan),
         "covered_share": share,
@@ -182,6 +179,8 @@ def _divergence(
     parts: PartialResults,
 ) -> dict[str, Any]:
     """Measure the exact divergence from the dense model, as `eval.kl` asks."""
+    if run.eval.kl is KL.none:
+        return {}
     ranks = compressed.plan.ranks
     dense_model = functools.cache(lambda: loaded(run))
 
@@ -221,6 +220,7 @@ def _first(windows: Tensor, run: Run) -> Tensor:
 
 def _plan_summary(plan: Plan) -> dict[str, Any]:
     return {
+        "ratio": plan.ratio_asked,
         "ratio_achieved": plan.ratio_achieved,
         "bits_kept": plan.bits_kept,
         "bits_total": plan.bits_total,
