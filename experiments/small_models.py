@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 512
-_MOST_PARAMETERS = 6_000_000
+_MOST_PARAMETERS = 5_000_000
 
 # Options of configurations, under all names that they have; a configuration gets those it knows.
 _OPTIONS = {

@@ -164,9 +164,10 @@ def test_every_command_has_its_target() -> None:
 
 
 def test_the_language_model_is_the_rendered_table() -> None:
-    rendered = rows_of((ROOT / "results" / "tables" / "smollm2-smollm2_135m.md").read_text())
+    rendered = rows_of((ROOT / "results" / "tables" / "main-smollm2_135m.md").read_text())
     shown = [row for row in rows_of(README) if len(row) == 5]
-    assert len(shown) == 10 and shown == [row[:5] for row in rendered]
+    measured = [row[:5] for row in rendered if row[2] != "–"]
+    assert len(shown) == 10 and shown == measured
     seeds = ROOT / "results" / "tables" / "smollm2_seeds-smollm2_135m.md"
     means = {
         row[1]: [cell.split(" ± ")[0] for cell in row[2:5]] for row in rows_of(seeds.read_text())
