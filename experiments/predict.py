@@ -98,7 +98,9 @@ def measure(
 ) -> tuple[float, float, float]:
     """Compress to a ratio and return it, the exact KL on held-out text, and the perplexity."""
     model, size = loaded(run), batch_size(run, windows)
-    again = dataclasses.replace(calibration, model=model, sites=find_sites(model, run.model.sites))
+    found = find_sites(model, run.model.sites)
+    sites = {name: found[name] for name in calibration.sites}
+    again = dataclasses.replace(calibration, model=model, sites=sites)
     compress_to(Goal(ratio), run.method, again, factorized)
     kl = divergence(calibration.model, model, windows, size).kl
     return ratio, kl, perplexity(model, windows, size)

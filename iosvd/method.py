@@ -12,6 +12,7 @@ from iosvd.budget import Budget, Shape
 from iosvd.correction import Correction, NoCorrection
 from iosvd.errors import ConfigError, check_installed
 from iosvd.factorization import Factorization
+from iosvd.models.linear_form import RoutedLinear
 from iosvd.quantization import NoQuantization, Quantization
 from iosvd.target import check_target
 from iosvd.whitening import Whitening
@@ -67,7 +68,10 @@ class Goal:
             name: Shape(
                 site.out_features,
                 site.in_features,
-                adds_bias=method.correction.adds_bias and site.bias is None,
+                # No correction refits experts.
+                adds_bias=method.correction.adds_bias
+                and site.bias is None
+                and not isinstance(site, RoutedLinear),
             )
             for name, site in sites.items()
         }

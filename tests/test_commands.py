@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from iosvd.errors import ConfigError, ModelError
 from iosvd.models.loading import ASSETS
 from iosvd.runs.config import compose_run
 from iosvd.runs.execution import Outcome, execute
+from iosvd.sweeps.expansion import expand
 from iosvd.system.commands import with_home
 from iosvd.system.hub_cache import unwritable_cache
 
@@ -69,6 +71,7 @@ def test_a_path_may_begin_with_the_home_folder(quote: str) -> None:
         with_home(f"model.path={quote}~/model{quote}") == f"model.path={quote}{home}/model{quote}"
     )
     assert with_home(f"model.path={quote}~{quote}") == f"model.path={quote}{home}{quote}"
+    assert with_home("key=~/a,~/b") == f"key={home}/a,{home}/b"
     for same in ("model.path=a~/b", "~/b", "model.path=~user/b", "x=1", "~key"):
         assert with_home(same) == same
 
@@ -82,7 +85,15 @@ def test_a_path_with_characters_of_hydras_grammar_is_quoted(name: str, tmp_path:
     try:
         assert compose_run(["model=local", f"model.path={folder}"]).model.path == str(folder)
     except ConfigError as error:
-        assert f"'{quoted}'" in str(error) and "\n" not in str(error)
+        assert "\n" not in str(error)
+        shown = str(error).partition("for the shell: ")[2]
+        assert shlex.split(shown) == [quoted]
+    try:
+        assert expand(["model=local", f"model.path={folder}", "ratio=0.5,0.6"], sweep=True)
+    except ConfigError as error:  # A comma divides the values of a sweep: no folder of that name.
+        assert "for the shell: " in str(error) or "is not a model folder" in str(error)
+    except ModelError as error:
+        assert "," in name and "is not a model folder" in str(error)
 
 
 def test_the_error_of_a_resolver_is_shown_as_it_is(tmp_path: Path) -> None:

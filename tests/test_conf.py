@@ -21,7 +21,8 @@ from iosvd.data.texts import Dataset
 from iosvd.errors import ConfigError, IosvdError
 from iosvd.models.loading import ASSETS, Model
 from iosvd.presets import conf_folder
-from iosvd.runs.config import compose, compose_run, config_of, to_run
+from iosvd.runs.composition import compose
+from iosvd.runs.config import compose_run, config_of, to_run
 from iosvd.runs.run import Evaluation, Run, Tracking
 from iosvd.sweeps.expansion import baselines, expand
 from iosvd.tables.spec import table_spec

@@ -257,6 +257,15 @@ def test_other_fields_are_not_converted(tmp_path: Path) -> None:
         read_documents(Dataset("local", path=str(tmp_path)), Split("train"))
 
 
+def test_half_a_character_and_deep_nesting_end_no_run(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "one \\ud83d"}\n')
+    dataset = Dataset("local", path=str(tmp_path))
+    assert read_documents(dataset, Split("train")) == ["one ?"]
+    (tmp_path / "train.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(DataError, match="line 1 of"):
+        read_documents(dataset, Split("train"))
+
+
 def test_of_two_files_of_one_split_the_one_that_is_read_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

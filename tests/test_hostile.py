@@ -20,7 +20,7 @@ import iosvd.runs.config
 import iosvd.sweeps.expansion
 from experiments import compare, dashboard, draw, render, status
 from iosvd.errors import IosvdError
-from iosvd.runs.config import compose
+from iosvd.runs.composition import compose
 from iosvd.runs.execution import Outcome, execute
 from iosvd.runs.records import run_folder
 from iosvd.sweeps.expansion import sweep_jobs

@@ -25,7 +25,7 @@ from experiments import compress as command
 from experiments import status
 from iosvd.errors import ConfigError
 from iosvd.presets import conf_folder
-from iosvd.runs.config import compose
+from iosvd.runs.composition import compose
 from iosvd.runs.execution import Outcome, execute, locked
 from iosvd.runs.records import run_folder
 from iosvd.runs.run import Run

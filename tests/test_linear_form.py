@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 import iosvd
 from experiments.small_models import small_model
 from iosvd.errors import ConfigError, ModelError
+from iosvd.layers.replacement import compressed_layers
 from iosvd.models.linear_form import Experts, expert_of, from_linear_form_, to_linear_form_
 from iosvd.models.routing import active_sites, routed_tokens, without_idle_experts
 from iosvd.models.sites import SiteSelection, covered_share, find_sites
+from iosvd.presets import preset
 from iosvd.statistics.collect import collect
 from iosvd.statistics.fisher import FisherMetric
 from iosvd.statistics.needs import Needs
@@ -176,3 +183,61 @@ def test_a_copy_routes_alone() -> None:
                 parameter.zero_()
     assert torch.equal(logits(model), before)
     assert not torch.equal(logits(twin), before)
+
+
+def test_experts_without_a_token_in_the_windows_of_the_gradient_have_none() -> None:
+    model = small_model("qwen3_moe", num_local_experts=16)
+    sites = {n: s for n, s in find_sites(model, SiteSelection()).items() if n.endswith(".gate_up")}
+    found = collect(model, tokens(), sites, Needs(gradient_windows=1), batch_size=8)
+    first = tokens()[:1]
+    loss = model(input_ids=first, labels=first, use_cache=False).loss
+    weights = [site.weight for site in sites.values()]
+    expected = torch.autograd.grad(loss, weights, allow_unused=True)
+    assert None in expected  # No token of the first window.
+    for name, one in zip(sites, expected, strict=True):
+        gradient = found[name].gradient
+        assert gradient is not None
+        wanted = torch.zeros_like(gradient) if one is None else one
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["svd_llm_lora", "io_svd_plus", "zs_svd_corrected"])
+def test_corrections_and_int8_work_on_experts_that_are_seldom_used(method: str) -> None:
+    model = small_model("qwen3_moe", num_local_experts=16)
+    result = iosvd.compress(model, tokens(24, 32), method=method, ratio=0.6)
+    assert torch.isfinite(logits(result.model)).all()
+    assert result.plan.ratio_achieved <= 0.6 + 1e-6
+
+
+def test_no_bias_is_counted_where_no_correction_adds_one() -> None:
+    method = preset("io_svd_anchored", 0.6, None)
+    biased = replace(method, correction=replace(method.correction, bias=True))  # type: ignore[type-var]
+    result = iosvd.compress(small_model(MIXTURE), tokens(32), method=biased, ratio=0.6)
+    layers = compressed_layers(result.model)
+    for name, site in result.plan.sites.items():
+        if name in layers:
+            assert site.added_bias == layers[name].added_bias == (".experts." not in name)
+
+
+def test_only_idle_experts_are_an_error() -> None:
+    with pytest.raises(ModelError, match=r"each sees fewer tokens.*calibration\.windows"):
+        iosvd.compress(
+            small_model(MIXTURE),
+            tokens(1, 8),
+            method="io_svd",
+            ratio=0.6,
+            selection=SiteSelection(include=["*.experts.*"]),
+        )
+
+
+def test_the_default_leaves_a_vision_tower_alone() -> None:
+    """Though its blocks are in a list that is called as some decoders call theirs."""
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32,
+              "out_hidden_size": 32, "fullatt_block_indexes": [0]}  # fmt: skip
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    names = list(find_sites(model, SiteSelection()))
+    assert len(names) == 14 and not [name for name in names if "visual" in name]
+    assert "visual" in next(iter(find_sites(model, SiteSelection(include=["*visual*"]))))

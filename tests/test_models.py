@@ -153,10 +153,16 @@ def test_a_folder_with_weights_of_another_architecture_is_refused(tmp_path: Path
         load_model(Model("other", path=str(tmp_path)))
 
 
-def test_masks_that_old_files_hold_are_no_weights(tmp_path: Path) -> None:
-    model = small_model("gpt2")
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "codegen"])
+def test_masks_that_old_files_hold_are_no_weights(kind: str, tmp_path: Path) -> None:
+    model = small_model(kind)
     model.save_pretrained(tmp_path)
-    masks = {"attn.bias": torch.ones(1, 1, 256, 256), "attn.masked_bias": torch.tensor(-1e4)}
+    mask = torch.ones(1, 1, 256, 256)
+    masks = {
+        "attn.bias": mask,
+        "attn.masked_bias": torch.tensor(-1e4),
+        "attn.causal_mask": mask.clone(),
+    }
     _change(tmp_path, {f"transformer.h.0.{name}": mask for name, mask in masks.items()})
     assert load_model(Model("old", path=str(tmp_path), dtype=Dtype.float32)) is not None
 

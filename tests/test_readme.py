@@ -23,7 +23,8 @@ from iosvd.models.loading import ASSETS
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import compress
 from iosvd.quantization import Half
-from iosvd.runs.config import compose, to_run
+from iosvd.runs.composition import compose
+from iosvd.runs.config import to_run
 from iosvd.whitening import Identity
 
 ROOT = Path(__file__).parents[1]

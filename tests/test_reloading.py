@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import iosvd
+from experiments.small_models import small_model
 from iosvd.errors import CheckpointError
 from iosvd.layers.reloading import check_reloads
+from iosvd.models.linear_form import from_linear_form_
 from iosvd.models.loading import ASSETS
 from iosvd.models.sites import SiteSelection
 from iosvd.runs import measurement
@@ -51,6 +53,39 @@ def test_a_config_that_changes_what_is_computed_is_found(tmp_path: Path) -> None
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"inv_freq is different"):
         check_reloads(model, tmp_path / "checkpoint")
+
+
+def test_frequencies_that_follow_the_length_of_the_input_are_not_compared(tmp_path: Path) -> None:
+    half = [1.0] * 8
+    rope = {"rope_type": "longrope", "short_factor": half, "long_factor": [2.0] * 8,
+            "rope_theta": 1e4, "original_max_position_embeddings": 16}  # fmt: skip
+    model = small_model(
+        "phi3", rope_parameters=rope, original_max_position_embeddings=16, pad_token_id=0
+    )
+    long = torch.randint(3, 500, (24, 32), generator=torch.Generator().manual_seed(0))
+    result = iosvd.compress(model, long, method="svd_llm", ratio=0.6)
+    iosvd.save(result.model, tmp_path / "one")
+    check_reloads(result.model, tmp_path / "one")
+
+
+def test_checkpoints_of_the_version_before_load(tmp_path: Path) -> None:
+    """Their experts were dense, and their tensors had the names that transformers gave them."""
+    model = small_model("mixtral")
+    tokens = torch.randint(3, 500, (24, 32), generator=torch.Generator().manual_seed(0))
+    some = SiteSelection(include=["*.self_attn.*"])
+    result = iosvd.compress(model, tokens, method="svd_llm", ratio=0.6, selection=some)
+    with torch.no_grad():
+        expected = result.model(input_ids=tokens[:2], use_cache=False).logits
+    from_linear_form_(result.model)
+    result.model._weight_conversions = None  # type: ignore[assignment]
+    result.model.config.quantization_config.linear_form = False
+    iosvd.save(result.model, tmp_path / "old")
+    names = load_file(tmp_path / "old" / "model.safetensors")
+    assert any("w1" in name for name in names) and not any(".gate_up" in name for name in names)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "old", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = loaded(input_ids=tokens[:2], use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # Experts in another form.
 
 
 def test_the_run_fails_and_keeps_no_checkpoint(

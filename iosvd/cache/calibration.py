@@ -80,6 +80,7 @@ class Calibration:
                 " in it"
             )
         check_dense(model)
+        # For every method, so that ratios of all refer to the same layers.
         sites = without_idle_experts(model, tokens, find_sites(model, selection), batch_size)
         if (share := covered_share(model, sites)) < _MOST:
             log.warning(

@@ -123,8 +123,8 @@ class Training:
                     # Of the sum over tokens: those of the mean underflow in half precision.
                     (found * tokens[part].numel()).backward()
                 for parameter in trained:
-                    assert parameter.grad is not None
-                    parameter.grad /= tokens[batch].numel()
+                    if parameter.grad is not None:  # None: of an expert without a token.
+                        parameter.grad /= tokens[batch].numel()
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()

@@ -120,7 +120,7 @@ def _of_jsonl(path: Path, field: str) -> Iterator[Any]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"line {number} of {path} is no JSON: {one_line(error)}") from error
         if not isinstance(row, dict) or field not in row:
             held = ", ".join(row) if isinstance(row, dict) else f"none, but a {_kind(row)}"
@@ -157,7 +157,7 @@ def _checked(values: Iterable[Any], where: str, field: str) -> list[str]:
                 f"{where} {number} has a {_kind(value)} in the field {field!r}, not a text; set"
                 " dataset.text_field to a field of texts, or make texts of the rows"
             )
-        texts.append(value)
+        texts.append(value.encode("utf-8", "replace").decode("utf-8"))  # Half of a character.
     return texts
 
 

@@ -41,7 +41,8 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        to_linear_form_(model)
+        if self.quantization_config.linear_form:
+            to_linear_form_(model)
         stored = tensors_in(checkpoint_files or [])
         for name in self.quantization_config.layers:
             found, layer = _layer(model, name)
@@ -71,7 +72,8 @@ class LowRankQuantizer(HfQuantizer):
         self, weight_conversions: list[Any], model: nn.Module
     ) -> list[Any]:
         """Let tensors have the names that they have in the model (`mark_compressed_`)."""
-        return []
+        own = self.quantization_config.linear_form
+        return [] if own else super().update_weight_conversions(weight_conversions, model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
         to_dense_(model, dtype)

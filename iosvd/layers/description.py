@@ -28,6 +28,7 @@ class _Description:
     rows: dict[str, dict[str, dict[str, Any]]]  # Of each matrix, a `RowLayout`.
     four_bit: dict[str, int]
     biases: list[str]
+    linear_form: bool
 
 
 @register_quantization_config(METHOD)
@@ -36,7 +37,8 @@ class LowRankConfig(QuantizationConfigMixin):
 
     `ranks`: the factorised layers. `rows`: layers with matrices in rows of two widths, one
     `RowLayout` per matrix. `four_bit`: group sizes of layers in four bits. `biases`: layers that
-    have a bias although the architecture has none.
+    have a bias although the architecture has none. `linear_form`: whether experts and the like are
+    stored as linear layers, and all tensors under the names that they have in the model.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class LowRankConfig(QuantizationConfigMixin):
         rows: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
         four_bit: Mapping[str, int] | None = None,
         biases: Sequence[str] | None = None,
+        linear_form: bool = False,
         **_: Any,
     ) -> None:
         given = {
@@ -52,6 +55,7 @@ class LowRankConfig(QuantizationConfigMixin):
             "rows": {} if rows is None else rows,
             "four_bit": {} if four_bit is None else four_bit,
             "biases": [] if biases is None else biases,
+            "linear_form": linear_form,
         }
         try:
             found = typed(_Description, given, "quantization_config")
@@ -60,6 +64,7 @@ class LowRankConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.ranks, self.rows = found.ranks, found.rows
         self.four_bit, self.biases = found.four_bit, found.biases
+        self.linear_form = found.linear_form
 
     @classmethod
     def of(cls, model: nn.Module) -> LowRankConfig:
@@ -74,7 +79,7 @@ class LowRankConfig(QuantizationConfigMixin):
                 if layer.layouts:
                     rows[name] = {k: layout.to_dict() for k, layout in layer.layouts.items()}
         biases = [name for name, layer in compressed_layers(model).items() if layer.added_bias]
-        return cls(ranks, rows, four_bit, biases)
+        return cls(ranks, rows, four_bit, biases, linear_form=True)
 
     @property
     def layers(self) -> list[str]:
@@ -112,6 +117,7 @@ class LowRankConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         described = {"rows": self.rows, "four_bit": self.four_bit, "biases": self.biases}
+        described |= {"linear_form": self.linear_form}
         present = {key: value for key, value in described.items() if value}
         return {"quant_method": self.quant_method, "ranks": self.ranks, **present}
 

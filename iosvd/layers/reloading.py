@@ -49,5 +49,10 @@ def _failed(model: PreTrainedModel) -> str:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers, also those that are not saved."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Return all parameters and buffers, also those that are not saved.
+
+    Frequencies that are chosen anew for every length of the input are left out.
+    """
+    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    chosen = {n.replace("original_inv_freq", "inv_freq") for n in found if "original_inv_freq" in n}
+    return {name: tensor for name, tensor in found.items() if name not in chosen}

@@ -15,6 +15,10 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 
+class RoutedLinear(nn.Linear):
+    """A linear layer of an expert, which sees only the tokens that are routed to it."""
+
+
 class Expert(nn.Module):
     """The layers of one expert: `gate_up` (both in one weight) or `up`, and `down`."""
 
@@ -134,17 +138,18 @@ def _one(fused: nn.Module, weights: object, number: int) -> nn.Linear:
     name = next(n for n, weight in fused.named_parameters(recurse=False) if weight is weights)
     biases = getattr(fused, f"{name}_bias") if fused.has_bias else None
     part = weights[number].T if fused.is_transposed else weights[number]
-    return _linear(part, None if biases is None else biases[number], weights.requires_grad)
+    bias = None if biases is None else biases[number]
+    return _linear(RoutedLinear, part, bias, weights.requires_grad)
 
 
 def _from_conv1d(module: nn.Module) -> nn.Linear:
     weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
-    return _linear(weight.T, bias, weight.requires_grad)
+    return _linear(nn.Linear, weight.T, bias, weight.requires_grad)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
+def _linear(cls: type[nn.Linear], weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
     out, width = weight.shape
-    layer = nn.Linear(width, out, bias is not None, device="meta")
+    layer = cls(width, out, bias is not None, device="meta")
     copy = weight.detach().clone(memory_format=torch.contiguous_format)
     layer.weight = nn.Parameter(copy, requires_grad=trained)
     if bias is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from iosvd.errors import ConfigError, IosvdError, ModelError, check_installed, one_line
 from iosvd.models.gguf import GgufFile, context_length, described, make_ordinary_
+from iosvd.models.linear_form import to_linear_form_
 from iosvd.models.sites import SiteSelection
 from iosvd.models.visiting import visit_
 from iosvd.system.files import check_no_pointers
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 
 # Names of the context's length in the configurations of various architectures.
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+ADAPTER = "adapter_config.json"
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
@@ -92,6 +94,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": model.dtype.torch, "output_loading_info": True}
     if device_map is not None:
         options["device_map"] = device_map
+    _check_no_adapter(model)
     loaded, found = _load("AutoModelForCausalLM", model, options)
     loaded.eval()
     _check_complete(loaded, found, str(folder_of(model) or model.hub_id))
@@ -99,33 +102,51 @@ def load_model(
         make_ordinary_(loaded)
     _read(loaded)
     if blocks_on_cpu:
+        to_linear_form_(loaded)  # Before the weights are pinned.
         visit_(loaded, torch.device(device))
         return loaded
     return loaded if device_map is not None else loaded.to(device)
 
 
+def _check_no_adapter(model: Model) -> None:
+    """Raise ModelError if there is an adapter, which transformers loads where peft is installed."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    folder, found = folder_of(model), False
+    if folder is not None:
+        found = (folder / ADAPTER).is_file()
+    else:
+        with suppress(OSError):  # Loading says what is wrong.
+            found = find_adapter_config_file(str(model.hub_id), revision=model.revision) is not None
+    if found and (folder is None or (folder / "config.json").is_file()):
+        raise ModelError(
+            f"{folder or model.hub_id} holds an adapter ({ADAPTER}) beside the model; merge it"
+            " first (peft: merge_and_unload, then save_pretrained), or remove it"
+        )
+
+
 def _check_complete(loaded: PreTrainedModel, found: Mapping[str, Any], source: str) -> None:
     """Raise ModelError unless the weights are those of the architecture, all and no others."""
-    if getattr(loaded, "_hf_peft_config_loaded", False):
-        raise ModelError(
-            f"{source} holds an adapter (adapter_config.json) beside the model; merge it first"
-            " (peft: merge_and_unload, then save_pretrained), or remove it"
-        )
     if missing := sorted(found["missing_keys"]):  # transformers would draw them at random.
         raise ModelError(
             f"the model in {source} lacks {len(missing)} weights, for instance {missing[0]}; it may"
             " be incomplete"
         )
-    # Old files hold masks, which are computed today.
-    computed = tuple(name for name, _ in loaded.named_buffers())
-    masks = {key for key in found["unexpected_keys"] if key.endswith("masked_bias")}
-    masks |= {key for key in found["unexpected_keys"] for n in computed if n.endswith(key)}
-    if unexpected := sorted(set(found["unexpected_keys"]) - masks):  # It would leave them out.
+    known = {name for name, _ in loaded.named_parameters()} | set(found["unexpected_keys"])
+    unexpected = [key for key in sorted(found["unexpected_keys"]) if not _is_computed(key, known)]
+    if unexpected:  # It would leave them out.
         raise ModelError(
             f"the model in {source} has {len(unexpected)} weights that"
             f" {type(loaded).__name__} has no place for, for instance {unexpected[0]}; its"
             " config.json may name another architecture"
         )
+
+
+def _is_computed(key: str, known: Iterable[str]) -> bool:
+    """Whether a tensor of an old file is a mask or a frequency, which models compute today."""
+    place, _, name = key.rpartition(".")
+    weighs = any(other.endswith(f"{place}.weight") for other in known)
+    return name in ("bias", "masked_bias", "causal_mask", "inv_freq") and not weighs
 
 
 def _read(model: PreTrainedModel) -> None:
@@ -228,7 +249,7 @@ def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
         raise ConfigError(f"model {model.name} has no source; set model.path=FOLDER")
     needed = model.gguf_file or "config.json"
     if folder is not None and not (folder / needed).is_file():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER).is_file():
             raise ModelError(
                 f"{folder} holds an adapter without its model; merge them first (peft:"
                 " merge_and_unload, then save_pretrained)"

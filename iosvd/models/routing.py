@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from iosvd.errors import ModelError
 from iosvd.models.forward import evaluation
 from iosvd.models.linear_form import expert_of
 from iosvd.system.progress import track
@@ -34,12 +35,20 @@ def without_idle_experts(
         tokens: calibration windows (windows, length).
         sites: target layers by qualified name.
         batch_size: windows per forward pass.
+
+    Raises:
+        ModelError: no site is left.
     """
     routed = {name: site for name, site in sites.items() if expert_of(model, name) is not None}
     if not routed:
         return dict(sites)
     seen = routed_tokens(model, tokens, routed, batch_size)
     idle = [name for name, site in routed.items() if seen[name] < site.in_features]
+    if len(idle) == len(sites):
+        raise ModelError(
+            "all sites are layers of experts, and each sees fewer tokens than it has inputs; raise"
+            " calibration.windows"
+        )
     if idle:
         least = min(idle, key=lambda name: seen[name])
         log.warning(

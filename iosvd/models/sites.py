@@ -67,11 +67,14 @@ def find_linears(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Lin
         ModelError: nothing matches.
     """
     to_linear_form_(model)
+    # A vision tower may name its blocks as a decoder does.
+    place = _decoder(model) if selection.include == list(BLOCKS) else model
+    inside = set(place.modules())
     types = tuple(_module_type(path) for path in selection.module_types)
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, types) and _is_linear(module)
+        if isinstance(module, types) and module in inside and _is_linear(module)
     }
     sites = {
         name: module
@@ -141,10 +144,14 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 
     Blocks may be of several classes.
     """
-    # A vision-language model has another list, in its vision tower.
-    decoder = getattr(model, "get_decoder", lambda: model)()
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in _decoder(model).modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=_weights_in, default=()))
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """Return the language model of a vision-language model, else the body of a model or itself."""
+    found = getattr(model, "get_decoder", lambda: model)()
+    return found if isinstance(found, nn.Module) else model
 
 
 def _weights_in(module: nn.Module) -> int:

@@ -138,13 +138,24 @@ class Sums:
                         " try model.dtype=float32 or bfloat16"
                     )
 
-    def check_reached(self) -> None:
-        """Raise for the first site whose output no gradient has reached."""
+    def check_reached(self, sites: Mapping[str, nn.Module], tokens: int) -> None:
+        """Raise for the first site whose output no gradient has reached, but for idle experts.
+
+        Args:
+            sites: by name.
+            tokens: of the calibration set; a site that sees fewer is an expert's.
+        """
         needs = self.needs
         asked = ((needs.kl_metric, self.kl_metric), (needs.fisher_metric, self.fisher_metric))
-        for name in self.shared:
+        for name, site in sites.items():
             for wanted, sums in (*asked, (needs.gradient_windows > 0, self.gradient)):
-                if wanted and name not in sums:
+                if not wanted or name in sums:
+                    continue
+                if self.inputs[self.shared[name]] < tokens:
+                    m, n = int(site.out_features), int(site.in_features)  # type: ignore[arg-type]
+                    shape = (m, n) if sums is self.gradient else (m, m)
+                    sums[name] = self._zeros(next(site.parameters()), shape)
+                else:
                     raise ModelError(
                         f"no gradient reaches {name}; exclude it (model.sites.exclude)"
                     )

@@ -70,7 +70,7 @@ def collect(
                 _pass_over(body, tokens, batch_size, sums)
                 sums.kronecker.finish_pass(len(tokens), number == needs.kronecker_passes - 1)
     sums.check()
-    sums.check_reached()
+    sums.check_reached(sites, tokens.numel())
     sums.finish(*tokens.shape)
     return {name: sums.statistics(name) for name in sites}
 

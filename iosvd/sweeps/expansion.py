@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from iosvd.errors import ConfigError, one_line
+from iosvd.errors import ConfigError
 from iosvd.options import number
+from iosvd.runs.composition import compose, explained
 from iosvd.runs.config import (
     METHOD_GROUPS,
-    compose,
     compose_run,
     config_of,
     group_of,
@@ -119,7 +119,7 @@ def _jobs(overrides: Sequence[str]) -> list[list[str]]:
     try:
         jobs = split_sweep(lines)
     except HydraException as error:
-        raise ConfigError(one_line(error)) from None
+        raise ConfigError(explained(error, overrides)) from None
     # Options of the launcher are not the runs'.
     return [[line for line in job if not _key(line).startswith("hydra")] for job in jobs]
 

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-_HOME = re.compile(r"^([^=]+=[\"']?)~(?=/|$|[\"'])")
+_HOME = re.compile(r"(=|,)([\"']?)~(?=/|,|$|[\"'])")
 
 
 def arguments(described: str | None) -> list[str]:
@@ -25,8 +25,8 @@ def arguments(described: str | None) -> list[str]:
 
 
 def with_home(argument: str) -> str:
-    """Expand `~` at the beginning of an option's value; shells do so at the beginning of words."""
-    return _HOME.sub(lambda match: match[1] + str(Path.home()), argument)
+    """Expand `~` at the beginning of an option's values; shells do so at the beginning of words."""
+    return _HOME.sub(lambda match: match[1] + match[2] + str(Path.home()), argument)
 
 
 def write_what_can_be_written() -> None:
