@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 512
 _MOST_PARAMETERS = 5_000_000
+_WIDEST = 4096
 
 # Options of configurations, under all names that they have; a configuration gets those it knows.
 _OPTIONS = {
@@ -19,13 +20,16 @@ _OPTIONS = {
     128: "intermediate_size ffn_dim decoder_ffn_dim n_inner d_ff ffn_hidden_size"
     " intermediate_size_mlp",
     64: "hidden_size d_model n_embd embed_dim dim n_embed embedding_size word_embed_proj_dim"
-    " model_dim decoder_hidden_size moe_intermediate_size shared_expert_intermediate_size",
+    " model_dim decoder_hidden_size moe_intermediate_size shared_expert_intermediate_size"
+    " moe_shared_expert_intermediate_size",
     32: "sliding_window q_lora_rank kv_lora_rank mamba_d_head",
-    16: "head_dim qk_nope_head_dim v_head_dim hidden_size_per_layer_input",
-    8: "qk_rope_head_dim state_size time_step_rank mamba_d_state",
+    16: "head_dim qk_nope_head_dim v_head_dim hidden_size_per_layer_input linear_key_head_dim"
+    " linear_value_head_dim mamba_head_dim index_head_dim",
+    8: "qk_rope_head_dim state_size time_step_rank mamba_d_state ssm_state_size",
     4: "num_hidden_layers n_layer n_layers num_layers decoder_layers num_attention_heads n_head"
     " n_heads num_heads decoder_attention_heads encoder_attention_heads num_local_experts"
-    " num_experts n_routed_experts mamba_n_heads",
+    " num_experts n_routed_experts mamba_n_heads mamba_num_heads linear_num_value_heads"
+    " linear_num_key_heads index_n_heads",
     2: "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_topk"
     " eos_token_id",
     1: "encoder_layers n_group topk_group first_k_dense_replace mamba_n_groups bos_token_id"
@@ -52,6 +56,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "n_groups": 1},
+    "nemotron_h": {"n_groups": 2},
     "xlstm": {"v_head_dim": None},
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
@@ -85,7 +90,8 @@ def small_model(kind: str, **options: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(kind, **{**_fitting(kind), **options})
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    if sum(p.numel() for p in empty.parameters()) > _MOST_PARAMETERS:
+    widest = max(max(p.shape) for p in empty.parameters() if p.dim() > 1)
+    if sum(p.numel() for p in empty.parameters()) > _MOST_PARAMETERS or widest > _WIDEST:
         raise TooLargeError(f"{kind} has parts that stay large")
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).float().eval()

@@ -99,6 +99,7 @@ def test_a_run_records_what_its_checkpoint_measures(source: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     assert {n: s["rank"] for n, s in plan["sites"].items() if not s["dense"]} == sizes
     assert 0.45 < found["ratio_achieved"] <= 0.5  # type: ignore[operator]
+    assert found["covered_share"] == 1  # Of the weights of the decoder blocks.
     assert set(found["stages"]) == {  # type: ignore[call-overload]
         *("data", "load", "statistics", "factorization", "allocation", "correction"),
         *("quantization", "evaluation", "zero_shot"),
