@@ -34,6 +34,7 @@ from iosvd.layers.replacement import compressed_layers, low_rank_layers, stored_
 from iosvd.method import Method
 from iosvd.pipeline import compress
 from iosvd.quantization import NoQuantization, Quantization
+from iosvd.types import Factors
 from iosvd.whitening import InputOutput
 
 
@@ -165,6 +166,14 @@ def test_a_tokenizer_that_cannot_be_written_is_a_write_failure(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="No space left"):
         iosvd.save(result.model, tmp_path / "model", tokenizer=Full())  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_factors_have_the_strides_that_loading_gives() -> None:
+    """Those of a dimension of size 1 are free; products with them round differently."""
+    factors = Factors(torch.randn(8, 1), torch.randn(4, 1).T, torch.ones(1), torch.ones(1))
+    assert factors.right.is_contiguous() and factors.right.stride() == (1, 1)
+    layer = LowRankLinear.from_factors(torch.nn.Linear(4, 8), factors)
+    assert layer.weight.stride() == (4, 1) and torch.equal(layer.weight, factors.right)
 
 
 def test_low_rank_layer_is_the_product_of_its_factors() -> None:
@@ -329,3 +338,11 @@ def test_a_link_to_an_empty_folder_can_be_saved_to(tmp_path: Path) -> None:
     iosvd.save(result.model, tmp_path / "link", result.plan)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "model.safetensors").exists()
+
+
+def test_loaded_weights_are_where_torch_would_put_them(tmp_path: Path) -> None:
+    """At other addresses, which mapped files have, products of some shapes round differently."""
+    model = compressed("opt", torch.float32).model
+    iosvd.save(model, tmp_path / "one")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.float32)
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())

@@ -168,7 +168,7 @@ def test_the_language_model_is_the_rendered_table() -> None:
     rendered = rows_of((ROOT / "results" / "tables" / "main-smollm2_135m.md").read_text())
     shown = [row for row in rows_of(README) if len(row) == 5]
     measured = [row[:5] for row in rendered if row[2] != "–"]
-    assert len(shown) == 10 and shown == measured
+    assert len(shown) == 11 and shown == measured
     seeds = ROOT / "results" / "tables" / "smollm2_seeds-smollm2_135m.md"
     means = {
         row[1]: [cell.split(" ± ")[0] for cell in row[2:5]] for row in rows_of(seeds.read_text())
@@ -182,6 +182,22 @@ def test_the_language_model_is_the_rendered_table() -> None:
     assert f"{damage[0]} to {damage[-1]} %" in README
     wikitext2 = {row[1]: row[2] for row in rows_of(seeds.read_text())}
     assert f"WikiText-2: {wikitext2['io_svd']} against {wikitext2['svd_llm']}" in README
+
+
+def test_the_page_of_the_language_model_is_of_rendered_tables() -> None:
+    shown, tables = page("smollm2"), ROOT / "results" / "tables"
+    topk = (tables / "smollm2_topk-smollm2_135m.md").read_text()
+    assert rows_of(shown) == rows_of(topk)
+    assert "0.2245 against 0.2499" in shown  # The predicted KL of spectral and loss-aware ranks.
+    predicted = {row[1]: row[-1] for row in rows_of(topk)}
+    assert predicted["io_svd_spectral[whitening.top_k=5]"] == "0.2245"
+    assert predicted["io_svd[whitening.top_k=5]"] == "0.2499"
+    damage = {}
+    for row in rows_of((tables / "main-smollm2_135m.md").read_text())[1:]:
+        if row[2] != "–":
+            damage[row[1]] = numpy.log([float(cell.replace(",", "")) for cell in row[2:5]])
+    ratios = (damage["DipSVD"] - damage["Dense"]) / (damage["SVD-LLM"] - damage["Dense"])
+    assert f"{min(ratios):.1f} to {max(ratios):.1f} times SVD-LLM's damage" in shown
 
 
 def test_int8_at_the_same_bytes_is_the_rendered_table() -> None:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_ALIGNMENT = 64  # Bytes, of what torch allocates on a CPU.
+
+
 @register_quantizer(METHOD)
 class LowRankQuantizer(HfQuantizer):
     """Installs the compressed layers before the weights are read, and checks them afterwards."""
@@ -59,6 +62,10 @@ class LowRankQuantizer(HfQuantizer):
                 raise CheckpointError(
                     f"the checkpoint has no tensor {name}; it is incomplete, save it again"
                 )
+        for parameter in model.parameters():
+            # Mapped from a file at any address, where products may round otherwise than elsewhere.
+            if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+                parameter.data = parameter.data.clone()
         for name, layer in compressed_layers(model).items():
             check_values(layer, name)
         for name, parameter in model.named_parameters():

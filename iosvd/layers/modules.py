@@ -193,7 +193,9 @@ def _holding(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
     """Return a parameter with these values; they are copied only where they have to be."""
     fits = values.dtype == parameter.dtype and values.device == parameter.device
     if fits and values.is_contiguous():
-        return nn.Parameter(values.detach())
+        # With the strides that loading gives: those of a dimension of size 1 are free, and products
+        # round by them.
+        return nn.Parameter(values.detach().reshape(-1).view(values.shape))
     with torch.no_grad():
         parameter.copy_(values)
     return parameter

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iosvd.errors import ModelError
-from iosvd.models.forward import replaced_forward
+from iosvd.models.forward import output_of, replaced_forward
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import device_of
 from iosvd.system.machine import free_bytes, out_of_memory
@@ -53,8 +53,7 @@ class Call:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Return the block's output."""
-        found = block(hidden, *self.positional, **self.named)
-        return found[0] if isinstance(found, tuple) else found
+        return output_of(block(hidden, *self.positional, **self.named))
 
 
 @dataclass(frozen=True)
@@ -186,12 +185,18 @@ def _check_carried(model: PreTrainedModel, tokens: Tensor) -> None:
         raise ModelError(f"blocks of {type(model).__name__} share layers; {_INSTEAD}")
     whole = _plain(model, blocks[-1], tokens)
     carried = _carried(model, blocks, tokens)
-    norm = torch.linalg.norm
-    if carried is None or not norm(carried.to(whole) - whole) <= _LARGEST_ERROR * norm(whole):
+    if carried is None or not _same(carried.to(whole), whole):
         raise ModelError(
             f"the blocks of {type(model).__name__} get more from each other or from the tokens than"
             f" hidden states, so these cannot be carried block by block; {_INSTEAD}"
         )
+
+
+def _same(carried: Tensor, whole: Tensor) -> bool:
+    if carried.shape != whole.shape:  # Blocks that run several times.
+        return False
+    error = torch.linalg.norm(carried - whole)
+    return bool(error <= _LARGEST_ERROR * torch.linalg.norm(whole))
 
 
 def _plain(model: PreTrainedModel, last: nn.Module, tokens: Tensor) -> Tensor:
@@ -199,7 +204,7 @@ def _plain(model: PreTrainedModel, last: nn.Module, tokens: Tensor) -> Tensor:
     seen: list[Tensor] = []
 
     def see(_: nn.Module, __: tuple[Tensor, ...], found: Tensor | tuple[Tensor, ...]) -> None:
-        seen.append(found[0] if isinstance(found, tuple) else found)
+        seen.append(output_of(found))
 
     hook = last.register_forward_hook(see)
     try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from iosvd.errors import ModelError
 from iosvd.models.blocks import Call
-from iosvd.models.forward import replaced_forward
+from iosvd.models.forward import output_of, replaced_forward
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import present
 from iosvd.system.machine import out_of_memory
@@ -104,7 +104,7 @@ def _forward(
 ) -> Any:
     with torch.no_grad():
         found = plain(hidden, *positional, **named)
-    output = found[0] if isinstance(found, tuple) else found
+    output = output_of(found)
     chain.visits.append(_Visit(block, hidden, Call(positional, named), output.requires_grad_()))
     return found
 

@@ -7,10 +7,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
+
+
+def output_of(found: Any) -> Tensor:
+    """Return the hidden states that a block returns, alone or before other things."""
+    first: Tensor = found[0] if isinstance(found, tuple | list) else found
+    return first
 
 
 @contextmanager
