@@ -84,7 +84,11 @@ def test_the_folder_holds_what_it_should(tmp_path: Path) -> None:
     assert names >= {"config.json", "model.safetensors", "plan.json"}
     assert not {n for n in names if n.endswith((".bin", ".pt", ".pkl"))}
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["quantization_config"] == {"quant_method": "iosvd", "ranks": result.plan.ranks}
+    assert config["quantization_config"] == {
+        "quant_method": "iosvd",
+        "ranks": result.plan.ranks,
+        "linear_form": True,
+    }
     plan = json.loads((tmp_path / "model" / "plan.json").read_text())
     assert plan["ratio_asked"] == 0.6
     assert plan["ratio_achieved"] == result.plan.ratio_achieved

@@ -43,7 +43,8 @@ def without_idle_experts(
     if not routed:
         return dict(sites)
     seen = routed_tokens(model, tokens, routed, batch_size)
-    idle = [name for name, site in routed.items() if seen[name] < site.in_features]
+    few = [name for name, site in routed.items() if seen[name] < site.in_features]
+    idle = dict.fromkeys(few)  # In order, of thousands.
     if len(idle) == len(sites):
         raise ModelError(
             "all sites are layers of experts, and each sees fewer tokens than it has inputs; raise"
