@@ -274,5 +274,8 @@ def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
         if folder is not None:
             check_no_pointers(folder)
             cause = one_line(error)[:300]
-            raise ModelError(f"cannot load the model in {folder}: {cause}") from error
+            raise ModelError(
+                f"cannot load the model in {folder}: {cause}; its files may be damaged, or of"
+                " another version of transformers"
+            ) from error
         raise _not_on_hub(model, error) from error
