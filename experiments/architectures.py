@@ -42,7 +42,7 @@ _ANSWERS, _TRIED = "answers.safetensors", "tried.json"
 
 @dataclass(frozen=True)
 class Tried:
-    """What became of one architecture."""
+    """The outcome of trying one architecture."""
 
     kind: str
     sites: int = 0

@@ -1,4 +1,4 @@
-"""What all commands share: help, paths that begin with ~, terminals that are not UTF-8."""
+"""Every command explains itself, expands ~ in paths and writes to terminals that are not UTF-8."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def test_a_pointer_of_git_lfs_is_named(file: str, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_in_the_form_of_sentencepiece_loads(tmp_path: Path) -> None:
-    """As old Llama models are published; the two tokenizers of one text agree."""
+    """Old Llama models are published like this. SentencePiece itself gives the same tokens."""
     shutil.copytree(shared("models", "stories260K"), tmp_path / "old")
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little cat.\n" * 50)

@@ -82,13 +82,7 @@ class Calibration:
         check_dense(model)
         # For every method, so that ratios of all refer to the same layers.
         sites = without_idle_experts(model, tokens, find_sites(model, selection), batch_size)
-        if (share := covered_share(model, sites)) < _MOST:
-            log.warning(
-                "the sites hold %.0f%% of the weights of the decoder blocks; ratios refer to these"
-                " alone, and the others stay as they are",
-                100 * share,
-            )
-        return cls(
+        calibration = cls(
             model=model,
             sites=sites,
             tokens=tokens,
@@ -98,6 +92,18 @@ class Calibration:
             store=store,
             identity=identity,
         )
+        if calibration.covered_share < _MOST:
+            log.warning(
+                "the sites hold %.0f%% of the weights of the decoder blocks; ratios refer to these"
+                " alone, and the others stay as they are",
+                100 * calibration.covered_share,
+            )
+        return calibration
+
+    @cached_property
+    def covered_share(self) -> float:
+        """The share of the dense decoder blocks' weights that the sites hold."""
+        return covered_share(self.model, self.sites)
 
     @cached_property
     def shared_inputs(self) -> Mapping[str, str]:

@@ -6,7 +6,6 @@ one per site, and holds one block and the hidden states in memory.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,15 +19,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iosvd.errors import ModelError
-from iosvd.models.forward import output_of, replaced_forward
+from iosvd.models.forward import output_of, replaced_forward, unless_refused
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import device_of
-from iosvd.system.machine import free_bytes, out_of_memory
+from iosvd.system.machine import free_bytes
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
-log = logging.getLogger(__name__)
 _LARGEST_ERROR = 1e-2  # Relative, in half precision; another computation differs by far more.
 _INSTEAD = "choose correction=none, projected_gradient or lora"
 SHARE = 0.2  # Share of the free memory that one set of hidden states may take.
@@ -184,7 +182,7 @@ def _check_carried(model: PreTrainedModel, tokens: Tensor) -> None:
     if len(set(weights)) < len(weights):
         raise ModelError(f"blocks of {type(model).__name__} share layers; {_INSTEAD}")
     whole = _plain(model, blocks[-1], tokens)
-    carried = _carried(model, blocks, tokens)
+    carried = unless_refused(lambda: _carried(model, blocks, tokens), "carried hidden states")
     if carried is None or not _same(carried.to(whole), whole):
         raise ModelError(
             f"the blocks of {type(model).__name__} get more from each other or from the tokens than"
@@ -215,18 +213,11 @@ def _plain(model: PreTrainedModel, last: nn.Module, tokens: Tensor) -> Tensor:
     return torch.cat(seen)
 
 
-def _carried(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> Tensor | None:
-    """Return the same, carried from block to block; None if that raises an error."""
-    try:
-        carried = hidden_states_of(model, tokens, 1)
-        for block, calls in zip(blocks, _calls(model, tokens, 1), strict=True):
-            carried.pass_(block, calls)
-    # Whatever a model's own code raises when its blocks are called in another way.
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        log.debug("carried hidden states: %s", error)
-        return None
+def _carried(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> Tensor:
+    """Return the same, carried from block to block."""
+    carried = hidden_states_of(model, tokens, 1)
+    for block, calls in zip(blocks, _calls(model, tokens, 1), strict=True):
+        carried.pass_(block, calls)
     return carried.states
 
 

@@ -7,7 +7,6 @@ there. This is one forward pass more, and the memory of one block.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,15 +18,13 @@ from torch import Tensor, nn
 
 from iosvd.errors import ModelError
 from iosvd.models.blocks import Call
-from iosvd.models.forward import output_of, replaced_forward
+from iosvd.models.forward import output_of, replaced_forward, unless_refused
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import present
-from iosvd.system.machine import out_of_memory
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
-log = logging.getLogger(__name__)
 _LARGEST_DIFFERENCE = 1e-2  # Relative, in bfloat16.
 
 
@@ -121,10 +118,11 @@ def chained_blocks(model: PreTrainedModel, tokens: Tensor) -> list[nn.Module]:
         tokens: windows (windows, length).
     """
     blocks, few = decoder_blocks(model), tokens[:1, :8].to(model.device)
+    if not blocks:
+        return []
     whole = _gradient(model, [], few)
-    if blocks and _same(whole, _gradient_in_parts(model, blocks, few)):
-        return blocks
-    return []
+    parts = unless_refused(lambda: _gradient(model, blocks, few), "blocks one by one")
+    return blocks if _same(whole, parts) else []
 
 
 def _same(whole: Tensor, parts: Tensor | None) -> bool:
@@ -133,20 +131,6 @@ def _same(whole: Tensor, parts: Tensor | None) -> bool:
     if parts is None or not torch.isfinite(whole).all():
         return False
     return bool(torch.linalg.norm(parts - whole) <= tolerance * torch.linalg.norm(whole))
-
-
-def _gradient_in_parts(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor
-) -> Tensor | None:
-    """Return the gradient that goes back block by block, None if that raises an error."""
-    try:
-        return _gradient(model, blocks, tokens)
-    # Whatever a model's own code raises when its blocks are called in another way.
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        log.debug("blocks one by one: %s", error)
-        return None
 
 
 def _gradient(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> Tensor:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from iosvd.system.machine import out_of_memory
+
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def unless_refused(compute: Callable[[], Result], what: str) -> Result | None:
+    """Return what is computed, None if the model's own code raises an error.
+
+    Models raise all kinds of errors when their blocks are called otherwise than in a forward pass.
+
+    Args:
+        compute: runs a part of a model.
+        what: is computed, for the log.
+    """
+    try:
+        return compute()
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        log.debug("%s: %s", what, error)
+        return None
 
 
 def output_of(found: Any) -> Tensor:

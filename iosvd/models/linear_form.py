@@ -19,28 +19,20 @@ class RoutedLinear(nn.Linear):
     """A linear layer of an expert, which sees only the tokens that are routed to it."""
 
 
-class Expert(nn.Module):
-    """The layers of one expert: `gate_up` (both in one weight) or `up`, and `down`."""
-
-    def __init__(self, layers: dict[str, nn.Linear]) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-
 class Experts(nn.Module):
-    """The experts of a block, each with linear layers of its own: 0, 1, …
+    """The experts 0, 1, … of a block, each with its own linear layers.
 
-    Takes the place of a module of transformers whose weights hold all experts, and keeps that
-    module, without its weights, for its activation: `fused`.
+    These are `gate_up` (both in one weight) or `up`, and `down`. The module takes the place of one
+    of transformers whose weights hold all experts, and keeps that one, without its weights, for its
+    activation: `fused`.
     """
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         self.num_experts = int(fused.num_experts)  # type: ignore[arg-type]
         for number in range(self.num_experts):
-            layers = {name: _one(fused, weight, number) for name, weight in _weights(fused).items()}
-            self.add_module(str(number), Expert(layers))
+            layers = {name: _one(fused, name, number) for name in _weights(fused)}
+            self.add_module(str(number), nn.ModuleDict(layers))
         for name in list(dict(fused.named_parameters(recurse=False))):
             delattr(fused, name)
         fused._is_hf_initialized = True  # type: ignore[assignment]  # Or transformers tries to.
@@ -132,13 +124,11 @@ def _weights(fused: nn.Module) -> dict[str, object]:
     return {name: getattr(fused, f"{name}_proj", None) for name in (first, "down")}
 
 
-def _one(fused: nn.Module, weights: object, number: int) -> nn.Linear:
-    """Return the layer of one expert, with a copy of its part of the weights."""
-    assert isinstance(weights, nn.Parameter)
-    name = next(n for n, weight in fused.named_parameters(recurse=False) if weight is weights)
-    biases = getattr(fused, f"{name}_bias") if fused.has_bias else None
+def _one(fused: nn.Module, name: str, number: int) -> nn.Linear:
+    """Return a layer of one expert, with a copy of its part of the weights."""
+    weights = fused.get_parameter(f"{name}_proj")
     part = weights[number].T if fused.is_transposed else weights[number]
-    bias = None if biases is None else biases[number]
+    bias = fused.get_parameter(f"{name}_proj_bias")[number] if fused.has_bias else None
     return _linear(RoutedLinear, part, bias, weights.requires_grad)
 
 

@@ -7,7 +7,6 @@ average, with the same result to the bit.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from iosvd.models.forward import replaced_forward
+from iosvd.models.forward import replaced_forward, unless_refused
 from iosvd.models.sites import decoder_blocks
-from iosvd.system.machine import free_bytes, out_of_memory
+from iosvd.system.machine import free_bytes
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
-log = logging.getLogger(__name__)
 _SHARE = 0.25  # Share of the free memory that the outputs may take.
 
 
@@ -85,18 +83,17 @@ def _equal_whole(model: PreTrainedModel, batch: Tensor, prefixes: Prefixes) -> b
     They do not if blocks leave something behind for later ones (shared keys and values).
     """
     batch = batch.to(model.device)
-    whole = model(input_ids=batch, use_cache=False).logits
-    try:
-        for first in {1, len(prefixes.blocks) - 1} - {0}:
-            with prefixes.from_block(first, 0):
-                if not torch.equal(model(input_ids=batch, use_cache=False).logits, whole):
-                    return False
-    # Whatever a model's own code raises when it misses what a skipped block leaves behind.
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        log.debug("forward passes that start at a block: %s", error)
-        return False
+
+    def logits(first: int) -> Tensor:
+        with prefixes.from_block(first, 0):
+            found: Tensor = model(input_ids=batch, use_cache=False).logits
+        return found
+
+    whole = logits(0)
+    for first in {1, len(prefixes.blocks) - 1} - {0}:
+        part = unless_refused(partial(logits, first), "a forward pass that starts at a block")
+        if part is None or not torch.equal(part, whole):
+            return False
     return True
 
 

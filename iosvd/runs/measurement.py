@@ -24,7 +24,7 @@ from iosvd.evaluation.zero_shot import TaskScore, ZeroShotResult, load_tasks, ze
 from iosvd.layers.reloading import check_reloads
 from iosvd.layers.replacement import stored_bytes, truncated_weights
 from iosvd.models.loading import gguf_of, hub_revision, load_config, load_tokenizer
-from iosvd.models.sites import covered_share, find_sites
+from iosvd.models.sites import find_sites
 from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.plan import Plan
 from iosvd.runs.config import config_of
@@ -69,7 +69,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     calibration = calibration_of(run, model, tokens, cache)
     # Before the work: an impossible budget should not cost a pass over the calibration set.
     run.goal.budget(calibration.sites, run.method)
-    share = covered_share(model, calibration.sites)
+    share = calibration.covered_share
     factorized = spectra_for(run.goal, run.method, calibration)
     compressed = compress_to(run.goal, run.method, calibration, factorized)
     del calibration  # It would keep the layers that were replaced.

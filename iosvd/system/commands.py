@@ -1,4 +1,4 @@
-"""What all commands do with the words that follow them, and with the terminal."""
+"""Command-line arguments and terminal output, handled alike by every command."""
 
 from __future__ import annotations
 
