@@ -167,6 +167,14 @@ def damped(metric: Tensor, relative: float) -> Tensor:
     return metric + relative * metric.diagonal().mean() * identity
 
 
+def shrunk(metric: Tensor, share: float) -> Tensor:
+    """Return (1 − a) metric + a mean(diag metric) I for a share a (METHODS 11.1)."""
+    if share == 0:
+        return metric
+    identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    return (1 - share) * metric + share * metric.diagonal().mean() * identity
+
+
 def _check(metric: Tensor, what: str) -> None:
     if not torch.isfinite(metric).all():
         raise NumericalError(f"{what} is not finite; check the model's dtype and the calibration")

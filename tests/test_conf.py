@@ -292,7 +292,7 @@ def test_every_method_preset_says_where_its_numbers_are_from() -> None:
 
 BAD = [
     (["whitening.topk=3"], "unknown option whitening.topk; options of whitening: top_k, renorm"),
-    (["+whitening.foo=3"], "unknown option whitening.foo; options of whitening: top_k, renorm"),
+    (["+whitening.foo=3"], "unknown option whitening.foo; options of whitening: damping_input"),
     (["foo=3"], "unknown option foo; options: model, dataset"),
     (["foo.bar=3"], "unknown option foo.bar; options: model, dataset"),
     (["whitening.topk=3", "foo=3"], "unknown option"),

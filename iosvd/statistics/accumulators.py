@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from iosvd.errors import ConfigError, ModelError, NumericalError
 from iosvd.linalg import add_lower_gram_, add_product_, flat, mirror_, wide
+from iosvd.statistics.fisher import FisherMetric
+from iosvd.statistics.kl_metric import KLMetric
 from iosvd.statistics.kronecker import KroneckerSums
 from iosvd.statistics.needs import Needs, SiteStatistics
+from iosvd.statistics.output_tokens import OutputTokens
 
 
 class Phase(Enum):
@@ -64,18 +67,30 @@ class Sums:
 
     def see_cotangent(self, name: str, x: Tensor | None, cotangent: Tensor) -> None:
         """Add the cotangents of a site's output."""
-        rows = flat(cotangent)
-        if self.phase is Phase.KL:
-            self._add_gram(self.kl_metric, name, rows)
-        elif self.phase is Phase.SAMPLED_LOSS:
-            self._add_gram(self.fisher_metric, name, rows)
+        kl, fisher = self.needs.kl_metric, self.needs.fisher_metric
+        if self.phase is Phase.KL and kl is not None:
+            self._add_gram(self.kl_metric, name, self._entering(kl.tokens, name, cotangent))
+        elif self.phase is Phase.SAMPLED_LOSS and fisher is not None:
+            self._add_gram(self.fisher_metric, name, self._entering(fisher.tokens, name, cotangent))
         elif self.phase is Phase.LOSS:
-            self._see_loss(name, x, rows)
+            if fisher is not None and not fisher.sampled and not self.only_kronecker:
+                rows = self._entering(fisher.tokens, name, cotangent)
+                self._add_gram(self.fisher_metric, name, rows)
+            self._see_loss(name, x, flat(cotangent))
+
+    def _entering(self, tokens: OutputTokens, name: str, cotangent: Tensor) -> Tensor:
+        """Return the cotangents that enter an output metric, (tokens, m)."""
+        rows = flat(cotangent)
+        if not tokens.changes:
+            return rows
+        if len(rows) != self.windows * self.length:
+            raise ConfigError(
+                f"{name} sees only some tokens of a window, so whitening.clip_norms and"
+                " whitening.left_out cannot be applied; exclude it (model.sites.exclude)"
+            )
+        return tokens.rows(rows.reshape(self.windows, self.length, -1))
 
     def _see_loss(self, name: str, x: Tensor | None, rows: Tensor) -> None:
-        metric = self.needs.fisher_metric
-        if metric is not None and not metric.sampled and not self.only_kronecker:
-            self._add_gram(self.fisher_metric, name, rows)
         if x is None:
             return
         inputs, whole = flat(x), len(rows) == self.windows * self.length
@@ -171,7 +186,7 @@ class Sums:
 
     def finish(self, windows: int, length: int) -> None:
         """Turn the sums into means in place; sites that share a metric share its memory."""
-        estimates = self.needs.kl_metric.estimates if self.needs.kl_metric else 1
+        kl, fisher = self.needs.kl_metric or KLMetric(), self.needs.fisher_metric or FisherMetric()
         predictions = length - 1  # In a window; its loss is their mean.
         # Of the tokens that reach the site: fewer than all for an expert. So σ² weighs a component
         # by how often it is used: C and the gradients are means over all tokens.
@@ -179,8 +194,8 @@ class Sums:
             for name, total in inputs.items():
                 total.div_(self.inputs[name])
         for sums, count in (
-            (self.kl_metric, windows * length * estimates),
-            (self.fisher_metric, windows * predictions),
+            (self.kl_metric, windows * kl.tokens.count(length, length) * kl.estimates),
+            (self.fisher_metric, windows * fisher.tokens.count(length, predictions)),
             (self.fisher_rows, windows * predictions**2),
             (self.gradient, min(self.needs.gradient_windows, windows) * predictions),
         ):

@@ -12,6 +12,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from iosvd.statistics.output_tokens import OutputTokens
+
 
 class Labels(Enum):
     """Labels of the loss: the text's next tokens, or draws from the model's predictions."""
@@ -26,6 +28,7 @@ class FisherMetric:
 
     labels: Labels = Labels.text
     seed: int = 0  # Of the draws.
+    tokens: OutputTokens = OutputTokens()  # noqa: RUF009 (frozen)
 
     @property
     def sampled(self) -> bool:

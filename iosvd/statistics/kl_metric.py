@@ -18,6 +18,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from iosvd.statistics.output_tokens import OutputTokens
+
 
 class Estimator(Enum):
     """Estimators of C: one backward pass per probe, or one per top-K token."""
@@ -38,6 +40,7 @@ class KLMetric:
     estimator: Estimator = Estimator.probe
     probes: int = 1  # Backward passes of the probe estimator.
     seed: int = 0
+    tokens: OutputTokens = OutputTokens()  # noqa: RUF009 (frozen)
 
     @property
     def estimates(self) -> int:
