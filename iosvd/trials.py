@@ -1,27 +1,35 @@
-"""The calibration loss with trial ranks: weights are truncated for a pass, then restored."""
+"""Losses and divergences with trial ranks: weights are truncated for a pass, then restored."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from iosvd.allocation.objective import CalibrationObjective
+from iosvd.allocation.objective import CalibrationObjective, Predictions
 from iosvd.budget import Budget
 from iosvd.cache.calibration import Calibration
 from iosvd.cache.losses import CachedLosses
+from iosvd.errors import NumericalError
 from iosvd.layers.replacement import gated, truncated_weights
 from iosvd.models.losses import mean_loss, summed_loss
+from iosvd.models.predictions import summed_divergence
 from iosvd.models.prefixes import Prefixes, remember
 from iosvd.types import Spectrum
+
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class TruncationTrials(CalibrationObjective):
-    """The calibration loss of the dense model with some of its sites truncated."""
+    """Measures the dense model with some of its sites truncated, on the calibration set."""
 
     calibration: Calibration
     spectra: Mapping[str, Spectrum]
@@ -37,6 +45,10 @@ class TruncationTrials(CalibrationObjective):
     def windows(self) -> int:
         return len(self.calibration.tokens)
 
+    @property
+    def length(self) -> int:
+        return self.calibration.tokens.shape[1]
+
     def gated_loss(self, gates: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
         model = self.calibration.model
         batch = self.calibration.tokens[chosen].to(model.device)
@@ -51,19 +63,63 @@ class TruncationTrials(CalibrationObjective):
         Raises:
             NumericalError: it is not finite.
         """
-        chosen, factorised = self._first(windows), self.budget.factorised(ranks)
+        own, chosen = self.calibration, self._first(windows)
+        factorised = self.budget.factorised(ranks)
 
         def measure() -> float:
-            own = self.calibration
-            prefixes = self._prefixes(windows)
-            first = prefixes.first_changed(own.sites[site] for site in factorised)
-            context = partial(prefixes.from_block, first)
-            with truncated_weights(own.sites, self.spectra, factorised):
+            with self._truncated(factorised, windows) as context:
                 return mean_loss(own.model, chosen, own.batch_size, context=context)
 
+        return self._once(factorised, len(chosen), measure)
+
+    def divergence(self, ranks: Mapping[str, int], windows: int, predictions: Predictions) -> float:
+        """Return KL(dense ‖ truncated), nats per token, with these ranks; others stay dense.
+
+        Raises:
+            NumericalError: it is not finite.
+        """
+        own, chosen = self.calibration, self._first(windows)
+        factorised = self.budget.factorised(ranks)
+        first = predictions.first_position
+
+        def measure() -> float:
+            prefixes, total = self._prefixes(windows), 0.0
+            for start in range(0, len(chosen), own.batch_size):
+                batch = chosen[start : start + own.batch_size].to(own.model.device)
+                with prefixes.from_block(len(prefixes.blocks), start):
+                    reference = _logits(own.model, batch, first)
+                with self._truncated(factorised, windows) as context, context(start):
+                    found = _logits(own.model, batch, first)
+                total += float(summed_divergence(reference, found, predictions.temperature))
+            if not math.isfinite(total):
+                raise NumericalError(
+                    f"the divergence with {', '.join(factorised)} truncated is not finite; try"
+                    " model.dtype=float32 or bfloat16"
+                )
+            return total / (len(chosen) * (self.length - first))
+
+        return self._once(factorised, len(chosen), measure, predictions)
+
+    @contextmanager
+    def _truncated(
+        self, ranks: Mapping[str, int], windows: int
+    ) -> Iterator[Callable[[int], AbstractContextManager[None]]]:
+        """Truncate these sites for a while; yield the context of a batch's forward pass."""
+        prefixes, sites = self._prefixes(windows), self.calibration.sites
+        first = prefixes.first_changed(sites[site] for site in ranks)
+        with truncated_weights(sites, self.spectra, ranks):
+            yield partial(prefixes.from_block, first)
+
+    def _once(
+        self,
+        ranks: Mapping[str, int],
+        windows: int,
+        measure: Callable[[], float],
+        predictions: Predictions | None = None,
+    ) -> float:
         if self.losses is None:
             return measure()
-        return self.losses.of(factorised, len(chosen), measure)
+        return self.losses.of(ranks, windows, measure, predictions)
 
     def _first(self, windows: int) -> Tensor:
         return self.calibration.tokens[:windows] if windows else self.calibration.tokens
@@ -74,3 +130,10 @@ class TruncationTrials(CalibrationObjective):
             chosen, own = self._first(windows), self.calibration
             self._remembered[windows] = remember(own.model, chosen, own.batch_size)
         return self._remembered[windows]
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, batch: Tensor, first: int) -> Tensor:
+    """Return the logits from a position on."""
+    logits: Tensor = model(input_ids=batch, use_cache=False).logits
+    return logits[:, first:]

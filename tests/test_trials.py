@@ -10,6 +10,7 @@ from conftest import build
 from torch.nn.functional import cross_entropy
 
 from iosvd.allocation import Learned, Spectral, Uniform
+from iosvd.allocation.objective import Predictions
 from iosvd.budget import Budget
 from iosvd.cache.calibration import Calibration
 from iosvd.errors import NumericalError
@@ -22,9 +23,9 @@ from iosvd.whitening import Input
 TOKENS = torch.randint(0, 31, (6, 12), generator=torch.Generator().manual_seed(1))
 
 
-def trial() -> TruncationTrials:
+def trial(batch_size: int = 4) -> TruncationTrials:
     model = build("llama")
-    calibration = Calibration.of(model, TOKENS, batch_size=4)
+    calibration = Calibration.of(model, TOKENS, batch_size=batch_size)
     spectra = factorize(model, TOKENS, method=Method(Input(), Spectral())).spectra
     return TruncationTrials(calibration, spectra, Budget(calibration.shapes, 0.6))
 
@@ -43,6 +44,31 @@ def test_the_loss_is_that_of_a_model_with_the_truncated_weights() -> None:
     expected = cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:5, 1:].flatten())
     assert found == pytest.approx(float(expected), rel=1e-5)
     assert tried.tokens == 72
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_divergence_is_that_of_the_chosen_predictions(batch_size: int) -> None:
+    tried = trial(batch_size)
+    ranks = {"model.layers.0.mlp.up_proj": 3, "model.layers.1.self_attn.q_proj": 2}
+    found = tried.divergence(ranks, 5, Predictions(first_position=4, temperature=0.6))
+    model = copy.deepcopy(tried.calibration.model)
+    with torch.no_grad():
+        dense = (model(input_ids=TOKENS[:5]).logits[:, 4:] / 0.6).softmax(-1)
+        for name, rank in ranks.items():
+            spectrum = tried.spectra[name]
+            weight = spectrum.left[:, :rank] @ spectrum.right[:rank]
+            model.get_submodule(name).weight.data.copy_(weight)
+        cut = (model(input_ids=TOKENS[:5]).logits[:, 4:] / 0.6).softmax(-1)
+    expected = (dense * (dense.log() - cut.log())).sum(-1).mean()
+    assert found == pytest.approx(float(expected), rel=1e-4)
+    assert tried.divergence({}, 0, Predictions()) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_divergence_that_is_not_finite_is_an_error() -> None:
+    tried = trial()
+    tried.calibration.model.lm_head.weight.data[0] = torch.nan
+    with pytest.raises(NumericalError, match=r"divergence with .*up_proj truncated is not finite"):
+        tried.divergence({"model.layers.0.mlp.up_proj": 3}, 0, Predictions())
 
 
 def test_a_rank_above_break_even_is_dense_and_0_windows_are_all() -> None:

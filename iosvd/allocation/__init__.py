@@ -8,6 +8,7 @@ from iosvd.allocation.base import Allocation
 from iosvd.allocation.hull import Hull
 from iosvd.allocation.layer_importance import LayerImportance
 from iosvd.allocation.learned import Learned
+from iosvd.allocation.lems import Lems
 from iosvd.allocation.loss_aware import LossAware
 from iosvd.allocation.objective import CalibrationObjective
 from iosvd.allocation.sensitivity_search import SensitivitySearch
@@ -22,6 +23,7 @@ __all__ = [
     "Hull",
     "LayerImportance",
     "Learned",
+    "Lems",
     "LossAware",
     "SensitivitySearch",
     "Spectral",

@@ -29,6 +29,11 @@ class Allocation(Protocol):
         return None
 
     @property
+    def spends_rest(self) -> bool:
+        """Whether less than one component of the budget is left, unless all sites are dense."""
+        return True
+
+    @property
     def libraries(self) -> tuple[str, ...]:
         """Optional libraries that it imports; checked before any work is done."""
         return ()
@@ -36,5 +41,5 @@ class Allocation(Protocol):
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
-        """Return ranks whose cost is within the budget, and less than one component below it."""
+        """Return ranks whose cost is within the budget."""
         ...

@@ -1,9 +1,18 @@
-"""The calibration loss as a function of ranks, for allocations that measure it."""
+"""What allocations measure on the calibration set, as a function of ranks."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predictions that a divergence compares."""
+
+    first_position: int = 0  # Of each window.
+    temperature: float = 1.0  # That the logits of both models are divided by.
 
 
 class CalibrationObjective(Protocol):
@@ -17,6 +26,11 @@ class CalibrationObjective(Protocol):
     @property
     def windows(self) -> int:
         """Windows of the calibration set."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
         ...
 
     def gated_loss(self, gates: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
@@ -34,5 +48,15 @@ class CalibrationObjective(Protocol):
         Args:
             ranks: by site; above break-even a site is dense.
             windows: number of first windows of the calibration set; 0: all.
+        """
+        ...
+
+    def divergence(self, ranks: Mapping[str, int], windows: int, predictions: Predictions) -> float:
+        """Return KL(dense ‖ truncated), nats per token, with these ranks; other sites stay dense.
+
+        Args:
+            ranks: by site; above break-even a site is dense.
+            windows: number of first windows of the calibration set; 0: all.
+            predictions: which are compared.
         """
         ...

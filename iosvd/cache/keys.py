@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from iosvd.allocation.objective import Predictions
 from iosvd.cache.code import code_digest
 from iosvd.cache.store import Key
 from iosvd.factorization import Factorization
@@ -80,9 +81,15 @@ class SpectrumKeys:
         """Return the key that is locked while losses under these spectra are measured."""
         return Key("trials", self._losses())
 
-    def loss(self, ranks: Mapping[str, int], windows: int) -> Key:
-        """Return the key of the loss with these ranks on the first `windows` windows."""
-        return Key("trials", {**self._losses(), "ranks": dict(ranks), "windows": windows})
+    def loss(
+        self, ranks: Mapping[str, int], windows: int, predictions: Predictions | None = None
+    ) -> Key:
+        """Return the key of the loss with these ranks on the first `windows` windows.
+
+        With `predictions` it is that of their divergence.
+        """
+        of = {} if predictions is None else {"divergence": options_of(predictions)}
+        return Key("trials", {**self._losses(), "ranks": dict(ranks), "windows": windows, **of})
 
     def _losses(self) -> dict[str, Any]:
         tokens = self.calibration.tokens

@@ -1,4 +1,4 @@
-"""Calibration losses under truncated weights, each measured once."""
+"""Calibration losses and divergences under truncated weights, each measured once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from iosvd.allocation.objective import Predictions
 from iosvd.cache.keys import SpectrumKeys
 from iosvd.cache.store import Store, get_or_compute
 from iosvd.system.timing import Stage
@@ -14,17 +15,30 @@ from iosvd.system.timing import Stage
 
 @dataclass(frozen=True)
 class CachedLosses:
-    """Losses by ranks; any run with the same spectra shares them."""
+    """Measurements by ranks; any run with the same spectra shares them."""
 
     store: Store
     keys: SpectrumKeys
     elsewhere: list[Stage] = field(default_factory=list)  # Costs of losses that were cached.
 
-    def of(self, ranks: Mapping[str, int], windows: int, measure: Callable[[], float]) -> float:
-        """Return the loss with these ranks on the first windows; measure it if missing."""
+    def of(
+        self,
+        ranks: Mapping[str, int],
+        windows: int,
+        measure: Callable[[], float],
+        predictions: Predictions | None = None,
+    ) -> float:
+        """Return what was measured with these ranks on the first windows; measure it if missing.
+
+        Args:
+            ranks: of the factorised sites.
+            windows: how many.
+            measure: returns the loss, or the divergence.
+            predictions: that the divergence compares; None for the loss.
+        """
         entry, now = get_or_compute(
             self.store,
-            self.keys.loss(ranks, windows),
+            self.keys.loss(ranks, windows, predictions),
             self.keys.losses(),
             lambda: {"loss": torch.tensor(measure(), dtype=torch.float64)},
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from iosvd.allocation import CalibrationObjective
+from iosvd.allocation.objective import Predictions
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.errors import ConfigError, check_at_least
 from iosvd.layers.replacement import truncated_weights
@@ -97,7 +98,16 @@ class _NoMeasurement(CalibrationObjective):
     def windows(self) -> int:
         return 0
 
+    @property
+    def length(self) -> int:
+        return 0
+
     def gated_loss(self, gates: Mapping[str, Tensor], chosen: Tensor) -> NoReturn:
+        self.loss({}, 0)
+
+    def divergence(
+        self, ranks: Mapping[str, int], windows: int, predictions: Predictions
+    ) -> NoReturn:
         self.loss({}, 0)
 
     def loss(self, ranks: Mapping[str, int], windows: int) -> NoReturn:

@@ -22,3 +22,20 @@ def log_probabilities(model: nn.Module, windows: Tensor, dtype: torch.dtype) -> 
 def summed_kl(reference: Tensor, found: Tensor) -> Tensor:
     """Return the sum over tokens of KL(reference ‖ found), nats, of two log-probabilities."""
     return kl_div(found, reference, log_target=True, reduction="sum")
+
+
+def summed_divergence(reference: Tensor, found: Tensor, temperature: float) -> Tensor:
+    """Return the sum over tokens of KL(reference ‖ found), nats, of logits at a temperature.
+
+    Args:
+        reference, found: logits (windows, positions, vocabulary).
+        temperature: that both are divided by.
+    """
+    # In float64, one window at a time: small divergences vanish in float32.
+    parts = [
+        summed_kl(
+            (p.double() / temperature).log_softmax(-1), (q.double() / temperature).log_softmax(-1)
+        )
+        for p, q in zip(reference, found, strict=True)
+    ]
+    return torch.stack(parts).sum()
