@@ -17,7 +17,12 @@ from iosvd.cache.statistics import CachedStatistics
 from iosvd.cache.store import NoStore, Store
 from iosvd.correction import CorrectionInputs, CorrectionResult
 from iosvd.data.windows import warn_if_few
-from iosvd.layers.replacement import check_finite, install_, install_quantized_
+from iosvd.layers.replacement import (
+    check_finite,
+    install_,
+    install_quantized_,
+    set_parameters_,
+)
 from iosvd.layers.rows import half_dtype
 from iosvd.method import Goal, Method
 from iosvd.models.sites import SiteSelection
@@ -152,6 +157,9 @@ def compress_to(
         truncated = TruncatedSites(ranks, calibration.sites, spectra, budget)
         corrected = _corrected(method, calibration, truncated)
         install_(model, corrected.sites)
+        set_parameters_(model, corrected.parameters)
+    for cost in corrected.costs:
+        clock.add("correction", cost)
     with clock.stage("quantization"):
         stored = _quantized(method, calibration, corrected, budget)
         install_quantized_(model, stored)

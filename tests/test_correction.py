@@ -17,6 +17,7 @@ import iosvd.correction
 from iosvd.allocation import SensitivitySearch, Spectral, Uniform
 from iosvd.correction import (
     Anchored,
+    BlockRefinement,
     Correction,
     CorrectionInputs,
     CorrectionResult,
@@ -29,6 +30,7 @@ from iosvd.correction import (
 from iosvd.correction.distilled import kl_from
 from iosvd.correction.drift import Drift, DriftSums, best_weight, squared_error
 from iosvd.correction.projected_gradient import moved
+from iosvd.correction.refit_options import RefitOptions
 from iosvd.errors import ConfigError
 from iosvd.evaluation.divergence import divergence
 from iosvd.factorization import Factorization, truncate
@@ -262,7 +264,16 @@ def loss_of(result: Compressed) -> float:
 
 ADAPTERS = Lora(rank=2, learning_rate=3e-3, epochs=3, batch_windows=3)
 DISTILLED = Distilled(rank=2, epochs=8, batch_windows=3, held_out=0.25)
-TRAINED = [ProjectedGradient(), ProjectedGradient(rounds=2, replan=False), ADAPTERS, DISTILLED]
+REFINED = BlockRefinement(
+    closed_form=RefitOptions(), epochs=4, learning_rate=3e-3, batch_windows=3, held_out=0.0
+)
+TRAINED = [
+    ProjectedGradient(),
+    ProjectedGradient(rounds=2, replan=False),
+    ADAPTERS,
+    DISTILLED,
+    REFINED,
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -314,7 +325,7 @@ def test_what_follows_the_loss_keeps_the_budget(family: str, correction: Correct
 # A step along one direction hangs on more digits of the gradient than bfloat16 has.
 HALVES = [
     *((torch.float16, correction) for correction in (Anchored(), *TRAINED)),
-    *((torch.bfloat16, correction) for correction in (Anchored(), ADAPTERS, DISTILLED)),
+    *((torch.bfloat16, correction) for correction in (Anchored(), ADAPTERS, DISTILLED, REFINED)),
 ]
 
 

@@ -91,6 +91,24 @@ class SpectrumKeys:
         of = {} if predictions is None else {"divergence": options_of(predictions)}
         return Key("trials", {**self._losses(), "ranks": dict(ranks), "windows": windows, **of})
 
+    def block(self, ranks: Mapping[str, int], steps: Mapping[str, Any], number: int) -> Key:
+        """Return the key of a corrected block, which depends on all blocks before it.
+
+        Args:
+            ranks: of all sites.
+            steps: what is done to each block.
+            number: of the block.
+        """
+        identity = {
+            "spectra": self._identity(),
+            "tokens": self.calibration.tokens,
+            "ranks": dict(ranks),
+            "steps": steps,
+            "block": number,
+            "code": code_digest("blocks", type(self.whitening)),
+        }
+        return Key("blocks", identity)
+
     def _losses(self) -> dict[str, Any]:
         tokens = self.calibration.tokens
         return {"spectra": self._identity(), "tokens": tokens, "code": code_digest("trials")}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iosvd.system.timing import Stage, measured
 
-KINDS = ("scores", "spectra", "statistics", "tokens", "trials")
+KINDS = ("blocks", "scores", "spectra", "statistics", "tokens", "trials")
 
 
 @dataclass(frozen=True)

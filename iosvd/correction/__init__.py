@@ -6,6 +6,7 @@ a YAML in `conf/correction`; see docs/extending.md. Those here are exported for 
 
 from iosvd.correction.anchored import Anchored
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
+from iosvd.correction.block_refinement import BlockRefinement
 from iosvd.correction.distilled import Distilled
 from iosvd.correction.lora import Lora
 from iosvd.correction.none import NoCorrection
@@ -14,6 +15,7 @@ from iosvd.correction.sequential import Sequential
 
 __all__ = [
     "Anchored",
+    "BlockRefinement",
     "Correction",
     "CorrectionInputs",
     "CorrectionResult",

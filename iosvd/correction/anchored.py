@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
-from iosvd.correction.refit import refit
+from iosvd.correction.blockwise import BlockSteps, correct_blocks
 from iosvd.correction.refit_options import RefitOptions
 
 
@@ -33,4 +33,4 @@ class Anchored(RefitOptions, Correction):
         return self.bias
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
-        return CorrectionResult(refit(inputs, self), inputs.sites.ranks)
+        return correct_blocks(inputs, BlockSteps(closed_form=self))

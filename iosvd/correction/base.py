@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from torch import Tensor
 
 from iosvd.allocation import Allocation
 from iosvd.cache.calibration import Calibration
 from iosvd.factorization import Factorization
 from iosvd.statistics.needs import SiteStatistics
+from iosvd.system.timing import Stage
 from iosvd.truncation import TruncatedSites
 from iosvd.types import Site
 from iosvd.whitening import Whitening
@@ -33,6 +36,8 @@ class CorrectionResult:
 
     sites: Mapping[str, Site]
     ranks: Mapping[str, int]
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)  # Others that have changed.
+    costs: Sequence[Stage] = ()  # Of parts: peaks, and the seconds that an earlier run spent.
 
 
 class Correction(Protocol):

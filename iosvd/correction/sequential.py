@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
-from iosvd.correction.refit import refit
+from iosvd.correction.blockwise import BlockSteps, correct_blocks
 from iosvd.correction.refit_options import RefitOptions
 from iosvd.errors import check_at_least
 
@@ -31,7 +31,7 @@ class Sequential(Correction):
         self._options()
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
-        return CorrectionResult(refit(inputs, self._options()), inputs.sites.ranks)
+        return correct_blocks(inputs, BlockSteps(closed_form=self._options()))
 
     def _options(self) -> RefitOptions:
         return RefitOptions(

@@ -89,6 +89,15 @@ def install_quantized_(model: nn.Module, stored: Mapping[str, Stored]) -> None:
         model.set_submodule(name, site.module(model.get_submodule(name)))
 
 
+def set_parameters_(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put new parameters with these values in place of the named ones, which stay as they are."""
+    for name, value in values.items():
+        owner, _, last = name.rpartition(".")
+        before = module.get_parameter(name)
+        mine = nn.Parameter(value.detach().to(before), requires_grad=before.requires_grad)
+        module.get_submodule(owner).register_parameter(last, mine)
+
+
 def check_finite(model: nn.Module) -> None:
     """Raise NumericalError for the first compressed layer with NaN or infinity in it."""
     for name, layer in compressed_layers(model).items():

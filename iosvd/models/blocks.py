@@ -7,7 +7,7 @@ one per site, and holds one block and the hidden states in memory.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,20 +134,29 @@ def hidden_states_of(
     return HiddenStates(states, batch_size, model.device, limit_bytes)
 
 
-def calls_of(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> list[dict[int, Call]]:
+def calls_of(
+    model: PreTrainedModel, tokens: Tensor, batch_size: int, sizes: Collection[int] = ()
+) -> list[dict[int, Call]]:
     """Return each block's other arguments, by the number of windows in a batch.
+
+    Args:
+        model: a causal language model.
+        tokens: windows (windows, length), which pass in order in batches.
+        batch_size: windows of such a batch.
+        sizes: of further batches.
 
     Raises:
         ModelError: hidden states cannot be carried from block to block with these.
     """
     _check_carried(model, tokens[:2])
-    return _calls(model, tokens, batch_size)
+    own = {min(batch_size, len(tokens)), len(tokens) % batch_size} - {0}
+    return _calls(model, tokens, own | set(sizes))
 
 
-def _calls(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> list[dict[int, Call]]:
+def _calls(model: PreTrainedModel, tokens: Tensor, sizes: Collection[int]) -> list[dict[int, Call]]:
     blocks = decoder_blocks(model)
     calls: list[dict[int, Call]] = [{} for _ in blocks]
-    for size in {min(batch_size, len(tokens)), len(tokens) % batch_size} - {0}:
+    for size in sizes:
         with ExitStack() as stack:
             for block, found in zip(blocks, calls, strict=True):
 
@@ -216,7 +225,7 @@ def _plain(model: PreTrainedModel, last: nn.Module, tokens: Tensor) -> Tensor:
 def _carried(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> Tensor:
     """Return the same, carried from block to block."""
     carried = hidden_states_of(model, tokens, 1)
-    for block, calls in zip(blocks, _calls(model, tokens, 1), strict=True):
+    for block, calls in zip(blocks, _calls(model, tokens, [1]), strict=True):
         carried.pass_(block, calls)
     return carried.states
 

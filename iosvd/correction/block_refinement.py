@@ -1,0 +1,46 @@
+"""AA-SVD's block refinement (arXiv 2604.02119): after any closed form, by gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
+from iosvd.correction.blockwise import BlockSteps, correct_blocks
+from iosvd.correction.refinement import Refinement
+from iosvd.correction.refit_options import RefitOptions
+from iosvd.errors import ConfigError
+from iosvd.models.sites import decoder_blocks
+from iosvd.models.visiting import device_of
+
+
+@dataclass(frozen=True)
+class BlockRefinement(Refinement, Correction):
+    """Lower by gradient the error of each block's output, behind the refined blocks (METHODS 11.3).
+
+    Before it is refined, a block's sites are refitted by the closed form, whose inputs are those
+    behind the refined blocks, too. Trust 0 is SVD-LLM's on the compressed prefix (AA-SVD's
+    objective 2, the default of its public code), trust 1 is anchored at the dense outputs
+    (objective 4, the paper's). Without a closed form the truncated factors are refined.
+
+    Cost: two sets of hidden states, one block with its gradients and AdamW's two moments, in
+    float32; each epoch is a training step's work of the compressed model.
+    """
+
+    closed_form: RefitOptions | None = None
+
+    @property
+    def needs_metrics(self) -> bool:
+        return self.closed_form is not None and self.closed_form.output_metric
+
+    @property
+    def adds_bias(self) -> bool:
+        return self.closed_form is not None and self.closed_form.bias
+
+    def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
+        devices = {device_of(block) for block in decoder_blocks(inputs.calibration.model)}
+        if len(devices) > 1:
+            raise ConfigError(
+                f"the decoder blocks are spread over {len(devices)} devices, where block refinement"
+                " does not work; set runtime.device_map=null or another correction"
+            )
+        return correct_blocks(inputs, BlockSteps(self.closed_form, self))

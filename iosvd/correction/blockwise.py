@@ -1,0 +1,155 @@
+"""Correct decoder blocks in forward order, each behind the blocks that are corrected already.
+
+The dense block runs once on the dense hidden states, and the inputs of its sites are kept. Its
+twin, with the truncated layers, is corrected and then takes the compressed hidden states to the
+next block. So the dense model is passed once, and the compressed one about three times for the
+closed form, mostly in part, and once per epoch of refinement; no site costs a pass of the model.
+
+Every corrected block is stored at once, so a correction that is interrupted resumes at the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from iosvd.cache.keys import SpectrumKeys, options_of
+from iosvd.cache.store import Key, get_or_compute
+from iosvd.correction.base import CorrectionInputs, CorrectionResult
+from iosvd.correction.closed_form import closed_form_
+from iosvd.correction.pair import BlockPair
+from iosvd.correction.refinement import Refinement
+from iosvd.correction.refit_options import RefitOptions
+from iosvd.correction.stored_block import BlockUpdate, tensors_of, update_from
+from iosvd.layers.replacement import install_, set_parameters_, twin_of
+from iosvd.models.blocks import Call, HiddenStates, calls_of, hidden_states_of
+from iosvd.models.layout import Layout, layout_of
+from iosvd.models.linear_form import expert_of
+from iosvd.models.sites import decoder_blocks
+from iosvd.models.visiting import device_of
+from iosvd.system.progress import track
+from iosvd.system.timing import Stage
+from iosvd.types import Site
+
+
+@dataclass(frozen=True)
+class BlockSteps:
+    """What is done to a block."""
+
+    closed_form: RefitOptions | None = None  # Experts stay as they are truncated.
+    refinement: Refinement | None = None
+
+
+@torch.no_grad()
+def correct_blocks(inputs: CorrectionInputs, steps: BlockSteps) -> CorrectionResult:
+    """Return all sites corrected, and other parameters of their blocks that changed.
+
+    The dense model is left as it is.
+    """
+    model, own = inputs.calibration.model, inputs.calibration
+    blocks = decoder_blocks(model)
+    names_by_block = [_sites_in(model, block, inputs) for block in blocks]
+    inside = {name for names in names_by_block for name in names.values()}
+    sizes = steps.refinement.part_sizes(len(own.tokens), own.batch_size) if steps.refinement else ()
+    calls = calls_of(model, own.tokens, own.batch_size, sizes)
+    dense_states = hidden_states_of(model, own.tokens, own.batch_size)
+    sites = {name: site for name, site in inputs.sites.items() if name not in inside}
+    prefix = twin_of(model) if sites else model
+    install_(prefix, sites)
+    states = hidden_states_of(prefix, own.tokens, own.batch_size)
+    parameters: dict[str, Tensor] = {}
+    costs: list[Stage] = []
+    work = zip(blocks, names_by_block, calls, strict=True)
+    for number, (block, names, block_calls) in enumerate(
+        track(work, len(blocks), "refit", "block")
+    ):
+        correct = partial(
+            _corrected, inputs, steps, number, block, names, block_calls, dense_states, states
+        )
+        key = _key(inputs, steps, number)
+        entry, now = get_or_compute(own.store, key, key, correct)
+        # Its peak was measured inside, which hides it from the clock of the whole correction.
+        costs.append(replace(entry.cost, seconds=0.0 if now else entry.cost.seconds))
+        if not now:
+            dense_states.pass_(block, block_calls)
+        update = update_from(entry.tensors, _truncated(inputs, names), device_of(block))
+        twin = twin_of(block)
+        install_(twin, update.sites)
+        set_parameters_(twin, update.parameters)
+        states.pass_(twin, block_calls)
+        sites |= {names[name]: site for name, site in update.sites.items()}
+        start = _name_of(model, block)
+        parameters |= {f"{start}.{name}": value for name, value in update.parameters.items()}
+        del twin
+    ordered = {name: sites[name] for name in inputs.sites}
+    return CorrectionResult(ordered, inputs.sites.ranks, parameters, costs)
+
+
+def _corrected(
+    inputs: CorrectionInputs,
+    steps: BlockSteps,
+    number: int,
+    block: nn.Module,
+    names: Mapping[str, str],
+    calls: Mapping[int, Call],
+    dense_states: HiddenStates,
+    states: HiddenStates,
+) -> dict[str, Tensor]:
+    """Correct one block, and take the dense states through it; return the update's tensors."""
+    model, sites = inputs.calibration.model, _truncated(inputs, names)
+    layout, wanted = Layout((), ()), list[str]()
+    if steps.closed_form is not None:
+        # The compressed model routes tokens otherwise, so an expert's inputs have no partners.
+        fitted = [name for name, full in names.items() if expert_of(model, full) is None]
+        layout = _layout(block, dense_states, calls, fitted)
+        wanted = ["", *(group[0] for group in layout.groups)]
+    reached = dense_states.pass_(block, calls, wanted)
+    twin = twin_of(block)
+    install_(twin, sites)
+    pair = BlockPair(
+        number=number,
+        dense=block,
+        twin=twin,
+        layout=layout,
+        reached=reached,
+        states=states,
+        target=dense_states,
+        calls=calls,
+    )
+    update = BlockUpdate(sites, {})
+    if steps.closed_form is not None:
+        update = BlockUpdate(closed_form_(pair, sites, inputs, steps.closed_form), {})
+    if steps.refinement is not None:
+        update = steps.refinement.refine_(pair, update.sites)
+    return tensors_of(update, block)
+
+
+def _key(inputs: CorrectionInputs, steps: BlockSteps, number: int) -> Key:
+    own = inputs.calibration
+    spectra = SpectrumKeys(own.keys, inputs.whitening, inputs.factorization)
+    return spectra.block(inputs.sites.ranks, options_of(steps), number)
+
+
+def _sites_in(model: nn.Module, block: nn.Module, inputs: CorrectionInputs) -> dict[str, str]:
+    """Return the sites of a block: their names within it, and within the model."""
+    start = _name_of(model, block) + "."
+    return {name.removeprefix(start): name for name in inputs.sites if name.startswith(start)}
+
+
+def _truncated(inputs: CorrectionInputs, names: Mapping[str, str]) -> dict[str, Site]:
+    return {name: inputs.sites[full] for name, full in names.items()}
+
+
+def _name_of(model: nn.Module, block: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is block)
+
+
+def _layout(
+    block: nn.Module, states: HiddenStates, calls: Mapping[int, Call], names: Sequence[str]
+) -> Layout:
+    _, hidden = next(states.batches(device_of(block)))
+    return layout_of(block, hidden, calls[len(hidden)], names)

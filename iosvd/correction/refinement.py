@@ -1,0 +1,221 @@
+"""Train one compressed block to return what the dense block returns (METHODS 11.3)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from iosvd.correction.pair import BlockPair
+from iosvd.correction.stored_block import BlockUpdate
+from iosvd.errors import ConfigError, check_at_least
+from iosvd.layers.modules import LowRankLinear
+from iosvd.models.visiting import device_of
+from iosvd.types import Site
+
+log = logging.getLogger(__name__)
+_WARM_UP = 0.1  # Share of the steps.
+_LAST_RATE = 0.1  # Of the learning rate, at the end of its cosine.
+_LARGEST_NORM = 1.0  # Of the gradient of the mean squared error.
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Options of the training: AdamW on the calibration windows, as AA-SVD's public code has them.
+
+    Twin and dense block read the hidden states in front of each; the mean squared error of their
+    outputs is lowered. After each epoch it is measured on windows that are held out, or, without
+    any, on those that are trained on; the block keeps the parameters of its best epoch, which may
+    be those it started with.
+    """
+
+    epochs: int = 25
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    batch_windows: int = 32  # Per step.
+    dense_sites: bool = True  # Train the weights of sites that stay dense, too.
+    others: bool = True  # And all else in the block: norms, biases, routers.
+    held_out: float = 0.1  # Share of the windows, the last ones, that choose the epoch.
+    seed: int = 0  # Of the order of the windows.
+
+    def __post_init__(self) -> None:
+        check_at_least(1, epochs=self.epochs, batch_windows=self.batch_windows)
+        check_at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"held_out={self.held_out:g} is outside [0, 1)")
+
+    def trained_windows(self, windows: int) -> int:
+        """Return how many windows are trained on; the others are held out.
+
+        Raises:
+            ConfigError: there is none to train on, or none to hold out.
+        """
+        held = round(self.held_out * windows)
+        if held == windows or (self.held_out > 0 and held == 0):
+            raise ConfigError(
+                f"held_out={self.held_out:g} of {windows} calibration windows leaves none to"
+                f" {'train on' if held else 'hold out'}; set correction.held_out or"
+                " calibration.windows"
+            )
+        return windows - held
+
+    def part_sizes(self, windows: int, batch_size: int) -> Collection[int]:
+        """Return the numbers of windows that pass through the block together."""
+        trained = torch.arange(self.trained_windows(windows))
+        steps = trained.split(self.batch_windows)
+        judged = self._judged(windows).split(batch_size)
+        return {len(part) for part in (*judged, *(p for s in steps for p in s.split(batch_size)))}
+
+    def refine_(self, pair: BlockPair, sites: Mapping[str, Site]) -> BlockUpdate:
+        """Train the twin of a block; return its sites and other parameters as they are then.
+
+        Args:
+            pair: the block.
+            sites: as they are installed in the twin, by their names within the block.
+        """
+        training = _Training(self, pair, _own_parameters_(pair, sites, self))
+        training.run_()
+        names = training.parameters
+        found = {name: _site_of(pair.twin, name, site, names) for name, site in sites.items()}
+        inside = tuple(f"{name}." for name in sites)
+        others = {n: p.detach() for n, p in names.items() if not n.startswith(inside)}
+        return BlockUpdate(found, others)
+
+    def _judged(self, windows: int) -> Tensor:
+        """Return the indices of the windows whose error chooses the epoch."""
+        trained = self.trained_windows(windows)
+        return torch.arange(trained if trained < windows else 0, windows)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """The training of one block."""
+
+    options: Refinement
+    pair: BlockPair
+    parameters: Mapping[str, nn.Parameter]  # In the model's dtype.
+    masters: Sequence[Tensor] = field(init=False)  # The same in float32 or better.
+
+    def __post_init__(self) -> None:
+        precise = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self._all]
+        object.__setattr__(self, "masters", [p.requires_grad_() for p in precise])
+
+    @property
+    def _all(self) -> list[nn.Parameter]:
+        return list(self.parameters.values())
+
+    @property
+    def _windows(self) -> int:
+        return len(self.pair.states.states)
+
+    def run_(self) -> None:
+        """Train, and leave the parameters of the epoch with the least error."""
+        start = least = self._error()
+        best = [parameter.detach().clone() for parameter in self._all]
+        for _ in self._epochs():
+            error = self._error()
+            if not math.isfinite(error):
+                log.warning(
+                    "the refinement of block %d diverges; lower correction.learning_rate",
+                    self.pair.number,
+                )
+                break
+            if error < least:
+                least = error
+                for kept, parameter in zip(best, self._all, strict=True):
+                    kept.copy_(parameter)
+        for kept, parameter in zip(best, self._all, strict=True):
+            parameter.copy_(kept)
+        log.info("block %d: mean squared error %.4g, refined %.4g", self.pair.number, start, least)
+
+    def _epochs(self) -> Iterator[None]:
+        from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
+
+        options = self.options
+        trained = options.trained_windows(self._windows)
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.pair.number)
+        steps = options.epochs * math.ceil(trained / options.batch_windows)
+        optimizer = torch.optim.AdamW(
+            self.masters, lr=options.learning_rate, weight_decay=options.weight_decay
+        )
+        warm_up = min(math.ceil(_WARM_UP * steps), steps - 1)
+        schedule = cosine(optimizer, warm_up, steps, min_lr_rate=_LAST_RATE)
+        for _ in range(options.epochs):
+            order = torch.randperm(trained, generator=generator)
+            for batch in order.split(options.batch_windows):
+                self._add_gradients_(batch)
+                nn.utils.clip_grad_norm_(self.masters, _LARGEST_NORM)
+                optimizer.step()
+                schedule.step()
+                for parameter, master in zip(self._all, self.masters, strict=True):
+                    parameter.copy_(master)
+            yield
+
+    def _add_gradients_(self, batch: Tensor) -> None:
+        """Set the masters' gradients to those of the mean squared error of some windows."""
+        sums = [torch.zeros_like(master) for master in self.masters]
+        for part in batch.split(self.pair.states.batch_size):
+            with torch.enable_grad():
+                # The sum, for gradients of the mean underflow in half precision.
+                found = torch.autograd.grad(self._summed_error(part), self._all, allow_unused=True)
+            for total, gradient in zip(sums, found, strict=True):
+                if gradient is not None:  # None: of an expert without a token.
+                    total += gradient
+        for master, total in zip(self.masters, sums, strict=True):
+            master.grad = total / (len(batch) * self._entries)
+
+    def _error(self) -> float:
+        """Return the mean squared error of the outputs on the windows that choose the epoch."""
+        judged = self.options._judged(self._windows)
+        parts = judged.split(self.pair.states.batch_size)
+        total = sum(float(self._summed_error(part)) for part in parts)
+        return total / (len(judged) * self._entries)
+
+    @property
+    def _entries(self) -> int:
+        """Entries of a window's hidden states."""
+        return self.pair.states.states[0].numel()
+
+    def _summed_error(self, windows: Tensor) -> Tensor:
+        pair, device = self.pair, device_of(self.pair.twin)
+        hidden, target = (kept.states[windows].to(device) for kept in (pair.states, pair.target))
+        output = pair.calls[len(windows)](pair.twin, hidden)
+        wide = torch.promote_types(output.dtype, torch.float32)
+        return (output.to(wide) - target.to(wide)).square().sum()
+
+
+def _own_parameters_(
+    pair: BlockPair, sites: Mapping[str, Site], options: Refinement
+) -> dict[str, nn.Parameter]:
+    """Give the twin parameters of its own that are trained, and return them by name."""
+    dense = {f"{name}.weight" for name, site in sites.items() if site.factors is None}
+    layers = {n for n, m in pair.twin.named_modules() if isinstance(m, LowRankLinear)}
+    factors = {f"{name}.{part}" for name in layers for part in ("weight", "left")}
+    trained = {}
+    for name, parameter in list(pair.twin.named_parameters()):
+        wanted = (
+            True if name in factors else options.dense_sites if name in dense else options.others
+        )
+        if wanted and parameter.is_floating_point():
+            mine = nn.Parameter(parameter.detach().clone())
+            owner, _, last = name.rpartition(".")
+            pair.twin.get_submodule(owner).register_parameter(last, mine)
+            trained[name] = mine
+    return trained
+
+
+def _site_of(twin: nn.Module, name: str, site: Site, trained: Mapping[str, nn.Parameter]) -> Site:
+    """Return a site with what was trained of it."""
+    layer = twin.get_submodule(name)
+    if f"{name}.bias" in trained:
+        site = replace(site, bias=trained[f"{name}.bias"].detach())
+    if site.factors is None:
+        weight = trained.get(f"{name}.weight")
+        return site if weight is None else replace(site, weight=weight.detach())
+    assert isinstance(layer, LowRankLinear)
+    factors = replace(site.factors, left=layer.left.detach(), right=layer.weight.detach())
+    return replace(site, factors=factors, weight=site.weight.detach().to("meta"))

@@ -1,0 +1,251 @@
+"""Block refinement against a training written out here, and what it must keep."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, build, divided
+from test_correction import TOKENS, error_of_blocks, run
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import iosvd
+from iosvd.cache.disk import Cache
+from iosvd.correction import Anchored, BlockRefinement, NoCorrection, Sequential
+from iosvd.correction.refinement import Refinement
+from iosvd.correction.refit_options import RefitOptions
+from iosvd.errors import ConfigError
+from iosvd.layers.replacement import low_rank_layers
+from iosvd.models.sites import SiteSelection, find_sites
+from iosvd.pipeline import compress
+
+ANCHORED = RefitOptions(trust=1.0, ridge=1e-6, stream=False, output_metric=False, dense_sites=False)
+BOTH = BlockRefinement(
+    closed_form=ANCHORED, epochs=12, learning_rate=3e-3, batch_windows=4, held_out=0.0
+)
+
+
+def state(correction: Any, ratio: float = 0.5, **options: Any) -> dict[str, Tensor]:
+    return run(correction, ratio, **options).model.state_dict()
+
+
+def trained_by_hand(dense: nn.Module, block: nn.Module, options: BlockRefinement) -> list[float]:
+    """Train the first block of a model whose first block is compressed; return its errors."""
+    with torch.no_grad():
+        hidden = dense.model.embed_tokens(TOKENS)
+        positions = torch.arange(TOKENS.shape[1])[None]
+        rotary = dense.model.rotary_emb(hidden, positions)
+        length = TOKENS.shape[1]
+        mask = torch.full((length, length), -math.inf).triu(1)[None, None]
+
+        def forward(layer: nn.Module, windows: Tensor) -> Tensor:
+            found = layer(
+                hidden[windows],
+                attention_mask=mask.expand(len(windows), 1, length, length),
+                position_ids=positions,
+                position_embeddings=rotary,
+            )
+            return found[0] if isinstance(found, tuple) else found
+
+        target = forward(dense.model.layers[0], torch.arange(len(TOKENS)))
+    parameters = list(block.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.01)
+    steps = options.epochs * 3  # Nine windows in batches of four.
+    warm, step = math.ceil(0.1 * steps), 0
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for _ in range(options.epochs):
+        for batch in torch.randperm(len(TOKENS), generator=generator).split(4):
+            share = (step - warm) / (steps - warm)
+            falling = 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * share))
+            optimizer.param_groups[0]["lr"] = options.learning_rate * (
+                step / warm if step < warm else falling
+            )
+            optimizer.zero_grad()
+            (forward(block, batch) - target[batch]).square().mean().backward()
+            norm = torch.stack([p.grad.norm() for p in parameters]).norm()  # type: ignore[union-attr]
+            if norm > 1:
+                for parameter in parameters:
+                    parameter.grad /= norm  # type: ignore[operator]
+            optimizer.step()
+            step += 1
+        with torch.no_grad():
+            errors.append(float((forward(block, torch.arange(9)) - target).square().mean()))
+    return errors
+
+
+def test_the_first_block_is_what_a_training_written_out_gives() -> None:
+    options = BlockRefinement(epochs=5, learning_rate=3e-3, batch_windows=4, held_out=0.0)
+    block = copy.deepcopy(run(NoCorrection(), 0.5).model.model.layers[0])
+    errors = trained_by_hand(build("llama"), block, options)
+    assert errors == sorted(errors, reverse=True)  # So the last epoch is the best.
+    refined = run(options, 0.5).model.model.layers[0].state_dict()
+    for name, tensor in block.state_dict().items():
+        torch.testing.assert_close(refined[name], tensor, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_return_more_nearly_what_the_dense_ones_do(family: str) -> None:
+    closed = error_of_blocks(run(Sequential(anchored=True), 0.5, family), family)
+    refined = error_of_blocks(run(BOTH, 0.5, family), family)
+    assert refined < 0.9 * closed
+
+
+@pytest.mark.parametrize("closed_form", [None, ANCHORED])
+def test_full_rank_and_no_drift_leave_every_block_as_it_is(closed_form: RefitOptions) -> None:
+    dense = build("llama").state_dict()
+    found = state(BlockRefinement(closed_form=closed_form, epochs=2), 1.0)
+    for name, tensor in dense.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_it_begins_with_the_closed_form() -> None:
+    """With a rate of zero nothing else happens."""
+    still = BlockRefinement(closed_form=ANCHORED, learning_rate=0.0, epochs=1)
+    expected = state(Sequential(anchored=True))
+    for name, tensor in state(still).items():
+        assert torch.equal(tensor, expected[name]), name
+    plain = state(NoCorrection())
+    for name, tensor in state(BlockRefinement(learning_rate=0.0, epochs=1)).items():
+        assert torch.equal(tensor, plain[name]), name
+
+
+def test_a_rate_that_diverges_leaves_the_block_and_warns_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    start = state(Sequential(anchored=True))
+    wild = BlockRefinement(closed_form=ANCHORED, learning_rate=1e30, epochs=3, held_out=0.0)
+    with caplog.at_level(logging.WARNING, logger="iosvd"):
+        found = state(wild)
+    for name, tensor in start.items():
+        assert torch.equal(found[name], tensor), name
+    warned = [r.message for r in caplog.records if "diverges" in r.message]
+    assert warned == [
+        f"the refinement of block {number} diverges; lower correction.learning_rate"
+        for number in range(2)
+    ]
+
+
+def test_the_error_on_held_out_windows_never_rises() -> None:
+    """Random tokens: what is learned of six windows says nothing about three others."""
+    held = BlockRefinement(epochs=20, learning_rate=3e-2, batch_windows=3, held_out=0.34)
+    dense, plain, refined = build("llama"), run(NoCorrection(), 0.5), run(held, 0.5)
+    with torch.no_grad():
+        outputs = [
+            model.model(input_ids=TOKENS[6:], output_hidden_states=True).hidden_states[1]
+            for model in (dense, plain.model, refined.model)
+        ]
+    errors = [float((found - outputs[0]).square().mean()) for found in outputs[1:]]
+    assert errors[1] <= errors[0] * (1 + 1e-6)
+
+
+def test_what_is_not_to_be_trained_stays() -> None:
+    dense, plain = build("llama").state_dict(), run(NoCorrection(), 0.7)
+    factors = run(BlockRefinement(dense_sites=False, others=False, epochs=3, held_out=0.0), 0.7)
+    everything = run(BlockRefinement(epochs=3, held_out=0.0), 0.7)
+    low_rank = low_rank_layers(factors.model)
+    found, whole = factors.model.state_dict(), everything.model.state_dict()
+    stays = [name for name in found if name.rpartition(".")[0] not in low_rank]
+    assert any(name.endswith("proj.weight") for name in stays)  # A site that stays dense.
+    for name in stays:
+        assert torch.equal(found[name], dense[name]), name
+    assert any(not torch.equal(found[n], t) for n, t in plain.model.state_dict().items())
+    norms = [name for name in whole if "layernorm" in name]
+    assert norms
+    for name in norms:
+        assert not torch.equal(whole[name], dense[name]), name
+
+
+def test_refined_norms_and_dense_sites_are_saved(tmp_path: Path) -> None:
+    result = run(BlockRefinement(epochs=3, held_out=0.0), 0.7)
+    iosvd.save(result.model, tmp_path / "model", result.plan)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("correction", [BOTH, Anchored()], ids=lambda c: type(c).__name__)
+def test_an_interrupted_correction_resumes_at_the_next_block(
+    correction: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = state(correction)
+    module = "iosvd.correction.blockwise"
+    corrected = __import__(module, fromlist=["_corrected"])._corrected
+    numbers: list[int] = []
+
+    def interrupted(*given: Any) -> dict[str, Tensor]:
+        if given[2] == 1 and len(numbers) == 1:
+            raise KeyboardInterrupt
+        numbers.append(given[2])
+        return corrected(*given)
+
+    monkeypatch.setattr(f"{module}._corrected", interrupted)
+    store = Cache(tmp_path / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        run_in(store, correction)
+    numbers.append(-1)
+    resumed = run_in(store, correction)
+    assert numbers == [0, -1, 1]
+    for name, tensor in resumed.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    run_in(store, correction)
+    assert numbers == [0, -1, 1]  # A third run corrects nothing.
+
+
+def run_in(store: Cache, correction: Any) -> nn.Module:
+    return compress(
+        build("llama"),
+        TOKENS,
+        ratio=0.5,
+        batch_size=4,
+        store=store,
+        identity="llama",
+        **divided({"correction": correction}),
+    ).model
+
+
+def test_the_windows_of_a_batch_may_pass_in_parts() -> None:
+    """Steps of four windows, passed in batches of three or of four."""
+    few = dataclasses.replace(BOTH, epochs=2, learning_rate=1e-3)  # AdamW amplifies rounding.
+    found = []
+    for batch_size in (3, 4):
+        options = divided({"correction": few})
+        result = compress(build("llama"), TOKENS, ratio=0.5, batch_size=batch_size, **options)
+        # Not the factors: components have no sign.
+        with torch.no_grad():
+            found.append(result.model(input_ids=TOKENS).logits)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "windows", "message"),
+    [
+        (0.05, 8, "held_out=0.05 of 8 calibration windows leaves none to hold out"),
+        (0.9, 3, "held_out=0.9 of 3 calibration windows leaves none to train on"),
+    ],
+)
+def test_a_share_that_leaves_no_window_is_refused(
+    held_out: float, windows: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Refinement(held_out=held_out).trained_windows(windows)
+
+
+def test_blocks_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = iter([torch.device("cuda:0"), torch.device("cuda:1")])
+    monkeypatch.setattr("iosvd.correction.block_refinement.device_of", lambda block: next(devices))
+    with pytest.raises(ConfigError, match="decoder blocks are spread over 2 devices"):
+        run(BOTH, 0.5)
+
+
+def test_sites_of_a_refined_model_are_those_of_the_plan() -> None:
+    result = run(BOTH, 0.5)
+    assert set(find_sites(build("llama"), SiteSelection())) == set(result.plan.sites)
+    assert {n: x.rank for n, x in low_rank_layers(result.model).items()} == result.plan.ranks
