@@ -213,7 +213,8 @@ def run_in(store: Cache, correction: Any) -> nn.Module:
 
 def test_the_windows_of_a_batch_may_pass_in_parts() -> None:
     """Steps of four windows, passed in batches of three or of four."""
-    few = dataclasses.replace(BOTH, epochs=2, learning_rate=1e-3)  # AdamW amplifies rounding.
+    # The closed form of so few tokens amplifies rounding, and so does AdamW.
+    few = dataclasses.replace(BOTH, closed_form=None, epochs=2, learning_rate=1e-3)
     found = []
     for batch_size in (3, 4):
         options = divided({"correction": few})
