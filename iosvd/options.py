@@ -43,11 +43,10 @@ def typed_group(cls: type[Value], composed: DictConfig, group: str, shown: str =
     """
     shown = shown or group
     schema = OmegaConf.structured(cls)
-    # Frozen dataclasses make read-only configs, which could not be filled.
-    OmegaConf.set_readonly(schema, False)
-    _unfreeze(schema)
     try:
-        value = OmegaConf.to_object(OmegaConf.merge(schema, composed[group]))
+        given = composed[group]
+        _unfreeze(schema, given)
+        value = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except ConfigKeyError as error:
         key, options = error.full_key, ", ".join(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
         raise ConfigError(f"unknown option {shown}.{key}; options of {shown}: {options}") from None
@@ -96,9 +95,17 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _unfreeze(node: Any) -> None:
+def _unfreeze(node: Any, given: Any) -> None:
+    """Let a schema be filled: frozen dataclasses make read-only nodes.
+
+    An optional part that is given but has no value yet gets the schema of its dataclass.
+    """
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
     OmegaConf.set_readonly(node, False)
+    given = given if isinstance(given, DictConfig) and not given._is_none() else OmegaConf.create()
     for key in node:
-        _unfreeze(node._get_node(key))
+        part, wanted = node._get_node(key), given._get_node(key)
+        if isinstance(part, DictConfig) and part._is_none() and isinstance(wanted, DictConfig):
+            node[key] = None if wanted._is_none() else OmegaConf.structured(part._metadata.ref_type)
+        _unfreeze(node._get_node(key), wanted)

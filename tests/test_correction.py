@@ -27,6 +27,7 @@ from iosvd.correction import (
     ProjectedGradient,
     Sequential,
 )
+from iosvd.correction.adaptive_trust import AdaptiveTrust
 from iosvd.correction.distilled import kl_from
 from iosvd.correction.drift import Drift, DriftSums, best_weight, squared_error
 from iosvd.correction.projected_gradient import moved
@@ -163,6 +164,7 @@ REFITS = [
     Anchored(output_metric=False, dense_sites=False),
     Sequential(),
     Sequential(anchored=True),
+    Sequential(adaptive=AdaptiveTrust()),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from iosvd.correction.adaptive_trust import AdaptiveTrust
 from iosvd.errors import ConfigError, check_at_least
 
 
@@ -12,6 +13,7 @@ class RefitOptions:
     """The target of every site, and the regularisation of its closed form."""
 
     trust: float = 0.75  # Target: 1: the dense model's output t; 0: the site's own output W x_c.
+    adaptive: AdaptiveTrust | None = None  # Chooses the trust of each factorised site instead.
     ridge: float = 1e-3  # Pulls towards W, relative to the mean diagonal of R_c.
     held_out: float = 0.0  # Share of the windows on which each site's ridge is chosen; 0: as given.
     stream: bool = True  # Sites that write to the residual stream make up for what it lacks.
@@ -22,5 +24,9 @@ class RefitOptions:
 
     def __post_init__(self) -> None:
         check_at_least(0, trust=self.trust, ridge=self.ridge, damping=self.damping)
+        if self.adaptive is not None and self.stream:
+            raise ConfigError(
+                "correction.adaptive compares a site's own outputs; set correction.stream=false"
+            )
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out:g} is outside [0, 1)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from iosvd.factorization import truncate
 from iosvd.linalg import IdentityRoot, Root, RootKind, root_of
 from iosvd.types import Factors, Site, Spectrum, Whitener
 
+log = logging.getLogger(__name__)
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # Compared on the held-out windows.
 
 
@@ -47,7 +49,7 @@ def refitted(
     solve = _Solve(inputs, options, site, weight)
     ridge = options.ridge if held_out is None else solve.best_ridge(fitted, held_out)
     best = solve.best(whole.centred() if biased else whole, ridge)
-    bias = _bias(dense, weight - best.product, whole, options.trust) if biased else None
+    bias = _bias(dense, weight - best.product, whole, best.trust) if biased else None
     return replace(_stored_in(dense.weight, site, best), bias=bias)
 
 
@@ -56,6 +58,7 @@ class _Best:
     """The best weight of a site, and its factors if the rank is less than full."""
 
     product: Tensor  # (m, n)
+    trust: float  # Of its target.
     factors: Factors | None = None
     spectrum: Spectrum | None = None  # That the factors were truncated from.
 
@@ -83,12 +86,21 @@ class _Solve:
         """Return the best weight of the site's rank."""
         name, right = self.site.name, self._right(drift)
         ridge = max(ridge, right.damping)
-        best = best_weight(self.weight, drift, self.options.trust, ridge, name)
+        trust = self._trust(drift, ridge)
+        best = best_weight(self.weight, drift, trust, ridge, name)
         if self.site.factors is None:
-            return _Best(best)
+            return _Best(best, trust)
         spectrum = self.inputs.factorization(best, Whitener(self._left(), right), name)
         factors = truncate(spectrum, self.site.factors.rank)
-        return _Best(factors.dense(), factors, spectrum)
+        return _Best(factors.dense(), trust, factors, spectrum)
+
+    def _trust(self, drift: Drift, ridge: float) -> float:
+        adaptive, factors = self.options.adaptive, self.site.factors
+        if adaptive is None or factors is None:
+            return self.options.trust
+        trust = adaptive.of(self.weight, drift, ridge, factors.rank)
+        log.debug("%s: trust %.4g", self.site.name, trust)
+        return trust
 
     def _right(self, drift: Drift) -> Root:
         what = f"the input metric of {self.site.name} behind the compressed layers"
