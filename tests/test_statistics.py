@@ -188,3 +188,23 @@ def test_a_statistic_does_not_hang_on_what_is_collected_with_it(family: str) -> 
             for field in statistics_for(part):
                 found = getattr(alone[name], field)
                 assert torch.equal(found, getattr(together[name], field)), (name, field)
+
+
+@pytest.mark.parametrize("inputs", [True, False])
+def test_only_the_windows_of_the_gradient_are_differentiated(
+    inputs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others pass without a graph, or not at all if nothing of them is asked for."""
+    model = build("llama")
+    sites = find_sites(model, SiteSelection())
+    graphs: list[bool] = []
+    model.model.layers[0].register_forward_hook(lambda *call: graphs.append(call[-1].requires_grad))
+    monkeypatch.setattr("iosvd.statistics.collect.chained_blocks", lambda model, tokens: [])
+    needs = Needs(input_metric=inputs, gradient_windows=1)
+    found = collect(model, tokens(6), sites, needs, batch_size=2)
+    passes = graphs[-3:] if inputs else graphs[-1:]
+    assert passes == ([True, False, False] if inputs else [True])
+    assert graphs.count(True) == 1
+    alone = collect(model, tokens(6)[:1], sites, Needs(gradient_windows=1))
+    for name, one in found.items():
+        assert_close(one.need("gradient"), alone[name].need("gradient"))

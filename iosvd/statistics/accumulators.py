@@ -41,6 +41,7 @@ class Sums:
     windows: int = 0  # In that batch.
     length: int = 0  # Of a window.
     only_kronecker: bool = False  # In the passes after the first.
+    tokens: int = 0  # That passed.
     inputs: Counter[str] = field(default_factory=Counter)  # Tokens that reached each site.
     input_metric: dict[str, Tensor] = field(default_factory=dict)
     input_magnitude: dict[str, Tensor] = field(default_factory=dict)
@@ -153,12 +154,10 @@ class Sums:
                         " try model.dtype=float32 or bfloat16"
                     )
 
-    def check_reached(self, sites: Mapping[str, nn.Module], tokens: int) -> None:
+    def check_reached(self, sites: Mapping[str, nn.Module]) -> None:
         """Raise for the first site whose output no gradient has reached, but for idle experts.
 
-        Args:
-            sites: by name.
-            tokens: of the calibration set; a site that sees fewer is an expert's.
+        A site that has seen fewer tokens than passed is an expert's.
         """
         needs = self.needs
         asked = ((needs.kl_metric, self.kl_metric), (needs.fisher_metric, self.fisher_metric))
@@ -166,7 +165,7 @@ class Sums:
             for wanted, sums in (*asked, (needs.gradient_windows > 0, self.gradient)):
                 if not wanted or name in sums:
                     continue
-                if self.inputs[self.shared[name]] < tokens:
+                if self.inputs[self.shared[name]] < self.tokens:
                     m, n = int(site.out_features), int(site.in_features)  # type: ignore[arg-type]
                     shape = (m, n) if sums is self.gradient else (m, m)
                     sums[name] = self._zeros(next(site.parameters()), shape)

@@ -70,7 +70,7 @@ def collect(
                 _pass_over(body, tokens, batch_size, sums)
                 sums.kronecker.finish_pass(len(tokens), number == needs.kronecker_passes - 1)
     sums.check()
-    sums.check_reached(sites, tokens.numel())
+    sums.check_reached(sites)
     sums.finish(*tokens.shape)
     return {name: sums.statistics(name) for name in sites}
 
@@ -114,8 +114,11 @@ def _pass_over(body: _Body, tokens: Tensor, batch_size: int, sums: Sums) -> None
             vocabulary=model.config.get_text_config().vocab_size,
             only_losses=sums.only_kronecker,
         )
+        if not (signals.phases or (sums.needs.of_inputs and not sums.only_kronecker)):
+            continue  # Beyond the windows of the gradient there is nothing to see.
         sums.phase, sums.first_window = Phase.INPUTS, start
         sums.windows, sums.length = batch.shape
+        sums.tokens += 0 if sums.only_kronecker else batch.numel()
         _pass_batch(body, signals, sums)
         if start == 0:
             sums.check()  # A broken model fails now, not after the whole pass.
@@ -124,12 +127,14 @@ def _pass_over(body: _Body, tokens: Tensor, batch_size: int, sums: Sums) -> None
 def _pass_batch(body: _Body, signals: Signals, sums: Sums) -> None:
     """Run one batch forward and back-propagate every signal; the hooks sum."""
     phases = signals.phases
-    with without_graph(body.blocks if phases else []) as chain:
-        hidden = body(signals.batch)
     if not phases:
-        _check(hidden, signals, sums)
-        _check(body.head(hidden[:, -1:]), signals, sums)
+        with torch.no_grad():
+            hidden = body(signals.batch)
+            _check(hidden, signals, sums)
+            _check(body.head(hidden[:, -1:]), signals, sums)
         return
+    with without_graph(body.blocks) as chain:
+        hidden = body(signals.batch)
 
     def begin(number: int) -> None:
         sums.phase = phases[number]

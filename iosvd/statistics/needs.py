@@ -43,6 +43,11 @@ class Needs:
         return {name: Needs(**{name: value}) for name, value in asked.items() if value}
 
     @property
+    def of_inputs(self) -> bool:
+        """Whether a statistic of the sites' inputs is asked for."""
+        return self.input_metric or self.input_magnitude
+
+    @property
     def backward(self) -> bool:
         """Whether a backward pass is needed."""
         return self.kl_metric is not None or self.fisher_metric is not None or self.true_loss
