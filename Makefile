@@ -12,17 +12,20 @@ DATA ?=
 # What else a sweep is given, for instance ARGS="runtime.memory_gib=8 wandb=offline".
 ARGS ?=
 WORKERS ?= 2
+# What is measured on a model that is not `tiny`: a preset of conf/eval, and its texts.
+EVAL := paper
+TEXTS := wikitext2 ptb c4
 
 TABLES := main families ablation_whitening remapping ablation_topk zs_svd_main zs_svd_selection \
 	methods ablation_io_svd calibration validity circularity beyond
 TABLE ?= $(TABLES)
 # The embedded model has seen nothing but the documentation of Python, which needs no download.
 MODEL_OPTIONS = $(if $(wildcard $(MODEL)/config.json $(MODEL)/*.gguf),model=local model.path=$(MODEL),model=$(MODEL)) \
-	$(if $(DATA),,$(if $(filter tiny,$(MODEL)),dataset=pydoc eval=pydoc,dataset=wikitext2 eval=paper))
+	$(if $(DATA),,$(if $(filter tiny,$(MODEL)),dataset=pydoc eval=pydoc,dataset=wikitext2 eval=$(EVAL)))
 # The folder of the data set that calibrates, whichever of the three a sweep takes.
-DATA_OPTIONS = dataset=wikitext2 eval=paper 'dataset.path=$(DATA)/text/$${dataset.name}' \
+DATA_OPTIONS = dataset=wikitext2 eval=$(EVAL) 'dataset.path=$(DATA)/text/$${dataset.name}' \
 	eval.zero_shot.path=$(DATA)/tasks \
-	$(foreach text,wikitext2 ptb c4,eval.texts.$(text).path=$(DATA)/text/$(text))
+	$(foreach text,$(TEXTS),eval.texts.$(text).path=$(DATA)/text/$(text))
 OPTIONS = $(strip $(if $(MODEL),$(MODEL_OPTIONS)) $(if $(DATA),$(DATA_OPTIONS)) $(ARGS))
 SWEEP = $(BIN)/python experiments
 
@@ -53,6 +56,9 @@ render-%: install ## Render a table and draw its figures from the runs there are
 
 # These are the embedded model's unless another is given; as the paper's tables, the paper's.
 table4 figure3: MODEL := $(or $(MODEL),llama_7b)
+# Options are chosen on texts that no table of results shows.
+%-ablation_metric %-ablation_shrinkage: EVAL := selection
+%-ablation_metric %-ablation_shrinkage: TEXTS := wikitext2 ptb
 table1: table-main ## IO-SVD, Table 1: every method at three ratios; MODEL=tiny on a laptop
 table3: table-families ## IO-SVD, Table 3: model families
 table4: table-ablation_whitening ## IO-SVD, Table 4: whitening × rank allocation
