@@ -9,7 +9,9 @@ from iosvd.budget import ENTRY_BITS, Budget
 _STEPS = 50  # Of the bisection: far below one component of the largest site.
 
 
-def ranks_for_shares(shares: Mapping[str, float], budget: Budget) -> dict[str, int]:
+def ranks_for_shares(
+    shares: Mapping[str, float], budget: Budget, *, spend_rest: bool = True
+) -> dict[str, int]:
     """Return k = ⌊share · mn / (m+n)⌋ at every site, within the budget and a component below it.
 
     Where floors overspend, all shares are scaled down alike. What rounding down leaves goes, one
@@ -18,12 +20,14 @@ def ranks_for_shares(shares: Mapping[str, float], budget: Budget) -> dict[str, i
     Args:
         shares: of each site's entries; above 1 the site stays dense.
         budget: feasible, as every `Budget` is.
+        spend_rest: False leaves what rounding down leaves.
     """
     scale = 1.0
     if budget.cost(_rounded(_exact(shares, budget, scale), budget)) > budget.limit:
         scale = _largest_scale(shares, budget)
     exact = _exact(shares, budget, scale)
-    return _spend_rest(_rounded(exact, budget), exact, budget)
+    ranks = _rounded(exact, budget)
+    return _spend_rest(ranks, exact, budget) if spend_rest else ranks
 
 
 def _exact(shares: Mapping[str, float], budget: Budget, scale: float) -> dict[str, float]:

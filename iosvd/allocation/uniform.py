@@ -14,9 +14,20 @@ from iosvd.types import Spectrum
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """k = ⌊ρ mn / (m+n)⌋ at every site; the budget that rounding down leaves is spent too."""
+    """k = ⌊ρ mn / (m+n)⌋ at every site.
+
+    The budget that rounding down leaves is spent too, unless `spend_rest` is false: SVD-LLM's
+    public code leaves it.
+    """
+
+    spend_rest: bool = True
+
+    @property
+    def spends_rest(self) -> bool:
+        return self.spend_rest
 
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
-        return ranks_for_shares(dict.fromkeys(budget.shapes, budget.ratio), budget)
+        shares = dict.fromkeys(budget.shapes, budget.ratio)
+        return ranks_for_shares(shares, budget, spend_rest=self.spend_rest)
