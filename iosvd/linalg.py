@@ -163,16 +163,19 @@ def singular_root(matrix: Tensor, damping: float, what: str) -> Root:
 
 def damped(metric: Tensor, relative: float) -> Tensor:
     """Return metric + damping, relative to the mean of its diagonal (METHODS 2.6)."""
-    identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    return metric + relative * metric.diagonal().mean() * identity
+    return raised(metric, relative * metric.diagonal().mean())
 
 
 def shrunk(metric: Tensor, share: float) -> Tensor:
     """Return (1 − a) metric + a mean(diag metric) I for a share a (METHODS 11.1)."""
     if share == 0:
         return metric
-    identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    return (1 - share) * metric + share * metric.diagonal().mean() * identity
+    return raised((1 - share) * metric, share * metric.diagonal().mean())
+
+
+def raised(metric: Tensor, amount: Tensor | float) -> Tensor:
+    """Return metric + amount · I."""
+    return metric + amount * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
 
 
 def _check(metric: Tensor, what: str) -> None:

@@ -15,7 +15,7 @@ from iosvd.layers.rows import half_dtype
 from iosvd.quantization.base import Quantization
 from iosvd.statistics.collect import collect
 from iosvd.statistics.memory import groups_within
-from iosvd.statistics.needs import Needs
+from iosvd.statistics.needs import Needs, SiteStatistics
 from iosvd.types import Site, Spectrum
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,25 @@ def best_ranks(
         return dropped + rounding
 
     return min(candidates, key=loss)
+
+
+def collect_in_groups(calibration: Calibration, needs: Needs) -> Iterator[SiteStatistics]:
+    """Yield the statistics of all sites at the model's current weights, which no cache knows.
+
+    As many sites at a time as memory allows, each with a pass over the calibration windows.
+    """
+    own = calibration
+    for group in groups_within(own.shapes, needs, own.shared_inputs, own.memory.limit_bytes):
+        found = collect(
+            own.model,
+            own.tokens,
+            {name: own.sites[name] for name in group},
+            needs,
+            own.batch_size,
+            on_cpu=own.memory.metrics_on_cpu,
+        )
+        for name in group:
+            yield found.pop(name)
 
 
 def with_gradient(

@@ -25,6 +25,7 @@ from iosvd.correction import (
     Lora,
     NoCorrection,
     ProjectedGradient,
+    Randomized,
     Sequential,
 )
 from iosvd.correction.adaptive_trust import AdaptiveTrust
@@ -272,6 +273,8 @@ REFINED = BlockRefinement(
 TRAINED = [
     ProjectedGradient(),
     ProjectedGradient(rounds=2, replan=False),
+    ProjectedGradient(reprofile=True),
+    Randomized(),
     ADAPTERS,
     DISTILLED,
     REFINED,
@@ -382,6 +385,40 @@ def test_a_round_of_the_projection_is_what_its_formula_says() -> None:
     assert found.plan.ranks == plain.plan.ranks
     product = low_rank_layers(found.model)[name].product()
     assert_close(product.detach(), expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_round_may_profile_the_model_that_has_moved() -> None:
+    """By hand: all weights moved first, then the inputs of each site in that model."""
+    model = build("llama")
+    sites = find_sites(model, SiteSelection())
+    plain = run(NoCorrection(), 0.5, whitening=Input(), allocation=Uniform())
+    dense = {n: s.weight.detach().clone() for n, s in sites.items()}
+    for site, layer in low_rank_layers(plain.model).items():
+        sites[site].weight.data = layer.product().detach()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    for site in low_rank_layers(plain.model):
+        gradient, truncated = sites[site].weight.grad, sites[site].weight.detach()
+        assert gradient is not None
+        step = (gradient * (dense[site] - truncated)).sum() / gradient.square().sum()
+        sites[site].weight.data = truncated + step * gradient
+    name = "model.layers.1.mlp.up_proj"
+    seen: list[Tensor] = []
+    sites[name].register_forward_pre_hook(lambda m, x: seen.append(x[0].detach().flatten(0, 1)))
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    x = seen[0].double()
+    root = torch.linalg.cholesky(x.T @ x)
+    u, s, vh = torch.linalg.svd(sites[name].weight.detach().double() @ root, full_matrices=False)
+    rank = plain.plan.ranks[name]
+    expected = (u[:, :rank] * s[:rank]) @ vh[:rank] @ torch.linalg.inv(root)
+    correction = ProjectedGradient(replan=False, reprofile=True)
+    found = run(correction, 0.5, whitening=Input(), allocation=Uniform())
+    once = run(ProjectedGradient(replan=False), 0.5, whitening=Input(), allocation=Uniform())
+    error, otherwise = (
+        float((low_rank_layers(one.model)[name].product() - expected).norm())
+        for one in (found, once)
+    )
+    assert error < 0.05 * otherwise
 
 
 def test_replanning_with_an_allocation_that_measures_is_refused() -> None:

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from iosvd.allocation.base import Allocation
 from iosvd.allocation.objective import CalibrationObjective
 from iosvd.allocation.shares import ranks_for_shares
 from iosvd.budget import Budget, Shape
-from iosvd.errors import check_at_least
+from iosvd.errors import ConfigError, check_at_least
 from iosvd.system.progress import track
 from iosvd.types import Spectrum
-
-CANDIDATES = tuple(i / 10 for i in range(1, 10))  # The paper's parameter ratios.
 
 
 @dataclass(frozen=True)
 class SensitivitySearch(Allocation):
-    """Truncate one site at a time to 0.1, …, 0.9 and measure the calibration loss (METHODS 5).
+    """Truncate one site at a time to each of some ratios and measure its loss (METHODS 5).
 
     Under a threshold τ each site takes the smallest ratio whose loss is at most τ, or stays dense;
     τ is found by binary search over the measured losses, the smallest that meets the budget. What
-    the steps of 0.1 leave of it is spent one component a site.
+    the steps between ratios leave of it is spent one component a site.
     """
 
+    # The paper's; the public code takes 0.4 to 0.9.
+    ratios: list[float] = field(default_factory=lambda: [i / 10 for i in range(1, 10)])
     windows: int = 8  # Calibration windows of a measurement; 0: all. The public code takes 32.
 
     def __post_init__(self) -> None:
         check_at_least(0, windows=self.windows)
+        if not self.ratios or not all(0 < ratio < 1 for ratio in self.ratios):
+            raise ConfigError(f"ratios={self.ratios} must be shares in (0, 1), at least one")
 
     @property
     def trial_windows(self) -> int:
@@ -55,7 +57,7 @@ class SensitivitySearch(Allocation):
         asked = [
             (site, ratio)
             for site, shape in budget.shapes.items()
-            for ratio in CANDIDATES
+            for ratio in sorted(self.ratios)
             if _rank(ratio, shape) >= floors[site]
         ]
         return {

@@ -11,6 +11,7 @@ from iosvd.correction.distilled import Distilled
 from iosvd.correction.lora import Lora
 from iosvd.correction.none import NoCorrection
 from iosvd.correction.projected_gradient import ProjectedGradient
+from iosvd.correction.randomized import Randomized
 from iosvd.correction.sequential import Sequential
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "Lora",
     "NoCorrection",
     "ProjectedGradient",
+    "Randomized",
     "Sequential",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -13,12 +13,12 @@ from iosvd.allocation import CalibrationObjective
 from iosvd.allocation.objective import Predictions
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.errors import ConfigError, check_at_least
-from iosvd.layers.replacement import truncated_weights
+from iosvd.layers.replacement import replaced_weights, truncated_weights
 from iosvd.scoring import with_loss_change
-from iosvd.statistics.needs import ALL_WINDOWS
+from iosvd.statistics.needs import ALL_WINDOWS, Needs, SiteStatistics
 from iosvd.system.progress import track
-from iosvd.truncation import TruncatedSites, with_gradient
-from iosvd.types import Spectrum
+from iosvd.truncation import TruncatedSites, collect_in_groups, with_gradient
+from iosvd.types import Site, Spectrum
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,16 @@ class ProjectedGradient(Correction):
 
     With g the gradient of the calibration loss at the truncated weight W_k and ΔW = W − W_k, a
     round makes W_k + (⟨g, ΔW⟩ / ⟨g, g⟩) g and takes its spectrum in the same metrics (METHODS 7).
-    The paper keeps the ranks; its public code plans them anew in each round, scored by that g. Here
-    that is done under the budget itself, not under a quantisation's budget of ranks.
+    The paper keeps the ranks; its public code plans them anew in each round. Here that is done
+    under the budget itself, not under a quantisation's budget of ranks. With `reprofile`, as in the
+    public code, the metrics and the gradient that scores are those of the model that has moved;
+    otherwise the metrics are the dense model's and the score is by g.
     A site that is planned to stay dense stays W.
     """
 
     rounds: int = 1  # The paper's tables have 1, 5 and 10.
     replan: bool = True  # Like the public code; False: keep the ranks of the first truncation.
+    reprofile: bool = False
     gradient_windows: int = 0  # Calibration windows of g; 0: all of them.
 
     def __post_init__(self) -> None:
@@ -42,7 +45,7 @@ class ProjectedGradient(Correction):
 
     @property
     def needs_metrics(self) -> bool:
-        return True
+        return not self.reprofile
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         sites = inputs.sites
@@ -55,28 +58,57 @@ class ProjectedGradient(Correction):
         return CorrectionResult(sites, sites.ranks)
 
     def _moved(self, inputs: CorrectionInputs, sites: TruncatedSites) -> dict[str, Spectrum]:
-        """Return the spectra of the weights that one round moves to."""
+        """Return the scored spectra of the weights that one round moves to."""
         factorised = sites.budget.factorised(sites.ranks)
         with truncated_weights(sites.sites, sites.spectra, factorised):
             windows = self.gradient_windows or ALL_WINDOWS
             gradients = with_gradient(sites, inputs.calibration, windows)
-        found = {}
-        for name, layer in track(sites.sites.items(), len(sites), "factorization", "site"):
-            gradient = gradients[name].gradient
-            assert gradient is not None
-            dtype = inputs.factorization.precision.dtype
-            weight, g = layer.weight.detach().to(dtype), gradient.to(layer.weight.device, dtype)
-            if name in factorised:
-                spectrum, rank = sites.spectra[name], factorised[name]
-                left, right = spectrum.left[:, :rank].to(weight), spectrum.right[:rank].to(weight)
-                weight = moved(weight, left @ right, g)
-            statistics = inputs.statistics[name].to(weight.device, dtype)
+
+        def weight_of(name: str) -> Tensor:
+            dtype, layer = inputs.factorization.precision.dtype, sites.sites[name]
+            weight = layer.weight.detach().to(dtype)
+            if name not in factorised:
+                return weight
+            spectrum, rank = sites.spectra[name], factorised[name]
+            left, right = spectrum.left[:, :rank].to(weight), spectrum.right[:rank].to(weight)
+            return moved(weight, left @ right, _gradient(gradients[name]).to(weight))
+
+        found, work = {}, self._profiled(inputs, sites, gradients, weight_of)
+        for statistics, weight in track(work, len(sites), "factorization", "site"):
+            name = statistics.site
+            statistics = statistics.to(weight.device, weight.dtype)
             spectrum = inputs.factorization(weight, inputs.whitening(statistics), name)
-            scored = with_loss_change(spectrum, g)
+            scored = with_loss_change(spectrum, statistics.need("gradient"))
             kept = sites.budget.costs[name].break_even_rank  # Above it, the site is dense.
-            precise = torch.promote_types(layer.weight.dtype, torch.float32)
+            precise = torch.promote_types(sites.sites[name].weight.dtype, torch.float32)
             found[name] = scored.head(kept, precise)
-        return found
+        return {name: found[name] for name in sites}
+
+    def _profiled(
+        self,
+        inputs: CorrectionInputs,
+        sites: TruncatedSites,
+        gradients: Mapping[str, Site],
+        weight_of: Callable[[str], Tensor],
+    ) -> Iterator[tuple[SiteStatistics, Tensor]]:
+        """Yield the metrics of every site, the gradient that scores it, and its moved weight."""
+        if not self.reprofile:
+            for name in sites:
+                gradient = _gradient(gradients[name])
+                yield replace(inputs.statistics[name], gradient=gradient), weight_of(name)
+            return
+        needs = inputs.whitening.needs | Needs(
+            gradient_windows=self.gradient_windows or ALL_WINDOWS
+        )
+        with replaced_weights(sites.sites, ((name, weight_of(name)) for name in sites)):
+            for statistics in collect_in_groups(inputs.calibration, needs):
+                weight = sites.sites[statistics.site].weight.detach()
+                yield statistics, weight.to(inputs.factorization.precision.dtype)
+
+
+def _gradient(site: Site) -> Tensor:
+    assert site.gradient is not None
+    return site.gradient
 
 
 def moved(weight: Tensor, truncated: Tensor, gradient: Tensor) -> Tensor:

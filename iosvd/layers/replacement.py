@@ -142,16 +142,29 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 def truncated_weights(
     sites: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]
 ) -> Iterator[None]:
-    """Truncate the weights of these sites to W_k, and restore them at the end.
+    """Truncate the weights of these sites to W_k, and restore them at the end."""
+
+    def product(site: str, rank: int) -> Tensor:
+        spectrum, device = spectra[site], sites[site].weight.device
+        return spectrum.left[:, :rank].to(device) @ spectrum.right[:rank].to(device)
+
+    with replaced_weights(sites, ((site, product(site, rank)) for site, rank in ranks.items())):
+        yield
+
+
+@contextmanager
+def replaced_weights(
+    sites: Mapping[str, nn.Linear], weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[None]:
+    """Let sites have other weights, by name, and restore their own at the end.
 
     Only pointers are swapped; the dense weights are not copied.
     """
-    dense = {site: sites[site].weight.data for site in ranks}
+    dense: dict[str, Tensor] = {}
     try:
-        for site, rank in ranks.items():
-            spectrum, device = spectra[site], dense[site].device
-            left, right = spectrum.left[:, :rank].to(device), spectrum.right[:rank].to(device)
-            sites[site].weight.data = (left @ right).to(dense[site].dtype)
+        for site, weight in weights:
+            dense[site] = sites[site].weight.data
+            sites[site].weight.data = weight.to(dense[site])
         yield
     finally:
         for site, weight in dense.items():
