@@ -101,10 +101,11 @@ check: install ## Lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ## Stages against a training step; latency of layers; memory against the plan; a sweep
+bench: install ## Stages against a training step and the authors' way; latency; memory against the plan; a sweep
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stages.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/memory.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plain_codes.py
 	$(BIN)/python benchmarks/sweep_cost.py $(OPTIONS)
 
 gpu-report: install ## Speed, memory and exactness on this machine's GPU, in at most eight minutes
