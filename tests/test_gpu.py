@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 from iosvd.allocation import LossAware
 from iosvd.correction import Anchored
+from iosvd.grams import add_lower_gram_
 from iosvd.layers.int8 import Code
-from iosvd.linalg import add_lower_gram_
 from iosvd.method import Method
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.models.visiting import visit_

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     ("errors",),
     ("system", "metric", "options"),
-    ("data", "models", "linalg", "budget"),
+    ("data", "models", "linalg", "grams", "budget"),
     ("statistics", "evaluation"),
     ("types",),
     ("whitening", "factorization", "scoring", "plan"),

@@ -10,18 +10,15 @@ from conftest import random_statistics
 from torch.testing import assert_close
 
 from iosvd.errors import NumericalError
+from iosvd.grams import add_lower_gram_, add_product_, mirror_, tensor_cores
 from iosvd.linalg import (
     LARGEST_DAMPING,
     DiagonalRoot,
     IdentityRoot,
     Root,
     RootKind,
-    add_lower_gram_,
-    add_product_,
-    mirror_,
     principal_directions,
     root_of,
-    tensor_cores,
 )
 
 

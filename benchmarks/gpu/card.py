@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.setting import Setting, Table
-from iosvd import linalg
+from iosvd import grams
 
 _LONGEST_SECONDS = 20.0  # Of a single factorisation; longer ones are estimated.
 
@@ -28,7 +28,7 @@ def multiplications_per_second(setting: Setting, dtype: torch.dtype, tf32: bool 
     width = (8192 if dtype.itemsize <= 4 else 4096) if setting.cuda else 512
     a = torch.randn(width, width, device=setting.device).to(dtype)
     b = torch.randn(width, width, device=setting.device).to(dtype)
-    with linalg.tf32(tf32):
+    with grams.tf32(tf32):
         return width**3 / setting.seconds(lambda: a @ b)
 
 

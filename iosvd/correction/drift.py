@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from iosvd.errors import NumericalError
-from iosvd.linalg import Root, add_lower_gram_, damped, mirror_, rows_of
+from iosvd.grams import add_lower_gram_, mirror_, rows_of
+from iosvd.linalg import Root, damped
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.errors import ConfigError, ModelError, NumericalError
-from iosvd.linalg import add_lower_gram_, add_product_, flat, mirror_, wide
+from iosvd.grams import add_lower_gram_, add_product_, flat, mirror_, wide
 from iosvd.statistics.fisher import FisherMetric
 from iosvd.statistics.kl_metric import KLMetric
 from iosvd.statistics.kronecker import KroneckerSums

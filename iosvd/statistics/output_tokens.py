@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iosvd.errors import ConfigError, check_at_least
-from iosvd.linalg import flat, wide
+from iosvd.grams import flat, wide
 
 _SMALLEST_NORM = 1e-10  # Of a gradient of a window's mean loss; smaller ones are left alone.
 

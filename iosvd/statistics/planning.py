@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from iosvd.budget import Shape
 from iosvd.errors import IosvdError, one_line
-from iosvd.linalg import GRAM_SHARE
+from iosvd.grams import GRAM_SHARE
 from iosvd.models.head import has_plain_head
 from iosvd.models.loading import Model, load_config
 from iosvd.models.routing import active_sites
