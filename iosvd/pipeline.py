@@ -142,6 +142,7 @@ def compress_to(
 
     goal.check(method)
     check_dense(calibration.model)
+    method.correction.check(calibration)
     if visits(calibration.model):
         method.check_visits()
     model, clock = calibration.model, StageClock()

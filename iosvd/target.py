@@ -10,7 +10,7 @@ from dataclasses import replace
 from iosvd.allocation import Allocation
 from iosvd.allocation.objective import CalibrationObjective
 from iosvd.budget import Budget
-from iosvd.errors import ConfigError
+from iosvd.errors import BudgetError, ConfigError
 from iosvd.factorization import dropped_energy
 from iosvd.quantization import Quantization
 from iosvd.types import Spectrum
@@ -57,7 +57,11 @@ def budget_for_kl(
 
     def predicted(steps: int) -> float:
         budget = replace(whole, ratio=steps * STEP)
-        return dropped_energy(allocation(spectra, budget, objective), spectra, budget) / 2
+        try:
+            ranks = allocation(spectra, budget, objective)
+        except BudgetError:  # Of an allocation whose least ranks are above one.
+            return math.inf
+        return dropped_energy(ranks, spectra, budget) / 2
 
     while low < high:
         middle = (low + high) // 2

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,7 +17,12 @@ from iosvd.budget import Budget
 from iosvd.cache.calibration import Calibration
 from iosvd.cache.losses import CachedLosses
 from iosvd.errors import NumericalError
-from iosvd.layers.replacement import gated, truncated_weights
+from iosvd.layers.replacement import (
+    gated,
+    replaced_weights,
+    truncated_products,
+    truncated_weights,
+)
 from iosvd.models.losses import mean_loss, summed_loss
 from iosvd.models.predictions import summed_divergence
 from iosvd.models.prefixes import Prefixes, remember
@@ -36,6 +41,7 @@ class TruncationTrials(CalibrationObjective):
     budget: Budget
     losses: CachedLosses | None = None
     _remembered: dict[int, Prefixes] = field(default_factory=dict)
+    _measured: dict[str, float] = field(default_factory=dict)  # Where no store keeps them.
 
     @property
     def tokens(self) -> int:
@@ -67,7 +73,8 @@ class TruncationTrials(CalibrationObjective):
         factorised = self.budget.factorised(ranks)
 
         def measure() -> float:
-            with self._truncated(factorised, windows) as context:
+            context = self._from_changed(factorised, windows)
+            with truncated_weights(own.sites, self.spectra, factorised):
                 return mean_loss(own.model, chosen, own.batch_size, context=context)
 
         return self._once(factorised, len(chosen), measure)
@@ -84,11 +91,13 @@ class TruncationTrials(CalibrationObjective):
 
         def measure() -> float:
             prefixes, total = self._prefixes(windows), 0.0
+            weights = truncated_products(own.sites, self.spectra, factorised)
+            context = self._from_changed(factorised, windows)
             for start in range(0, len(chosen), own.batch_size):
                 batch = chosen[start : start + own.batch_size].to(own.model.device)
                 with prefixes.from_block(len(prefixes.blocks), start):
                     reference = _logits(own.model, batch, first)
-                with self._truncated(factorised, windows) as context, context(start):
+                with replaced_weights(own.sites, weights.items()), context(start):
                     found = _logits(own.model, batch, first)
                 total += float(summed_divergence(reference, found, predictions.temperature))
             if not math.isfinite(total):
@@ -100,15 +109,11 @@ class TruncationTrials(CalibrationObjective):
 
         return self._once(factorised, len(chosen), measure, predictions)
 
-    @contextmanager
-    def _truncated(
+    def _from_changed(
         self, ranks: Mapping[str, int], windows: int
-    ) -> Iterator[Callable[[int], AbstractContextManager[None]]]:
-        """Truncate these sites for a while; yield the context of a batch's forward pass."""
+    ) -> Callable[[int], AbstractContextManager[None]]:
         prefixes, sites = self._prefixes(windows), self.calibration.sites
-        first = prefixes.first_changed(sites[site] for site in ranks)
-        with truncated_weights(sites, self.spectra, ranks):
-            yield partial(prefixes.from_block, first)
+        return partial(prefixes.from_block, prefixes.first_changed(sites[s] for s in ranks))
 
     def _once(
         self,
@@ -117,9 +122,12 @@ class TruncationTrials(CalibrationObjective):
         measure: Callable[[], float],
         predictions: Predictions | None = None,
     ) -> float:
-        if self.losses is None:
-            return measure()
-        return self.losses.of(ranks, windows, measure, predictions)
+        asked = f"{sorted(ranks.items())} {windows} {predictions}"
+        if asked not in self._measured:
+            once = self.losses
+            found = measure() if once is None else once.of(ranks, windows, measure, predictions)
+            self._measured[asked] = found
+        return self._measured[asked]
 
     def _first(self, windows: int) -> Tensor:
         return self.calibration.tokens[:windows] if windows else self.calibration.tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 import math
 from pathlib import Path
@@ -17,14 +18,30 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import iosvd
+from iosvd.allocation import Uniform
+from iosvd.budget import Budget
+from iosvd.cache.calibration import Calibration
 from iosvd.cache.disk import Cache
-from iosvd.correction import Anchored, BlockRefinement, NoCorrection, Sequential
+from iosvd.correction import (
+    Anchored,
+    BlockRefinement,
+    CorrectionInputs,
+    Distilled,
+    NoCorrection,
+    Sequential,
+)
+from iosvd.correction.blockwise import BlockSteps, _key
 from iosvd.correction.refinement import Refinement
 from iosvd.correction.refit_options import RefitOptions
 from iosvd.errors import ConfigError
+from iosvd.factorization import Factorization
 from iosvd.layers.replacement import low_rank_layers
+from iosvd.method import Method
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import compress
+from iosvd.quantization import NoQuantization, Remap
+from iosvd.truncation import TruncatedSites
+from iosvd.whitening import Input
 
 ANCHORED = RefitOptions(trust=1.0, ridge=1e-6, stream=False, output_metric=False, dense_sites=False)
 BOTH = BlockRefinement(
@@ -250,3 +267,81 @@ def test_sites_of_a_refined_model_are_those_of_the_plan() -> None:
     result = run(BOTH, 0.5)
     assert set(find_sites(build("llama"), SiteSelection())) == set(result.plan.sites)
     assert {n: x.rank for n, x in low_rank_layers(result.model).items()} == result.plan.ranks
+
+
+def test_float16_is_refined_where_hidden_states_are_large() -> None:
+    """The gradient of the summed error exceeds float16's range."""
+
+    def errors(dtype: torch.dtype, correction: Any) -> Tensor:
+        model = build("llama", dtype)
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight[3] *= 100
+            dense = model.model(input_ids=TOKENS).last_hidden_state.float()
+        method = Method(Input(), Uniform(), correction)
+        compress(model, TOKENS, method=method, ratio=0.5, batch_size=9)
+        with torch.no_grad():
+            found = model.model(input_ids=TOKENS).last_hidden_state.float()
+        return (found - dense).square().mean()
+
+    refined = BlockRefinement(epochs=10, learning_rate=1e-2, batch_windows=4, held_out=0.0)
+    plain = errors(torch.float16, NoCorrection())
+    single, half = (errors(dtype, refined) for dtype in (torch.float32, torch.float16))
+    assert single < 0.9 * plain
+    assert half < plain - 0.5 * (plain - single)
+
+
+def test_excluded_layers_are_not_trained() -> None:
+    dense = build("llama").state_dict()
+    selection = SiteSelection(exclude=["*o_proj"])
+    found = run(BlockRefinement(epochs=3, held_out=0.0), 0.5, selection=selection).model
+    for name, tensor in found.state_dict().items():
+        if "o_proj" in name:
+            assert torch.equal(tensor, dense[name]), name
+
+
+def test_a_block_without_anything_to_train_stays() -> None:
+    dense = build("llama").state_dict()
+    found = state(BlockRefinement(dense_sites=False, others=False, epochs=2), 1.0)
+    for name, tensor in dense.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_the_key_of_a_block_knows_which_ranks_are_factorised() -> None:
+    """Rank 12 of a square site of 16 is dense, but factorised where int8 halves its cost."""
+    calibration = Calibration.of(build("llama"), TOKENS)
+    ranks = dict.fromkeys(calibration.sites, 12)
+    keys = []
+    for quantization in (NoQuantization(), Remap()):
+        budget = Budget(calibration.shapes, 1.0, quantization.cost)
+        inputs = CorrectionInputs(
+            calibration=calibration,
+            sites=TruncatedSites(ranks, calibration.sites, {}, budget),
+            statistics={},
+            whitening=Input(),
+            allocation=Uniform(),
+            factorization=Factorization(),
+        )
+        keys.append(_key(inputs, BlockSteps(), 0).digest)
+    assert keys[0] != keys[1]
+
+
+def test_what_an_earlier_run_has_refitted_is_counted_by_distillation(tmp_path: Path) -> None:
+    store = Cache(tmp_path / "cache")
+    options = {"store": store, "identity": "llama", "batch_size": 4}
+    for correction in (Anchored(), Distilled(rank=2, epochs=1)):
+        settings = divided({"correction": correction, **options})
+        found = compress(build("llama"), TOKENS, ratio=0.5, **settings)
+    blocks = [kept for kept in store.entries() if kept.kind == "blocks"]
+    spent = sum(
+        json.loads((kept.path / "header.json").read_text())["cost"]["seconds"] for kept in blocks
+    )
+    assert len(blocks) == 2
+    assert found.stages["correction"].seconds > spent > 0
+
+
+def test_corrected_blocks_leave_the_cache_first(tmp_path: Path) -> None:
+    store = Cache(tmp_path / "cache")
+    run_in(store, Anchored())
+    kinds = [kept.kind for kept in store.entries()]
+    assert kinds[:2] == ["blocks", "blocks"]
+    assert set(kinds[2:]) == {"spectra", "statistics"}

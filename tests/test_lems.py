@@ -17,6 +17,7 @@ from iosvd.allocation.lems import depth_factors
 from iosvd.allocation.objective import Predictions
 from iosvd.budget import Budget, Shape
 from iosvd.errors import BudgetError, ConfigError, NumericalError
+from iosvd.target import budget_for_kl
 from iosvd.types import Spectrum
 
 SHAPES = {
@@ -74,7 +75,9 @@ def test_the_program_finds_what_exhaustive_search_finds(seed: int) -> None:
     chosen = [options[site][rank] for site, rank in ranks.items()]
     assert list(ranks) == list(options)
     assert sum(option.bits for option in chosen) <= limit
-    assert sum(option.loss for option in chosen) == pytest.approx(exhaustive(options, limit))
+    assert sum(option.loss for option in chosen) == pytest.approx(
+        exhaustive(options, limit), rel=2e-5
+    )
 
 
 def test_a_program_without_a_solution_is_an_error() -> None:
@@ -120,7 +123,7 @@ def test_ranks_have_the_least_cost_of_the_formula(ratio: float) -> None:
     chosen = [next(o for o in options[site] if o.rank == rank) for site, rank in ranks.items()]
     assert sum(option.bits for option in chosen) <= budget.limit
     least = exhaustive(options, budget.limit)
-    assert sum(option.loss for option in chosen) == pytest.approx(least, rel=1e-6)
+    assert sum(option.loss for option in chosen) == pytest.approx(least, rel=2e-5)
     asked = [asked for asked, _, _ in measured.asked]
     assert asked == [
         {s: max(1, int(0.1 * ((x.m * x.n - 1) // (x.m + x.n))))} for s, x in shapes.items()
@@ -177,3 +180,30 @@ def test_impossible_options_are_one_line() -> None:
         Lems(lowest=0.9, highest=0.8)
     with pytest.raises(ConfigError, match="temperature=0 is not above 0"):
         Lems(temperature=0.0)
+
+
+def test_a_head_has_the_factor_of_the_last_block_and_rank_one_may_be_too_much() -> None:
+    factors = depth_factors(["model.layers.0.q", "model.layers.1.q", "lm_head"], 0.0, 5.0)
+    assert factors == {"model.layers.0.q": 6.0, "model.layers.1.q": 1.0, "lm_head": 1.0}
+    assert depth_factors(["lm_head"], 0.0, 5.0) == {"lm_head": 1.0}
+    shapes = {"model.layers.0.q": Shape(3, 3), "model.layers.0.up": Shape(40, 40)}
+    found = {site: falling(0.9, shape) for site, shape in shapes.items()}
+
+    class Small(Measured):
+        def divergence(
+            self, ranks: Mapping[str, int], windows: int, predictions: Predictions
+        ) -> float:
+            return 0.1
+
+    ranks = Lems()(found, Budget(shapes, 0.8), Small())
+    assert ranks["model.layers.0.q"] == 3  # Break-even is rank 1, which is not below 95 % of it.
+
+
+def test_a_target_kl_is_met_above_the_least_ranks() -> None:
+    found = {site: falling(0.7, shape) for site, shape in SHAPES.items()}
+    whole, measured = Budget(SHAPES, 1.0), Measured()
+    for target in (0.05, 1e6):
+        budget = budget_for_kl(target, Lems(), found, whole, measured)
+        ranks = Lems()(found, budget, measured)
+        lost = sum(float((found[s].sigma[r:] ** 2).sum()) for s, r in ranks.items()) / 2
+        assert lost <= target

@@ -127,8 +127,19 @@ def mixed(metric: Tensor | None, share: float) -> Tensor:
     )
 
 
-def test_a_clipped_metric_predicts_no_divergence() -> None:
-    assert InputOutput(shrinkage_output=0.1).predicts_kl
+def test_scaled_cotangents_may_exceed_float16() -> None:
+    """Rounding noise beside a large cotangent, lifted to a tenth of the mean."""
+    cotangents = torch.zeros(1, 4, 2, dtype=torch.float16)
+    cotangents[0, :, 0] = torch.tensor([6e-8, 60_000, 60_000, 60_000])
+    rows = OutputTokens(clip_norms=[0.1, 10.0]).rows(cotangents)
+    assert rows.dtype == torch.float32
+    assert_close(rows[:, 0], torch.tensor([4500.0, 6e4, 6e4, 6e4]), rtol=0.01, atol=0)
+
+
+def test_a_stabilised_metric_predicts_no_divergence() -> None:
+    assert InputOutput().predicts_kl
+    assert not InputOutput(shrinkage_output=0.1).predicts_kl
+    assert not InputOutput(shrinkage_input=0.1).predicts_kl
     assert not InputOutput(clip_norms=[0.1, 10.0]).predicts_kl
     assert not InputOutput(left_out=0.1).predicts_kl
 

@@ -99,14 +99,16 @@ class Lems(Allocation):
 
         if not self.trials:
             return ranks(self.alpha, self.gamma)
-        alpha, gamma = best_parameters(
-            lambda found: objective.divergence(ranks(*found), self.windows, measured),
-            {"alpha": _ALPHA, "gamma": _GAMMA},
-            self.trials,
-            self.seed,
-        )
+        tried: dict[tuple[float, ...], dict[str, int]] = {}
+
+        def divergence(found: list[float]) -> float:
+            tried[tuple(found)] = ranks(*found)
+            return objective.divergence(tried[tuple(found)], self.windows, measured)
+
+        ranges = {"alpha": _ALPHA, "gamma": _GAMMA}
+        alpha, gamma = best_parameters(divergence, ranges, self.trials, self.seed)
         log.info("LEMS: alpha %.3g and gamma %.3g diverge least", alpha, gamma)
-        return ranks(alpha, gamma)
+        return tried[alpha, gamma]
 
     def _predictions(self, objective: CalibrationObjective) -> Predictions:
         """Return which predictions are compared."""
@@ -127,7 +129,7 @@ class Lems(Allocation):
         first = max(budget.floors[site], math.ceil(self.lowest * last))
         ranks = [rank for rank in range(first, last + 1) if rank % step == 0]
         kept = [rank for rank in ranks if rank < self.highest * last]
-        if not kept and last >= first:
+        if not kept and last >= first and step > 1:
             raise ConfigError(
                 f"no multiple of {step} lies between {first}, the least rank of {site}, and"
                 f" {self.highest * last:g}; set allocation.multiple=1"
@@ -169,8 +171,14 @@ class Lems(Allocation):
 
 
 def depth_factors(sites: Sequence[str], alpha: float, gamma: float) -> dict[str, float]:
-    """Return 1 + γ · norm(Σ_{k≥b} (k+1)^−α) for each site's block b; norm maps onto [0, 1]."""
-    layers = sorted({layer_and_role(site)[0] for site in sites})
+    """Return 1 + γ · norm(Σ_{k≥b} (k+1)^−α) for each site's block b; norm maps onto [0, 1].
+
+    Sites outside the blocks, such as the head, have the factor 1 of the last block.
+    """
+    inside = [site for site in sites if layer_and_role(site)[1] != site]
+    layers = sorted({layer_and_role(site)[0] for site in inside})
+    if not layers:
+        return dict.fromkeys(sites, 1.0)
     terms = [(k + 1) ** -alpha for k in range(len(layers))]
     sums = [sum(terms[b:]) for b in range(len(layers))]
     span = max(sums[0] - sums[-1], 1e-12)
@@ -178,4 +186,4 @@ def depth_factors(sites: Sequence[str], alpha: float, gamma: float) -> dict[str,
         layer: 1 + gamma * (total - sums[-1]) / span
         for layer, total in zip(layers, sums, strict=True)
     }
-    return {site: factors[layer_and_role(site)[0]] for site in sites}
+    return dict.fromkeys(sites, 1.0) | {site: factors[layer_and_role(site)[0]] for site in inside}

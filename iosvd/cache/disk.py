@@ -184,7 +184,11 @@ class Cache(Store):
             write_text(self.folder / MARK, _MARK_TEXT)
 
     def entries(self) -> list[Kept]:
-        """Return all entries, including those set aside, least recently used first."""
+        """Return all entries, including those set aside, in the order of their eviction.
+
+        Corrected blocks come first, for they serve nothing but a run that was interrupted; then
+        the least recently used.
+        """
         if not self._is_marked():
             return []
         found = [
@@ -193,7 +197,7 @@ class Cache(Store):
             for entry in folders_in(self.folder / kind)
             if (kept := kept_in(Path(entry), kind)) is not None
         ]
-        return sorted(found, key=lambda kept: kept.last_used)
+        return sorted(found, key=lambda kept: (kept.kind != "blocks", kept.last_used))
 
     def evict(self, used_before: float = float("inf")) -> list[Kept]:
         """Remove the least recently used entries beyond the limit, and return them.
@@ -205,9 +209,9 @@ class Cache(Store):
         excess = sum(kept.size_bytes for kept in entries) - self.limit_bytes
         removed = []
         for kept in entries:
-            if excess <= 0 or kept.last_used >= used_before:
+            if excess <= 0:
                 break
-            if self.discard(kept):
+            if kept.last_used < used_before and self.discard(kept):
                 excess -= kept.size_bytes
                 removed.append(kept)
         if removed:

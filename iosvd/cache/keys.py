@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,17 +91,25 @@ class SpectrumKeys:
         of = {} if predictions is None else {"divergence": options_of(predictions)}
         return Key("trials", {**self._losses(), "ranks": dict(ranks), "windows": windows, **of})
 
-    def block(self, ranks: Mapping[str, int], steps: Mapping[str, Any], number: int) -> Key:
+    def block(
+        self,
+        sites: Collection[str],
+        ranks: Mapping[str, int],
+        steps: Mapping[str, Any],
+        number: int,
+    ) -> Key:
         """Return the key of a corrected block, which depends on all blocks before it.
 
         Args:
-            ranks: of all sites.
+            sites: all of them.
+            ranks: of those that are factorised.
             steps: what is done to each block.
             number: of the block.
         """
         identity = {
             "spectra": self._identity(),
             "tokens": self.calibration.tokens,
+            "sites": list(sites),
             "ranks": dict(ranks),
             "steps": steps,
             "block": number,

@@ -67,6 +67,10 @@ class Correction(Protocol):
         """Optional libraries that it imports; checked before any work is done."""
         return ()
 
+    def check(self, calibration: Calibration) -> None:
+        """Raise ConfigError if it cannot correct this model on these windows; before any work."""
+        return
+
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         """Return the corrected sites."""
         ...

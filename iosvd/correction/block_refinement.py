@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from iosvd.cache.calibration import Calibration
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.correction.blockwise import BlockSteps, correct_blocks
 from iosvd.correction.refinement import Refinement
@@ -36,11 +37,14 @@ class BlockRefinement(Refinement, Correction):
     def adds_bias(self) -> bool:
         return self.closed_form is not None and self.closed_form.bias
 
-    def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
-        devices = {device_of(block) for block in decoder_blocks(inputs.calibration.model)}
+    def check(self, calibration: Calibration) -> None:
+        self.trained_windows(len(calibration.tokens))
+        devices = {device_of(block) for block in decoder_blocks(calibration.model)}
         if len(devices) > 1:
             raise ConfigError(
                 f"the decoder blocks are spread over {len(devices)} devices, where block refinement"
                 " does not work; set runtime.device_map=null or another correction"
             )
+
+    def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         return correct_blocks(inputs, BlockSteps(self.closed_form, self))

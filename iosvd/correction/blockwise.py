@@ -131,7 +131,8 @@ def _corrected(
 def _key(inputs: CorrectionInputs, steps: BlockSteps, number: int) -> Key:
     own = inputs.calibration
     spectra = SpectrumKeys(own.keys, inputs.whitening, inputs.factorization)
-    return spectra.block(inputs.sites.ranks, options_of(steps), number)
+    ranks = inputs.sites.budget.factorised(inputs.sites.ranks)
+    return spectra.block(list(inputs.sites), ranks, options_of(steps), number)
 
 
 def _sites_in(model: nn.Module, block: nn.Module, inputs: CorrectionInputs) -> dict[str, str]:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from iosvd.cache.calibration import Calibration
 from iosvd.correction.adapters import FACTORS, Training, as_two_layers, sites_of
 from iosvd.correction.anchored import Anchored
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
+from iosvd.correction.seeding import seeded
 from iosvd.errors import ConfigError, NumericalError
 from iosvd.evaluation.divergence import divergence
 from iosvd.layers.replacement import install_, twin_of
@@ -63,16 +65,17 @@ class Distilled(Training, Correction):
     def adds_bias(self) -> bool:
         return self.anchored.adds_bias
 
-    def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
-        calibration = inputs.calibration
+    def check(self, calibration: Calibration) -> None:
         if len(calibration.tokens) < 2:
             raise ConfigError("distillation holds out a window: calibration.windows must be 2")
+
+    def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
+        calibration = inputs.calibration
         refitted = self.anchored(inputs)
         dense, sites = calibration.model, _without_weights_of(calibration.sites, refitted.sites)
         compressed = twin_of(dense)
         install_(compressed, sites)
-        with torch.random.fork_rng(), as_two_layers(compressed) as pairs:
-            torch.manual_seed(self.seed)
+        with seeded(self.seed, dense.device), as_two_layers(compressed) as pairs:
             held_out, fitted = self._divided(calibration.tokens)
             kl = partial(_divergence, dense, compressed, held_out, calibration.batch_size)
             before = kl()
@@ -97,7 +100,7 @@ class Distilled(Training, Correction):
                 partial(kl_from, dense),
                 accept,
             )
-        return CorrectionResult(sites_of(compressed, sites), refitted.ranks)
+        return replace(refitted, sites=sites_of(compressed, sites))
 
     def _divided(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the held-out windows and the training windows; at least one of each."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from iosvd.correction.adapters import FACTORS, Training, as_two_layers, sites_of
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
+from iosvd.correction.seeding import seeded
 from iosvd.layers.replacement import install_, twin_of
 
 
@@ -32,8 +32,7 @@ class Lora(Training, Correction):
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         model = twin_of(inputs.calibration.model)
         install_(model, inputs.sites)
-        with torch.random.fork_rng(), as_two_layers(model) as pairs:
-            torch.manual_seed(self.seed)
+        with seeded(self.seed, inputs.calibration.model.device), as_two_layers(model) as pairs:
             for factor in FACTORS:
                 layers = [f"{name}.{factor}" for name in pairs]
                 self.train_and_merge(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
+from iosvd.correction.seeding import seeded
 from iosvd.errors import check_at_least
 from iosvd.system.progress import track
 from iosvd.types import Factors, Site, Whitener
@@ -34,8 +35,7 @@ class Randomized(Correction):
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         found: dict[str, Site] = {}
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+        with seeded(self.seed, inputs.calibration.model.device):
             for name, site in track(inputs.sites.items(), len(inputs.sites), "sketch", "site"):
                 found[name] = self._sketched(inputs, site)
         return CorrectionResult(found, inputs.sites.ranks)

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 _WARM_UP = 0.1  # Share of the steps.
 _LAST_RATE = 0.1  # Of the learning rate, at the end of its cosine.
 _LARGEST_NORM = 1.0  # Of the gradient of the mean squared error.
+_SCALES = 8  # Of the error, each a sixteenth of the one before.
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Refinement:
     weight_decay: float = 0.01
     batch_windows: int = 32  # Per step.
     dense_sites: bool = True  # Train the weights of sites that stay dense, too.
-    others: bool = True  # And all else in the block: norms, biases, routers.
+    others: bool = True  # And norms, biases, and whatever else is no linear layer.
     held_out: float = 0.1  # Share of the windows, the last ones, that choose the epoch.
     seed: int = 0  # Of the order of the windows.
 
@@ -77,9 +78,9 @@ class Refinement:
             pair: the block.
             sites: as they are installed in the twin, by their names within the block.
         """
-        training = _Training(self, pair, _own_parameters_(pair, sites, self))
-        training.run_()
-        names = training.parameters
+        names = _own_parameters_(pair, sites, self)
+        if names:
+            _Training(self, pair, names).run_()
         found = {name: _site_of(pair.twin, name, site, names) for name, site in sites.items()}
         inside = tuple(f"{name}." for name in sites)
         others = {n: p.detach() for n, p in names.items() if not n.startswith(inside)}
@@ -99,6 +100,7 @@ class _Training:
     pair: BlockPair
     parameters: Mapping[str, nn.Parameter]  # In the model's dtype.
     masters: Sequence[Tensor] = field(init=False)  # The same in float32 or better.
+    scales: list[float] = field(default_factory=lambda: [16.0**-i for i in range(_SCALES)])
 
     def __post_init__(self) -> None:
         precise = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self._all]
@@ -159,14 +161,31 @@ class _Training:
         """Set the masters' gradients to those of the mean squared error of some windows."""
         sums = [torch.zeros_like(master) for master in self.masters]
         for part in batch.split(self.pair.states.batch_size):
-            with torch.enable_grad():
-                # The sum, for gradients of the mean underflow in half precision.
-                found = torch.autograd.grad(self._summed_error(part), self._all, allow_unused=True)
-            for total, gradient in zip(sums, found, strict=True):
-                if gradient is not None:  # None: of an expert without a token.
-                    total += gradient
+            for total, gradient in zip(sums, self._gradients(part), strict=True):
+                total += gradient
         for master, total in zip(self.masters, sums, strict=True):
             master.grad = total / (len(batch) * self._entries)
+
+    def _gradients(self, windows: Tensor) -> list[Tensor]:
+        """Return the gradients of the summed squared error, in the masters' dtype.
+
+        Those of the mean underflow in half precision, and those of the sum overflow float16 where
+        hidden states are large: the error is scaled down until they are finite, and stays so.
+        """
+        while True:
+            scale = self.scales[0]
+            with torch.enable_grad():
+                error = scale * self._summed_error(windows)
+                found = torch.autograd.grad(error, self._all, allow_unused=True)
+            gradients = [
+                # None: of an expert without a token.
+                torch.zeros_like(master) if gradient is None else gradient.to(master) / scale
+                for master, gradient in zip(self.masters, found, strict=True)
+            ]
+            finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+            if finite or len(self.scales) == 1:
+                return gradients
+            del self.scales[0]
 
     def _error(self) -> float:
         """Return the mean squared error of the outputs on the windows that choose the epoch."""
@@ -191,20 +210,22 @@ class _Training:
 def _own_parameters_(
     pair: BlockPair, sites: Mapping[str, Site], options: Refinement
 ) -> dict[str, nn.Parameter]:
-    """Give the twin parameters of its own that are trained, and return them by name."""
-    dense = {f"{name}.weight" for name, site in sites.items() if site.factors is None}
-    layers = {n for n, m in pair.twin.named_modules() if isinstance(m, LowRankLinear)}
-    factors = {f"{name}.{part}" for name in layers for part in ("weight", "left")}
+    """Give the twin parameters of its own that are trained, and return them by name.
+
+    Linear layers that are no sites were left out on purpose, and stay as they are.
+    """
     trained = {}
     for name, parameter in list(pair.twin.named_parameters()):
-        wanted = (
-            True if name in factors else options.dense_sites if name in dense else options.others
-        )
+        owner, _, last = name.rpartition(".")
+        layer = pair.twin.get_submodule(owner)
+        if owner in sites and last in ("weight", "left"):
+            wanted = sites[owner].factors is not None or options.dense_sites
+        else:
+            excluded = isinstance(layer, nn.Linear) and owner not in sites
+            wanted = options.others and not excluded
         if wanted and parameter.is_floating_point():
-            mine = nn.Parameter(parameter.detach().clone())
-            owner, _, last = name.rpartition(".")
-            pair.twin.get_submodule(owner).register_parameter(last, mine)
-            trained[name] = mine
+            trained[name] = nn.Parameter(parameter.detach().clone())
+            layer.register_parameter(last, trained[name])
     return trained
 
 

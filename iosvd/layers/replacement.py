@@ -143,13 +143,20 @@ def truncated_weights(
     sites: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]
 ) -> Iterator[None]:
     """Truncate the weights of these sites to W_k, and restore them at the end."""
-
-    def product(site: str, rank: int) -> Tensor:
-        spectrum, device = spectra[site], sites[site].weight.device
-        return spectrum.left[:, :rank].to(device) @ spectrum.right[:rank].to(device)
-
-    with replaced_weights(sites, ((site, product(site, rank)) for site, rank in ranks.items())):
+    with replaced_weights(sites, truncated_products(sites, spectra, ranks).items()):
         yield
+
+
+def truncated_products(
+    sites: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Return W_k of these sites, on the device and in the dtype of their weights."""
+    found = {}
+    for site, rank in ranks.items():
+        spectrum, weight = spectra[site], sites[site].weight
+        left, right = spectrum.left[:, :rank], spectrum.right[:rank]
+        found[site] = (left.to(weight.device) @ right.to(weight.device)).to(weight.dtype)
+    return found
 
 
 @contextmanager

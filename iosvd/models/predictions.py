@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+_CHUNK_ENTRIES = 2**23  # Logits in float64 at a time.
+
 
 def log_probabilities(model: nn.Module, windows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the log-probabilities of all next tokens, (windows, length, vocabulary).
@@ -31,11 +33,10 @@ def summed_divergence(reference: Tensor, found: Tensor, temperature: float) -> T
         reference, found: logits (windows, positions, vocabulary).
         temperature: that both are divided by.
     """
-    # In float64, one window at a time: small divergences vanish in float32.
-    parts = [
-        summed_kl(
-            (p.double() / temperature).log_softmax(-1), (q.double() / temperature).log_softmax(-1)
-        )
-        for p, q in zip(reference, found, strict=True)
-    ]
-    return torch.stack(parts).sum()
+    positions = max(1, _CHUNK_ENTRIES // (reference.shape[0] * reference.shape[-1]))
+    total = torch.zeros((), dtype=torch.float64, device=found.device)
+    for p, q in zip(reference.split(positions, 1), found.split(positions, 1), strict=True):
+        # In float64: small divergences vanish in float32.
+        first, second = ((x.double() / temperature).log_softmax(-1) for x in (p, q))
+        total += summed_kl(first.to(second.device), second)
+    return total

@@ -49,8 +49,19 @@ def explained(error: HydraException, overrides: Sequence[str]) -> str:
         return one_line(error).partition(" Config search path:")[0]
     parent, _, name = match[1].rpartition(".")
     groups = [o for o in overrides if "." not in o.split("=")[0] and not o.startswith(name + "=")]
-    siblings = OmegaConf.select(compose(groups), parent) if parent else None
+    composed = compose(groups)
+    siblings = OmegaConf.select(composed, parent) if parent else None
+    if parent and _is_null(composed, parent):
+        given = f"{parent}={{{name}: VALUE}}"
+        return f"unknown option {match[1]}: {parent} is null; give it as a whole: '{given}'"
     where = f"options of {parent}" if isinstance(siblings, DictConfig) else "options"
     known = siblings if isinstance(siblings, DictConfig) else compose([])
     listed = ", ".join(str(k) for k in known if k not in ("hydra", "_target_")) or "none"
     return f"unknown option {match[1]}; {where}: {listed}"
+
+
+def _is_null(composed: DictConfig, key: str) -> bool:
+    """Whether an option is there and null."""
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(composed, parent) if parent else composed
+    return isinstance(node, DictConfig) and name in node and node[name] is None

@@ -86,8 +86,8 @@ class Sums:
             return rows
         if len(rows) != self.windows * self.length:
             raise ConfigError(
-                f"{name} sees only some tokens of a window, so whitening.clip_norms and"
-                " whitening.left_out cannot be applied; exclude it (model.sites.exclude)"
+                f"{name} sees only some tokens of a window, as experts do, so none can be chosen in"
+                " it; set whitening.clip_norms=null whitening.left_out=0"
             )
         return tokens.rows(rows.reshape(self.windows, self.length, -1))
 

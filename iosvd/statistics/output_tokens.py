@@ -64,8 +64,8 @@ class OutputTokens:
         kept = self.kept(length)
         chosen = cotangents[:, kept.start : kept.stop]
         if self.clip_norms is not None:
-            # Cotangents here are those of a window's summed loss.
-            chosen = chosen * self._scale(chosen, _SMALLEST_NORM * length).to(chosen.dtype)
+            # Cotangents here are those of a window's summed loss. Scaled ones may exceed float16.
+            chosen = chosen.to(wide(chosen.dtype)) * self._scale(chosen, _SMALLEST_NORM * length)
         return flat(chosen)
 
     def _scale(self, cotangents: Tensor, smallest: float) -> Tensor:

@@ -46,9 +46,10 @@ class InputOutput(DoubleSided, Whitening):
 
     @property
     def predicts_kl(self) -> bool:
-        # C must be the KL metric at every site and token, and not renormalised.
+        # The metrics must be the measured ones at every site and token, and C not renormalised.
         everywhere = self.output_metric_roles == ["*"] and not self.output_tokens.changes
-        return everywhere and not self.renormalize
+        measured = self.shrinkage_input == self.shrinkage_output == 0
+        return everywhere and measured and not self.renormalize
 
     @property
     def predicts_whole_kl(self) -> bool:
