@@ -31,15 +31,17 @@ from iosvd.correction import (
     Sequential,
 )
 from iosvd.correction.blockwise import BlockSteps, _key
-from iosvd.correction.refinement import Refinement
+from iosvd.correction.refinement import BlockLoss, Refinement
 from iosvd.correction.refit_options import RefitOptions
-from iosvd.errors import ConfigError
+from iosvd.errors import ConfigError, ModelError
 from iosvd.factorization import Factorization
 from iosvd.layers.replacement import low_rank_layers
 from iosvd.method import Method
 from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.pipeline import compress
 from iosvd.quantization import NoQuantization, Remap
+from iosvd.statistics.block_curvature import block_curvatures
+from iosvd.statistics.kl_metric import KLMetric, cotangents
 from iosvd.truncation import TruncatedSites
 from iosvd.whitening import Input
 
@@ -345,3 +347,71 @@ def test_corrected_blocks_leave_the_cache_first(tmp_path: Path) -> None:
     kinds = [kept.kind for kept in store.entries()]
     assert kinds[:2] == ["blocks", "blocks"]
     assert set(kinds[2:]) == {"spectra", "statistics"}
+
+
+def test_the_curvature_behind_a_block_is_that_of_its_cotangents() -> None:
+    """By autograd through the whole model, with the same random signs."""
+    metric = KLMetric(top_k=0, probes=2)
+    model, outputs = build("llama", torch.float64), list[Tensor]()
+    for block in model.model.layers:
+        block.register_forward_hook(
+            lambda *call: outputs.append(call[-1][0] if isinstance(call[-1], tuple) else call[-1])
+        )
+    logits = model(input_ids=TOKENS).logits
+    signs = torch.stack([metric.signs(i, 12, 31) for i in range(len(TOKENS))], dim=1)
+    expected = [torch.zeros(16, 16, dtype=torch.float64) for _ in outputs]
+    for scalar in cotangents(logits, metric, signs):
+        found = torch.autograd.grad(scalar, outputs, retain_graph=True)
+        for total, one in zip(expected, found, strict=True):
+            total += torch.einsum("wti,wtj->ij", one, one) / (2 * TOKENS.numel())
+    found = block_curvatures(build("llama", torch.float64), TOKENS, metric, batch_size=4)
+    for total, one in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, total, rtol=1e-5, atol=1e-9)
+
+
+KL = BlockRefinement(
+    loss=BlockLoss.kl, epochs=12, learning_rate=3e-3, batch_windows=4, held_out=0.0
+)
+
+
+def test_errors_of_the_output_are_weighed_by_the_curvature(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What the log says of the first block is ½ E[eᵀ C e], before and after."""
+    dense, plain = build("llama"), run(NoCorrection(), 0.5).model
+    whole = dataclasses.replace(KL, shrinkage=0.0)
+    with caplog.at_level(logging.INFO, logger="iosvd"):
+        refined = run(whole, 0.5).model
+    (line,) = [r.getMessage() for r in caplog.records if r.message.startswith("block 0")]
+    curvature = block_curvatures(build("llama"), TOKENS, KLMetric(0), 4)[0]
+    with torch.no_grad():
+        target, *found = (
+            model.model(input_ids=TOKENS, output_hidden_states=True).hidden_states[1]
+            for model in (dense, plain, refined)
+        )
+    errors = [
+        float(torch.einsum("wti,ij,wtj->wt", e, curvature, e).mean() / 2)
+        for e in (one - target for one in found)
+    ]
+    assert errors[1] < 0.8 * errors[0]
+    said = [float(word.rstrip(",")) for word in line.split() if word[0].isdigit() and "." in word]
+    assert said == pytest.approx(errors, rel=1e-3)
+
+
+def test_a_curvature_without_directions_is_the_squared_error() -> None:
+    """Shrunk to a multiple of the identity; small enough steps are not clipped."""
+    settings = {"epochs": 4, "learning_rate": 1e-3, "batch_windows": 4, "held_out": 0.0}
+    found = []
+    for options in ({"loss": BlockLoss.kl, "shrinkage": 1.0}, {"loss": BlockLoss.squared}):
+        model = run(BlockRefinement(**settings, **options), 0.5).model  # type: ignore[arg-type]
+        with torch.no_grad():
+            found.append(model(input_ids=TOKENS).logits)
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
+def test_blocks_that_share_more_than_states_have_no_curvature(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("iosvd.statistics.passes.chained_blocks", lambda model, tokens: [])
+    with pytest.raises(ModelError, match=r"set correction\.loss=squared"):
+        run(dataclasses.replace(KL, epochs=1), 0.5, whitening=Input())

@@ -32,6 +32,7 @@ from iosvd.correction.adaptive_trust import AdaptiveTrust
 from iosvd.correction.distilled import kl_from
 from iosvd.correction.drift import Drift, DriftSums, best_weight, squared_error
 from iosvd.correction.projected_gradient import moved
+from iosvd.correction.refinement import BlockLoss
 from iosvd.correction.refit_options import RefitOptions
 from iosvd.errors import ConfigError
 from iosvd.evaluation.divergence import divergence
@@ -278,6 +279,7 @@ TRAINED = [
     ADAPTERS,
     DISTILLED,
     REFINED,
+    replace(REFINED, closed_form=None, loss=BlockLoss.kl),
 ]
 
 

@@ -147,7 +147,7 @@ def test_the_probe_takes_one_backward_pass(
 ) -> None:
     # The check on a few tokens has passes of its own.
     monkeypatch.setattr(
-        "iosvd.statistics.collect.chained_blocks", lambda model, _: decoder_blocks(model)
+        "iosvd.statistics.passes.chained_blocks", lambda model, _: decoder_blocks(model)
     )
     calls = []
     backward = torch.autograd.backward

@@ -199,7 +199,7 @@ def test_only_the_windows_of_the_gradient_are_differentiated(
     sites = find_sites(model, SiteSelection())
     graphs: list[bool] = []
     model.model.layers[0].register_forward_hook(lambda *call: graphs.append(call[-1].requires_grad))
-    monkeypatch.setattr("iosvd.statistics.collect.chained_blocks", lambda model, tokens: [])
+    monkeypatch.setattr("iosvd.statistics.passes.chained_blocks", lambda model, tokens: [])
     needs = Needs(input_metric=inputs, gradient_windows=1)
     found = collect(model, tokens(6), sites, needs, batch_size=2)
     passes = graphs[-3:] if inputs else graphs[-1:]

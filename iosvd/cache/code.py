@@ -22,6 +22,7 @@ _ENTRIES = {
     "statistics": ("iosvd.statistics.collect",),
     "spectra": ("iosvd.factorization",),  # And the whitening's module.
     "scores": ("iosvd.scoring",),
+    "curvature": ("iosvd.statistics.block_curvature",),
     "blocks": ("iosvd.correction.blockwise", "iosvd.truncation"),  # And the whitening's module.
     "trials": ("iosvd.trials", "iosvd.factorization"),
 }

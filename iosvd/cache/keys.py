@@ -13,6 +13,7 @@ from iosvd.allocation.objective import Predictions
 from iosvd.cache.code import code_digest
 from iosvd.cache.store import Key
 from iosvd.factorization import Factorization
+from iosvd.statistics.kl_metric import KLMetric
 from iosvd.statistics.needs import Needs
 from iosvd.system.json_files import to_json
 from iosvd.whitening import Whitening
@@ -54,6 +55,16 @@ class CacheKeys:
             "code": code_digest("statistics"),
         }
         return Key("statistics", _at(identity, site))
+
+    def curvature(self, metric: KLMetric) -> Key:
+        """Return the key of the KL curvature behind every block."""
+        identity = {
+            "model": self.model,
+            "tokens": self.tokens,
+            "curvature": options_of(metric),
+            "code": code_digest("curvature"),
+        }
+        return Key("statistics", identity)
 
 
 @dataclass(frozen=True)

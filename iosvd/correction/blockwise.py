@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from iosvd.cache.calibration import Calibration
 from iosvd.cache.keys import SpectrumKeys, options_of
 from iosvd.cache.store import Key, get_or_compute
 from iosvd.correction.base import CorrectionInputs, CorrectionResult
@@ -31,6 +32,7 @@ from iosvd.models.layout import Layout, layout_of
 from iosvd.models.linear_form import expert_of
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import device_of
+from iosvd.statistics.block_curvature import block_curvatures
 from iosvd.system.progress import track
 from iosvd.system.timing import Stage
 from iosvd.types import Site
@@ -63,12 +65,22 @@ def correct_blocks(inputs: CorrectionInputs, steps: BlockSteps) -> CorrectionRes
     states = hidden_states_of(prefix, own.tokens, own.batch_size)
     parameters: dict[str, Tensor] = {}
     costs: list[Stage] = []
+    curvatures = _curvatures(own, steps.refinement, costs)
     work = zip(blocks, names_by_block, calls, strict=True)
     for number, (block, names, block_calls) in enumerate(
         track(work, len(blocks), "refit", "block")
     ):
         correct = partial(
-            _corrected, inputs, steps, number, block, names, block_calls, dense_states, states
+            _corrected,
+            inputs,
+            steps,
+            number,
+            block,
+            names,
+            block_calls,
+            dense_states,
+            states,
+            curvatures.get(number),
         )
         key = _key(inputs, steps, number)
         entry, now = get_or_compute(own.store, key, key, correct)
@@ -98,6 +110,7 @@ def _corrected(
     calls: Mapping[int, Call],
     dense_states: HiddenStates,
     states: HiddenStates,
+    curvature: Tensor | None,
 ) -> dict[str, Tensor]:
     """Correct one block, and take the dense states through it; return the update's tensors."""
     model, sites = inputs.calibration.model, _truncated(inputs, names)
@@ -119,6 +132,7 @@ def _corrected(
         states=states,
         target=dense_states,
         calls=calls,
+        curvature=curvature,
     )
     update = BlockUpdate(sites, {})
     if steps.closed_form is not None:
@@ -126,6 +140,24 @@ def _corrected(
     if steps.refinement is not None:
         update = steps.refinement.refine_(pair, update.sites)
     return tensors_of(update, block)
+
+
+def _curvatures(
+    own: Calibration, refinement: Refinement | None, costs: list[Stage]
+) -> dict[int, Tensor]:
+    """Return the KL curvature behind each block, if errors are weighed by it."""
+    metric = None if refinement is None else refinement.curvature
+    if metric is None:
+        return {}
+
+    def compute() -> dict[str, Tensor]:
+        found = block_curvatures(own.model, own.tokens, metric, own.batch_size)
+        return {str(number): one for number, one in enumerate(found)}
+
+    key = own.keys.curvature(metric)
+    entry, now = get_or_compute(own.store, key, key, compute)
+    costs.append(replace(entry.cost, seconds=0.0 if now else entry.cost.seconds))
+    return {int(number): one for number, one in entry.tensors.items()}
 
 
 def _key(inputs: CorrectionInputs, steps: BlockSteps, number: int) -> Key:

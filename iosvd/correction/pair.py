@@ -25,6 +25,7 @@ class BlockPair:
     states: HiddenStates  # In front of the twin.
     target: HiddenStates  # Behind the dense block.
     calls: Mapping[int, Call]
+    curvature: Tensor | None = None  # KL curvature behind the block, (d, d), if errors weigh by it.
 
     def site_inputs(
         self, group: Sequence[str], stream: bool

@@ -1,4 +1,4 @@
-"""Train one compressed block to return what the dense block returns (METHODS 11.3)."""
+"""Train one compressed block to return what the dense block returns (METHODS 11.3 and 11.5)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from iosvd.correction.pair import BlockPair
 from iosvd.correction.stored_block import BlockUpdate
 from iosvd.errors import ConfigError, check_at_least
+from iosvd.grams import wide
 from iosvd.layers.modules import LowRankLinear
+from iosvd.linalg import shrunk
 from iosvd.models.visiting import device_of
+from iosvd.statistics.kl_metric import KLMetric
 from iosvd.types import Site
 
 log = logging.getLogger(__name__)
@@ -24,16 +28,26 @@ _LARGEST_NORM = 1.0  # Of the gradient of the mean squared error.
 _SCALES = 8  # Of the error, each a sixteenth of the one before.
 
 
+class BlockLoss(Enum):
+    """Errors of a block's output: mean squared, or weighted by the KL curvature behind it."""
+
+    squared = "squared"
+    kl = "kl"
+
+
 @dataclass(frozen=True)
 class Refinement:
     """Options of the training: AdamW on the calibration windows, as AA-SVD's public code has them.
 
-    Twin and dense block read the hidden states in front of each; the mean squared error of their
-    outputs is lowered. After each epoch it is measured on windows that are held out, or, without
-    any, on those that are trained on; the block keeps the parameters of its best epoch, which may
-    be those it started with.
+    Twin and dense block read the hidden states in front of each; the error of the twin's output is
+    lowered: its mean square, or the KL divergence that it is predicted to cause. After each epoch
+    it is measured on windows that are held out, or, without any, on those that are trained on; the
+    block keeps the parameters of its best epoch, which may be those it started with.
     """
 
+    loss: BlockLoss = BlockLoss.squared
+    shrinkage: float = 0.1  # a of (1 − a) C_b + a mean(diag C_b) I, where the loss is the KL's.
+    top_k: int = 0  # Of C_b's Hessian; 0: the whole vocabulary.
     epochs: int = 25
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
@@ -46,8 +60,16 @@ class Refinement:
     def __post_init__(self) -> None:
         check_at_least(1, epochs=self.epochs, batch_windows=self.batch_windows)
         check_at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        check_at_least(0, top_k=self.top_k)
+        if not 0 <= self.shrinkage <= 1:
+            raise ConfigError(f"shrinkage={self.shrinkage:g} is outside [0, 1]")
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out:g} is outside [0, 1)")
+
+    @property
+    def curvature(self) -> KLMetric | None:
+        """The KL metric that weighs errors, if one does."""
+        return KLMetric(self.top_k) if self.loss is BlockLoss.kl else None
 
     def trained_windows(self, windows: int) -> int:
         """Return how many windows are trained on; the others are held out.
@@ -99,11 +121,15 @@ class _Training:
     options: Refinement
     pair: BlockPair
     parameters: Mapping[str, nn.Parameter]  # In the model's dtype.
+    metric: Tensor | None = field(init=False)  # C_b, shrunk.
     masters: Sequence[Tensor] = field(init=False)  # The same in float32 or better.
     scales: list[float] = field(default_factory=lambda: [16.0**-i for i in range(_SCALES)])
 
     def __post_init__(self) -> None:
-        precise = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self._all]
+        curvature, place = self.pair.curvature, device_of(self.pair.twin)
+        metric = None if curvature is None else shrunk(curvature, self.options.shrinkage).to(place)
+        object.__setattr__(self, "metric", metric)
+        precise = [p.detach().to(wide(p.dtype)) for p in self._all]
         object.__setattr__(self, "masters", [p.requires_grad_() for p in precise])
 
     @property
@@ -132,7 +158,8 @@ class _Training:
                     kept.copy_(parameter)
         for kept, parameter in zip(best, self._all, strict=True):
             parameter.copy_(kept)
-        log.info("block %d: mean squared error %.4g, refined %.4g", self.pair.number, start, least)
+        what = self.options.loss.value
+        log.info("block %d: %s error %.4g, refined %.4g", self.pair.number, what, start, least)
 
     def _epochs(self) -> Iterator[None]:
         from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
@@ -158,16 +185,16 @@ class _Training:
             yield
 
     def _add_gradients_(self, batch: Tensor) -> None:
-        """Set the masters' gradients to those of the mean squared error of some windows."""
+        """Set the masters' gradients to those of the mean error of some windows."""
         sums = [torch.zeros_like(master) for master in self.masters]
         for part in batch.split(self.pair.states.batch_size):
             for total, gradient in zip(sums, self._gradients(part), strict=True):
                 total += gradient
         for master, total in zip(self.masters, sums, strict=True):
-            master.grad = total / (len(batch) * self._entries)
+            master.grad = total / (len(batch) * self._terms)
 
     def _gradients(self, windows: Tensor) -> list[Tensor]:
-        """Return the gradients of the summed squared error, in the masters' dtype.
+        """Return the gradients of the summed error, in the masters' dtype.
 
         Those of the mean underflow in half precision, and those of the sum overflow float16 where
         hidden states are large: the error is scaled down until they are finite, and stays so.
@@ -188,23 +215,27 @@ class _Training:
             del self.scales[0]
 
     def _error(self) -> float:
-        """Return the mean squared error of the outputs on the windows that choose the epoch."""
+        """Return the mean error of the outputs on the windows that choose the epoch."""
         judged = self.options._judged(self._windows)
         parts = judged.split(self.pair.states.batch_size)
         total = sum(float(self._summed_error(part)) for part in parts)
-        return total / (len(judged) * self._entries)
+        return total / (len(judged) * self._terms)
 
     @property
-    def _entries(self) -> int:
-        """Entries of a window's hidden states."""
-        return self.pair.states.states[0].numel()
+    def _terms(self) -> int:
+        """What a window's error is a mean over: entries of its hidden states, or its tokens."""
+        window = self.pair.states.states[0]
+        return window.numel() if self.pair.curvature is None else len(window)
 
     def _summed_error(self, windows: Tensor) -> Tensor:
         pair, device = self.pair, device_of(self.pair.twin)
         hidden, target = (kept.states[windows].to(device) for kept in (pair.states, pair.target))
         output = pair.calls[len(windows)](pair.twin, hidden)
-        wide = torch.promote_types(output.dtype, torch.float32)
-        return (output.to(wide) - target.to(wide)).square().sum()
+        precise = wide(output.dtype)
+        error = output.to(precise) - target.to(precise)
+        if self.metric is None:
+            return error.square().sum()
+        return ((error @ self.metric.to(error)) * error).sum() / 2
 
 
 def _own_parameters_(

@@ -45,7 +45,11 @@ class Chain:
     visits: list[_Visit] = field(default_factory=list)
 
     def back(
-        self, output: Tensor, gradients: Sequence[Tensor], begin: Callable[[int], None]
+        self,
+        output: Tensor,
+        gradients: Sequence[Tensor],
+        begin: Callable[[int], None],
+        see: Callable[[nn.Module, Sequence[Tensor]], None] = lambda _, __: None,
     ) -> None:
         """Send several gradients of the same output back to the embeddings.
 
@@ -53,10 +57,12 @@ class Chain:
             output: of the forward pass; any tensor that depends on the last block.
             gradients: of its shape; each is one backward pass.
             begin: called with a gradient's number before it goes through some part of the model.
+            see: called with each block, from last to first, and the gradients of its output.
         """
         while self.visits:
             visit = self.visits.pop()
             gradients = _through(output, visit.output, gradients, begin)
+            see(visit.block, gradients)
             hidden = visit.hidden.detach().requires_grad_()
             with present(visit.block):
                 gradients = _through(visit.call(visit.block, hidden), hidden, gradients, begin)
