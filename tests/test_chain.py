@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import iosvd.statistics.collect as collecting
+import iosvd.statistics.passes as passing
 from iosvd.errors import ModelError
 from iosvd.models.chain import chained_blocks, without_graph
 from iosvd.models.forward import activation_gradients
@@ -29,7 +30,7 @@ def statistics(
 ) -> dict[str, SiteStatistics]:
     with monkeypatch.context() as patch:
         if whole:
-            patch.setattr(collecting, "chained_blocks", lambda *_: [])
+            patch.setattr(passing, "chained_blocks", lambda *_: [])
         sites = find_sites(model, SiteSelection())
         return collecting.collect(model, tokens(), sites, EVERYTHING, batch_size=4)
 
@@ -148,7 +149,7 @@ def test_inputs_of_a_last_block_without_a_norm_behind_it_count_once(
     """The head reads what the last block returned, the same tensor."""
     model = build("llama")
     model.model.norm = nn.Identity()
-    monkeypatch.setattr(collecting, "separate_head", lambda *_: model.lm_head)
+    monkeypatch.setattr(passing, "separate_head", lambda *_: model.lm_head)
 
     def forward(**named: Any) -> Any:
         hidden = model.model(input_ids=named["input_ids"]).last_hidden_state

@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import iosvd.statistics.collect as collecting
+import iosvd.statistics.passes as passing
 from iosvd.errors import NumericalError
 from iosvd.models.head import has_plain_head, separate_head
 from iosvd.models.sites import SiteSelection, find_sites
@@ -39,9 +40,9 @@ def test_chunks_of_logits_give_the_same_statistics(
     model = build(family, torch.float64)
     sites = find_sites(model, SiteSelection())
     assert separate_head(model, TOKENS) is model.get_output_embeddings()
-    monkeypatch.setattr(collecting, "CHUNK_ENTRIES", 2 * 3 * 31)  # Three positions of two windows.
+    monkeypatch.setattr(passing, "CHUNK_ENTRIES", 2 * 3 * 31)  # Three positions of two windows.
     chunked = collecting.collect(model, TOKENS, sites, NEEDS[name], batch_size=2)
-    monkeypatch.setattr(collecting, "separate_head", lambda *_: None)
+    monkeypatch.setattr(passing, "separate_head", lambda *_: None)
     whole = collecting.collect(model, TOKENS, sites, NEEDS[name], batch_size=2)
     for site in sites:
         for statistic in STATISTICS:
@@ -88,7 +89,7 @@ def test_a_last_chunk_of_one_position_has_no_label(
     model = build("llama", torch.float64)
     sites = find_sites(model, SiteSelection())
     whole = collecting.collect(model, TOKENS, sites, NEEDS[name], batch_size=2)
-    monkeypatch.setattr(collecting, "CHUNK_ENTRIES", 2 * 5 * 31)  # 11 = 5 + 5 + 1.
+    monkeypatch.setattr(passing, "CHUNK_ENTRIES", 2 * 5 * 31)  # 11 = 5 + 5 + 1.
     chunked = collecting.collect(model, TOKENS, sites, NEEDS[name], batch_size=2)
     for site in sites:
         for statistic in STATISTICS:

@@ -66,34 +66,27 @@ def correct_blocks(inputs: CorrectionInputs, steps: BlockSteps) -> CorrectionRes
     parameters: dict[str, Tensor] = {}
     costs: list[Stage] = []
     curvatures = _curvatures(own, steps.refinement, costs)
-    work = zip(blocks, names_by_block, calls, strict=True)
-    for number, (block, names, block_calls) in enumerate(
-        track(work, len(blocks), "refit", "block")
-    ):
-        correct = partial(
-            _corrected,
-            inputs,
-            steps,
-            number,
-            block,
-            names,
-            block_calls,
-            dense_states,
-            states,
-            curvatures.get(number),
+    work = [
+        _Place(number, block, names, block_calls, curvatures.get(number))
+        for number, (block, names, block_calls) in enumerate(
+            zip(blocks, names_by_block, calls, strict=True)
         )
-        key = _key(inputs, steps, number)
+    ]
+    for place in track(work, len(work), "refit", "block"):
+        key = _key(inputs, steps, place.number)
+        correct = partial(_corrected, inputs, steps, place, dense_states, states)
         entry, now = get_or_compute(own.store, key, key, correct)
         # Its peak was measured inside, which hides it from the clock of the whole correction.
         costs.append(replace(entry.cost, seconds=0.0 if now else entry.cost.seconds))
+        block = place.block
         if not now:
-            dense_states.pass_(block, block_calls)
-        update = update_from(entry.tensors, _truncated(inputs, names), device_of(block))
+            dense_states.pass_(block, place.calls)
+        update = update_from(entry.tensors, place.truncated(inputs), device_of(block))
         twin = twin_of(block)
         install_(twin, update.sites)
         set_parameters_(twin, update.parameters)
-        states.pass_(twin, block_calls)
-        sites |= {names[name]: site for name, site in update.sites.items()}
+        states.pass_(twin, place.calls)
+        sites |= {place.names[name]: site for name, site in update.sites.items()}
         start = _name_of(model, block)
         parameters |= {f"{start}.{name}": value for name, value in update.parameters.items()}
         del twin
@@ -101,38 +94,49 @@ def correct_blocks(inputs: CorrectionInputs, steps: BlockSteps) -> CorrectionRes
     return CorrectionResult(ordered, inputs.sites.ranks, parameters, costs)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A block that waits for its correction."""
+
+    number: int
+    block: nn.Module  # Dense.
+    names: Mapping[str, str]  # Of its sites: within it, and within the model.
+    calls: Mapping[int, Call]
+    curvature: Tensor | None
+
+    def truncated(self, inputs: CorrectionInputs) -> dict[str, Site]:
+        """Return its truncated sites, by their names within it."""
+        return {name: inputs.sites[full] for name, full in self.names.items()}
+
+
 def _corrected(
     inputs: CorrectionInputs,
     steps: BlockSteps,
-    number: int,
-    block: nn.Module,
-    names: Mapping[str, str],
-    calls: Mapping[int, Call],
+    place: _Place,
     dense_states: HiddenStates,
     states: HiddenStates,
-    curvature: Tensor | None,
 ) -> dict[str, Tensor]:
     """Correct one block, and take the dense states through it; return the update's tensors."""
-    model, sites = inputs.calibration.model, _truncated(inputs, names)
+    model, block, sites = inputs.calibration.model, place.block, place.truncated(inputs)
     layout, wanted = Layout((), ()), list[str]()
     if steps.closed_form is not None:
         # The compressed model routes tokens otherwise, so an expert's inputs have no partners.
-        fitted = [name for name, full in names.items() if expert_of(model, full) is None]
-        layout = _layout(block, dense_states, calls, fitted)
+        fitted = [name for name, full in place.names.items() if expert_of(model, full) is None]
+        layout = _layout(block, dense_states, place.calls, fitted)
         wanted = ["", *(group[0] for group in layout.groups)]
-    reached = dense_states.pass_(block, calls, wanted)
+    reached = dense_states.pass_(block, place.calls, wanted)
     twin = twin_of(block)
     install_(twin, sites)
     pair = BlockPair(
-        number=number,
+        number=place.number,
         dense=block,
         twin=twin,
         layout=layout,
         reached=reached,
         states=states,
         target=dense_states,
-        calls=calls,
-        curvature=curvature,
+        calls=place.calls,
+        curvature=place.curvature,
     )
     update = BlockUpdate(sites, {})
     if steps.closed_form is not None:
@@ -171,10 +175,6 @@ def _sites_in(model: nn.Module, block: nn.Module, inputs: CorrectionInputs) -> d
     """Return the sites of a block: their names within it, and within the model."""
     start = _name_of(model, block) + "."
     return {name.removeprefix(start): name for name in inputs.sites if name.startswith(start)}
-
-
-def _truncated(inputs: CorrectionInputs, names: Mapping[str, str]) -> dict[str, Site]:
-    return {name: inputs.sites[full] for name, full in names.items()}
 
 
 def _name_of(model: nn.Module, block: nn.Module) -> str:
