@@ -24,15 +24,16 @@ from iosvd.cache.calibration import Calibration
 from iosvd.cache.disk import Cache
 from iosvd.correction import (
     Anchored,
-    BlockRefinement,
+    BlockLoss,
     CorrectionInputs,
     Distilled,
+    Ladder,
     NoCorrection,
+    Refinement,
+    RefitOptions,
     Sequential,
 )
 from iosvd.correction.blockwise import BlockSteps, _key
-from iosvd.correction.refinement import BlockLoss, Refinement
-from iosvd.correction.refit_options import RefitOptions
 from iosvd.errors import ConfigError, ModelError
 from iosvd.factorization import Factorization
 from iosvd.layers.replacement import low_rank_layers
@@ -45,17 +46,20 @@ from iosvd.statistics.kl_metric import KLMetric, cotangents
 from iosvd.truncation import TruncatedSites
 from iosvd.whitening import Input
 
+
+def refining(closed_form: RefitOptions | None = None, **options: Any) -> Ladder:
+    return Ladder(closed_form=closed_form, refinement=Refinement(**options))
+
+
 ANCHORED = RefitOptions(trust=1.0, ridge=1e-6, stream=False, output_metric=False, dense_sites=False)
-BOTH = BlockRefinement(
-    closed_form=ANCHORED, epochs=12, learning_rate=3e-3, batch_windows=4, held_out=0.0
-)
+BOTH = refining(closed_form=ANCHORED, epochs=12, learning_rate=3e-3, batch_windows=4, held_out=0.0)
 
 
 def state(correction: Any, ratio: float = 0.5, **options: Any) -> dict[str, Tensor]:
     return run(correction, ratio, **options).model.state_dict()
 
 
-def trained_by_hand(dense: nn.Module, block: nn.Module, options: BlockRefinement) -> list[float]:
+def trained_by_hand(dense: nn.Module, block: nn.Module, options: Refinement) -> list[float]:
     """Train the first block of a model whose first block is compressed; return its errors."""
     with torch.no_grad():
         hidden = dense.model.embed_tokens(TOKENS)
@@ -101,9 +105,10 @@ def trained_by_hand(dense: nn.Module, block: nn.Module, options: BlockRefinement
 
 
 def test_the_first_block_is_what_a_training_written_out_gives() -> None:
-    options = BlockRefinement(epochs=5, learning_rate=3e-3, batch_windows=4, held_out=0.0)
+    options = refining(epochs=5, learning_rate=3e-3, batch_windows=4, held_out=0.0)
     block = copy.deepcopy(run(NoCorrection(), 0.5).model.model.layers[0])
-    errors = trained_by_hand(build("llama"), block, options)
+    assert options.refinement is not None
+    errors = trained_by_hand(build("llama"), block, options.refinement)
     assert errors == sorted(errors, reverse=True)  # So the last epoch is the best.
     refined = run(options, 0.5).model.model.layers[0].state_dict()
     for name, tensor in block.state_dict().items():
@@ -120,19 +125,19 @@ def test_blocks_return_more_nearly_what_the_dense_ones_do(family: str) -> None:
 @pytest.mark.parametrize("closed_form", [None, ANCHORED])
 def test_full_rank_and_no_drift_leave_every_block_as_it_is(closed_form: RefitOptions) -> None:
     dense = build("llama").state_dict()
-    found = state(BlockRefinement(closed_form=closed_form, epochs=2), 1.0)
+    found = state(refining(closed_form=closed_form, epochs=2), 1.0)
     for name, tensor in dense.items():
         assert torch.equal(found[name], tensor), name
 
 
 def test_it_begins_with_the_closed_form() -> None:
     """With a rate of zero nothing else happens."""
-    still = BlockRefinement(closed_form=ANCHORED, learning_rate=0.0, epochs=1)
+    still = refining(closed_form=ANCHORED, learning_rate=0.0, epochs=1)
     expected = state(Sequential(anchored=True))
     for name, tensor in state(still).items():
         assert torch.equal(tensor, expected[name]), name
     plain = state(NoCorrection())
-    for name, tensor in state(BlockRefinement(learning_rate=0.0, epochs=1)).items():
+    for name, tensor in state(refining(learning_rate=0.0, epochs=1)).items():
         assert torch.equal(tensor, plain[name]), name
 
 
@@ -140,21 +145,21 @@ def test_a_rate_that_diverges_leaves_the_block_and_warns_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     start = state(Sequential(anchored=True))
-    wild = BlockRefinement(closed_form=ANCHORED, learning_rate=1e30, epochs=3, held_out=0.0)
+    wild = refining(closed_form=ANCHORED, learning_rate=1e30, epochs=3, held_out=0.0)
     with caplog.at_level(logging.WARNING, logger="iosvd"):
         found = state(wild)
     for name, tensor in start.items():
         assert torch.equal(found[name], tensor), name
     warned = [r.message for r in caplog.records if "diverges" in r.message]
     assert warned == [
-        f"the refinement of block {number} diverges; lower correction.learning_rate"
+        f"the training of block {number}, squared error diverges; lower its learning_rate"
         for number in range(2)
     ]
 
 
 def test_the_error_on_held_out_windows_never_rises() -> None:
     """Random tokens: what is learned of six windows says nothing about three others."""
-    held = BlockRefinement(epochs=20, learning_rate=3e-2, batch_windows=3, held_out=0.34)
+    held = refining(epochs=20, learning_rate=3e-2, batch_windows=3, held_out=0.34)
     dense, plain, refined = build("llama"), run(NoCorrection(), 0.5), run(held, 0.5)
     with torch.no_grad():
         outputs = [
@@ -167,8 +172,8 @@ def test_the_error_on_held_out_windows_never_rises() -> None:
 
 def test_what_is_not_to_be_trained_stays() -> None:
     dense, plain = build("llama").state_dict(), run(NoCorrection(), 0.7)
-    factors = run(BlockRefinement(dense_sites=False, others=False, epochs=3, held_out=0.0), 0.7)
-    everything = run(BlockRefinement(epochs=3, held_out=0.0), 0.7)
+    factors = run(refining(dense_sites=False, others=False, epochs=3, held_out=0.0), 0.7)
+    everything = run(refining(epochs=3, held_out=0.0), 0.7)
     low_rank = low_rank_layers(factors.model)
     found, whole = factors.model.state_dict(), everything.model.state_dict()
     stays = [name for name in found if name.rpartition(".")[0] not in low_rank]
@@ -183,7 +188,7 @@ def test_what_is_not_to_be_trained_stays() -> None:
 
 
 def test_refined_norms_and_dense_sites_are_saved(tmp_path: Path) -> None:
-    result = run(BlockRefinement(epochs=3, held_out=0.0), 0.7)
+    result = run(refining(epochs=3, held_out=0.0), 0.7)
     iosvd.save(result.model, tmp_path / "model", result.plan)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     for name, tensor in result.model.state_dict().items():
@@ -233,7 +238,7 @@ def run_in(store: Cache, correction: Any) -> nn.Module:
 def test_the_windows_of_a_batch_may_pass_in_parts() -> None:
     """Steps of four windows, passed in batches of three or of four."""
     # The closed form of so few tokens amplifies rounding, and so does AdamW.
-    few = dataclasses.replace(BOTH, closed_form=None, epochs=2, learning_rate=1e-3)
+    few = refining(epochs=2, learning_rate=1e-3, batch_windows=4, held_out=0.0)
     found = []
     for batch_size in (3, 4):
         options = divided({"correction": few})
@@ -260,7 +265,7 @@ def test_a_share_that_leaves_no_window_is_refused(
 
 def test_blocks_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = iter([torch.device("cuda:0"), torch.device("cuda:1")])
-    monkeypatch.setattr("iosvd.correction.block_refinement.device_of", lambda block: next(devices))
+    monkeypatch.setattr("iosvd.correction.ladder.device_of", lambda block: next(devices))
     with pytest.raises(ConfigError, match="decoder blocks are spread over 2 devices"):
         run(BOTH, 0.5)
 
@@ -285,7 +290,7 @@ def test_float16_is_refined_where_hidden_states_are_large() -> None:
             found = model.model(input_ids=TOKENS).last_hidden_state.float()
         return (found - dense).square().mean()
 
-    refined = BlockRefinement(epochs=10, learning_rate=1e-2, batch_windows=4, held_out=0.0)
+    refined = refining(epochs=10, learning_rate=1e-2, batch_windows=4, held_out=0.0)
     plain = errors(torch.float16, NoCorrection())
     single, half = (errors(dtype, refined) for dtype in (torch.float32, torch.float16))
     assert single < 0.9 * plain
@@ -295,7 +300,7 @@ def test_float16_is_refined_where_hidden_states_are_large() -> None:
 def test_excluded_layers_are_not_trained() -> None:
     dense = build("llama").state_dict()
     selection = SiteSelection(exclude=["*o_proj"])
-    found = run(BlockRefinement(epochs=3, held_out=0.0), 0.5, selection=selection).model
+    found = run(refining(epochs=3, held_out=0.0), 0.5, selection=selection).model
     for name, tensor in found.state_dict().items():
         if "o_proj" in name:
             assert torch.equal(tensor, dense[name]), name
@@ -303,7 +308,7 @@ def test_excluded_layers_are_not_trained() -> None:
 
 def test_a_block_without_anything_to_train_stays() -> None:
     dense = build("llama").state_dict()
-    found = state(BlockRefinement(dense_sites=False, others=False, epochs=2), 1.0)
+    found = state(refining(dense_sites=False, others=False, epochs=2), 1.0)
     for name, tensor in dense.items():
         assert torch.equal(found[name], tensor), name
 
@@ -369,9 +374,7 @@ def test_the_curvature_behind_a_block_is_that_of_its_cotangents() -> None:
         torch.testing.assert_close(one, total, rtol=1e-5, atol=1e-9)
 
 
-KL = BlockRefinement(
-    loss=BlockLoss.kl, epochs=12, learning_rate=3e-3, batch_windows=4, held_out=0.0
-)
+KL = refining(loss=BlockLoss.kl, epochs=12, learning_rate=3e-3, batch_windows=4, held_out=0.0)
 
 
 def test_errors_of_the_output_are_weighed_by_the_curvature(
@@ -379,7 +382,8 @@ def test_errors_of_the_output_are_weighed_by_the_curvature(
 ) -> None:
     """What the log says of the first block is ½ E[eᵀ C e], before and after."""
     dense, plain = build("llama"), run(NoCorrection(), 0.5).model
-    whole = dataclasses.replace(KL, shrinkage=0.0)
+    assert KL.refinement is not None
+    whole = Ladder(refinement=dataclasses.replace(KL.refinement, shrinkage=0.0))
     with caplog.at_level(logging.INFO, logger="iosvd"):
         refined = run(whole, 0.5).model
     (line,) = [r.getMessage() for r in caplog.records if r.message.startswith("block 0")]
@@ -403,7 +407,7 @@ def test_a_curvature_without_directions_is_the_squared_error() -> None:
     settings = {"epochs": 4, "learning_rate": 1e-3, "batch_windows": 4, "held_out": 0.0}
     found = []
     for options in ({"loss": BlockLoss.kl, "shrinkage": 1.0}, {"loss": BlockLoss.squared}):
-        model = run(BlockRefinement(**settings, **options), 0.5).model  # type: ignore[arg-type]
+        model = run(refining(**settings, **options), 0.5).model  # type: ignore[arg-type]
         with torch.no_grad():
             found.append(model(input_ids=TOKENS).logits)
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
@@ -414,4 +418,4 @@ def test_blocks_that_share_more_than_states_have_no_curvature(
 ) -> None:
     monkeypatch.setattr("iosvd.statistics.passes.chained_blocks", lambda model, tokens: [])
     with pytest.raises(ModelError, match=r"set correction\.loss=squared"):
-        run(dataclasses.replace(KL, epochs=1), 0.5, whitening=Input())
+        run(refining(loss=BlockLoss.kl, epochs=1), 0.5, whitening=Input())

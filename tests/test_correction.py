@@ -17,23 +17,25 @@ import iosvd.correction
 from iosvd.allocation import SensitivitySearch, Spectral, Uniform
 from iosvd.correction import (
     Anchored,
-    BlockRefinement,
+    BlockLoss,
     Correction,
     CorrectionInputs,
     CorrectionResult,
     Distilled,
+    EndToEnd,
+    Ladder,
     Lora,
     NoCorrection,
     ProjectedGradient,
     Randomized,
+    Refinement,
+    RefitOptions,
     Sequential,
 )
 from iosvd.correction.adaptive_trust import AdaptiveTrust
 from iosvd.correction.distilled import kl_from
 from iosvd.correction.drift import Drift, DriftSums, best_weight, squared_error
 from iosvd.correction.projected_gradient import moved
-from iosvd.correction.refinement import BlockLoss
-from iosvd.correction.refit_options import RefitOptions
 from iosvd.errors import ConfigError
 from iosvd.evaluation.divergence import divergence
 from iosvd.factorization import Factorization, truncate
@@ -268,9 +270,8 @@ def loss_of(result: Compressed) -> float:
 
 ADAPTERS = Lora(rank=2, learning_rate=3e-3, epochs=3, batch_windows=3)
 DISTILLED = Distilled(rank=2, epochs=8, batch_windows=3, held_out=0.25)
-REFINED = BlockRefinement(
-    closed_form=RefitOptions(), epochs=4, learning_rate=3e-3, batch_windows=3, held_out=0.0
-)
+REFINED = Ladder(RefitOptions(), Refinement(epochs=4, learning_rate=3e-3, batch_windows=3))
+END_TO_END = EndToEnd(epochs=4, learning_rate=3e-3, batch_windows=3)
 TRAINED = [
     ProjectedGradient(),
     ProjectedGradient(rounds=2, replan=False),
@@ -279,7 +280,8 @@ TRAINED = [
     ADAPTERS,
     DISTILLED,
     REFINED,
-    replace(REFINED, closed_form=None, loss=BlockLoss.kl),
+    Ladder(refinement=Refinement(epochs=2, loss=BlockLoss.kl), end_to_end=END_TO_END),
+    Ladder(end_to_end=END_TO_END),
 ]
 
 

@@ -1,4 +1,4 @@
-"""AA-SVD's block refinement (arXiv 2604.02119): after any closed form, by gradient."""
+"""The refinement ladder: closed form, block by block, end to end (METHODS 11.3, 11.5, 11.6)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from iosvd.cache.calibration import Calibration
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.correction.blockwise import BlockSteps, correct_blocks
+from iosvd.correction.end_to_end import EndToEnd
 from iosvd.correction.refinement import Refinement
 from iosvd.correction.refit_options import RefitOptions
 from iosvd.errors import ConfigError
@@ -15,19 +16,21 @@ from iosvd.models.visiting import device_of
 
 
 @dataclass(frozen=True)
-class BlockRefinement(Refinement, Correction):
-    """Lower by gradient the error of each block's output, behind the refined blocks (METHODS 11.3).
+class Ladder(Correction):
+    """Three rungs, each of which starts from the one before; null leaves one out.
 
-    Before it is refined, a block's sites are refitted by the closed form, whose inputs are those
+    Before a block is refined, its sites are refitted by the closed form, whose inputs are those
     behind the refined blocks, too. Trust 0 is SVD-LLM's on the compressed prefix (AA-SVD's
     objective 2, the default of its public code), trust 1 is anchored at the dense outputs
     (objective 4, the paper's). Without a closed form the truncated factors are refined.
 
-    Cost: two sets of hidden states, one block with its gradients and AdamW's two moments, in
-    float32; each epoch is a training step's work of the compressed model.
+    Cost of the refinement: two sets of hidden states, one block with its gradients and AdamW's two
+    moments, in float32; each epoch is a training step's work of the compressed model.
     """
 
     closed_form: RefitOptions | None = None
+    refinement: Refinement | None = None
+    end_to_end: EndToEnd | None = None
 
     @property
     def needs_metrics(self) -> bool:
@@ -38,13 +41,18 @@ class BlockRefinement(Refinement, Correction):
         return self.closed_form is not None and self.closed_form.bias
 
     def check(self, calibration: Calibration) -> None:
-        self.trained_windows(len(calibration.tokens))
+        for training in (self.refinement, self.end_to_end):
+            if training is not None:
+                training.trained_windows(len(calibration.tokens))
         devices = {device_of(block) for block in decoder_blocks(calibration.model)}
-        if len(devices) > 1:
+        if self.refinement is not None and len(devices) > 1:
             raise ConfigError(
                 f"the decoder blocks are spread over {len(devices)} devices, where block refinement"
                 " does not work; set runtime.device_map=null or another correction"
             )
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
-        return correct_blocks(inputs, BlockSteps(self.closed_form, self))
+        result = CorrectionResult(inputs.sites, inputs.sites.ranks)
+        if self.closed_form is not None or self.refinement is not None:
+            result = correct_blocks(inputs, BlockSteps(self.closed_form, self.refinement))
+        return self.end_to_end.train(inputs.calibration, result) if self.end_to_end else result

@@ -1,0 +1,73 @@
+"""Train all compressed layers together to predict what the dense model predicts (METHODS 11.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from iosvd.cache.calibration import Calibration
+from iosvd.correction.base import CorrectionResult
+from iosvd.correction.distilled import kl_from
+from iosvd.correction.training import Fit, Optimization, own_parameters_, update_of
+from iosvd.layers.replacement import install_, set_parameters_, twin_of
+from iosvd.models.blocks import checkpointed
+from iosvd.models.sites import decoder_blocks
+from iosvd.types import Site
+
+
+@dataclass(frozen=True)
+class EndToEnd(Optimization):
+    """Lower the exact KL divergence from the dense model, over the whole vocabulary.
+
+    The factors themselves are trained, not adapters, so nothing about them is of low rank beyond
+    their own rank.
+
+    Cost: parameters, gradients and AdamW's two moments in float32 beside the dense model, and per
+    epoch a forward pass of the dense model and a training step's work of the compressed one.
+    """
+
+    epochs: int = 4
+    learning_rate: float = 3e-4
+    batch_windows: int = 2
+
+    def train(self, calibration: Calibration, start: CorrectionResult) -> CorrectionResult:
+        """Return the result of a correction after the training; the dense model stays as it is."""
+        dense, tokens = calibration.model, calibration.tokens
+        twin = twin_of(dense)
+        install_(twin, start.sites)
+        set_parameters_(twin, start.parameters)
+        trained = _of_blocks_(twin, start.sites, self)
+
+        def loss(windows: Tensor) -> Tensor:
+            chosen = tokens[windows].to(dense.device)
+            return kl_from(dense, twin, chosen) * chosen.numel()
+
+        with checkpointed(twin, calibration.memory.checkpoint_blocks):
+            Fit(
+                options=self,
+                parameters=list(trained.values()),
+                loss=loss,
+                terms=tokens.shape[1],
+                windows=len(tokens),
+                batch_size=calibration.batch_size,
+                what="end to end, KL divergence",
+            ).run_()
+        update = update_of(twin, start.sites, trained)
+        parameters = {**start.parameters, **update.parameters}
+        return replace(start, sites=update.sites, parameters=parameters)
+
+
+def _of_blocks_(
+    twin: nn.Module, sites: Mapping[str, Site], options: Optimization
+) -> dict[str, nn.Parameter]:
+    """Give the decoder blocks parameters of their own, and return them by name in the model."""
+    blocks = {module: name for name, module in twin.named_modules()}
+    found = {}
+    for block in decoder_blocks(twin):  # type: ignore[arg-type]
+        start = f"{blocks[block]}."
+        inside = {n.removeprefix(start): s for n, s in sites.items() if n.startswith(start)}
+        for name, parameter in own_parameters_(block, inside, options).items():
+            found[f"{start}{name}"] = parameter
+    return found

@@ -1,0 +1,120 @@
+"""The ladder's last rung, and the rungs together."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, build
+from test_correction import TOKENS, run
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import iosvd
+from iosvd.allocation import Spectral
+from iosvd.correction import (
+    Anchored,
+    BlockLoss,
+    Correction,
+    EndToEnd,
+    Ladder,
+    NoCorrection,
+    Refinement,
+    RefitOptions,
+)
+from iosvd.errors import ConfigError
+from iosvd.evaluation.divergence import divergence
+from iosvd.layers.replacement import low_rank_layers
+from iosvd.method import Method
+from iosvd.pipeline import compress
+from iosvd.whitening import InputOutput
+
+MANY = torch.randint(0, 31, (96, 12), generator=torch.Generator().manual_seed(2))
+LAST = EndToEnd(epochs=4, learning_rate=3e-3, batch_windows=16)
+KL_BLOCKS = Refinement(loss=BlockLoss.kl, epochs=8, learning_rate=3e-3, batch_windows=16)
+
+
+def kl(correction: Correction, family: str = "llama") -> float:
+    """On windows that are not those of the calibration."""
+    method = Method(InputOutput(), Spectral(), correction)
+    found = compress(build(family), MANY, method=method, ratio=0.5, batch_size=16)
+    return divergence(build(family), found.model, TOKENS, 4).kl
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_rung_lowers_the_divergence(family: str) -> None:
+    first = kl(Anchored(), family)
+    second = kl(Ladder(RefitOptions(), KL_BLOCKS), family)
+    third = kl(Ladder(RefitOptions(), KL_BLOCKS, LAST), family)
+    assert second < 0.97 * first
+    assert third < 0.97 * second
+
+
+def test_rungs_may_be_left_out() -> None:
+    anchored, ladder = (run(c, 0.5).model for c in (Anchored(), Ladder(RefitOptions())))
+    for name, tensor in anchored.state_dict().items():
+        assert torch.equal(ladder.state_dict()[name], tensor), name
+    plain, empty = (run(c, 0.5).model for c in (NoCorrection(), Ladder()))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(empty.state_dict()[name], tensor), name
+    assert kl(Ladder(end_to_end=LAST)) < 0.9 * kl(NoCorrection())
+
+
+def states(**options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    dense = build("llama").state_dict()
+    last = EndToEnd(epochs=2, learning_rate=3e-3, batch_windows=3, held_out=0.0, **options)
+    return dense, run(Ladder(end_to_end=last), 0.7).model.state_dict()
+
+
+def test_only_the_blocks_are_trained() -> None:
+    dense, found = states()
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert torch.equal(found[name], dense[name]), name
+    norms = [name for name in found if "layernorm" in name]
+    assert norms
+    for name in norms:
+        assert not torch.equal(found[name], dense[name]), name
+    dense, factors = states(dense_sites=False, others=False)
+    for name in (n for n in factors if n in dense and factors[n].shape == dense[n].shape):
+        if not name.endswith(".left"):
+            assert name.rpartition(".")[0] in low_rank() or torch.equal(factors[name], dense[name])
+
+
+def low_rank() -> set[str]:
+    return set(low_rank_layers(run(NoCorrection(), 0.7).model))
+
+
+def test_the_dense_model_itself_has_nothing_to_lower() -> None:
+    dense = build("llama").state_dict()
+    found = run(Ladder(RefitOptions(), KL_BLOCKS, LAST), 1.0).model.state_dict()
+    for name, tensor in dense.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_rate_that_diverges_leaves_the_rungs_below(caplog: pytest.LogCaptureFixture) -> None:
+    below = run(Ladder(RefitOptions(), KL_BLOCKS), 0.5).model.state_dict()
+    wild = EndToEnd(learning_rate=1e30, epochs=2, held_out=0.0)
+    with caplog.at_level(logging.WARNING, logger="iosvd"):
+        found = run(Ladder(RefitOptions(), KL_BLOCKS, wild), 0.5).model.state_dict()
+    for name, tensor in below.items():
+        assert torch.equal(found[name], tensor), name
+    warned = [r.message for r in caplog.records if "diverges" in r.message]
+    assert warned == ["the training of end to end, KL divergence diverges; lower its learning_rate"]
+
+
+def test_the_whole_ladder_is_saved(tmp_path: Path) -> None:
+    result = run(Ladder(RefitOptions(), KL_BLOCKS, LAST), 0.6)
+    iosvd.save(result.model, tmp_path / "model", result.plan)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_windows_that_are_lacking_are_named_before_any_work() -> None:
+    few = MANY[:3]
+    method = Method(InputOutput(), Spectral(), Ladder(end_to_end=EndToEnd()))
+    with pytest.raises(ConfigError, match=r"held_out=0\.1 of 3 calibration windows leaves none"):
+        compress(build("llama"), few, method=method, ratio=0.5)
