@@ -17,7 +17,7 @@ EVAL := paper
 TEXTS := wikitext2 ptb c4
 
 TABLES := main families ablation_whitening remapping ablation_topk zs_svd_main zs_svd_selection \
-	methods ablation_io_svd calibration validity circularity beyond
+	methods ablation_io_svd calibration validity circularity beyond ladder
 TABLE ?= $(TABLES)
 # The embedded model has seen nothing but the documentation of Python, which needs no download.
 MODEL_OPTIONS = $(if $(wildcard $(MODEL)/config.json $(MODEL)/*.gguf),model=local model.path=$(MODEL),model=$(MODEL)) \
