@@ -116,8 +116,8 @@ class Site:
         to_left = None if g is None else g @ right.T
         to_right = None if g is None else left.T @ g
         return {
-            "weight": Matrix(right, self.factors.left_energy.to(kind), b, to_right),
-            "left": Matrix(left, a, self.factors.right_energy.to(kind), to_left),
+            "weight": Matrix(right, self.factors.left_energy.to(device, kind), b, to_right),
+            "left": Matrix(left, a, self.factors.right_energy.to(device, kind), to_left),
         }
 
 

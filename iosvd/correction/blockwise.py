@@ -58,35 +58,35 @@ def correct_blocks(inputs: CorrectionInputs, steps: BlockSteps) -> CorrectionRes
     inside = {name for names in names_by_block for name in names.values()}
     sizes = steps.refinement.part_sizes(len(own.tokens), own.batch_size) if steps.refinement else ()
     calls = calls_of(model, own.tokens, own.batch_size, sizes)
+    costs: list[Stage] = []
+    curvatures = _curvatures(own, steps.refinement, costs)  # Before states take their memory.
     dense_states = hidden_states_of(model, own.tokens, own.batch_size)
     sites = {name: site for name, site in inputs.sites.items() if name not in inside}
     prefix = twin_of(model) if sites else model
     install_(prefix, sites)
     states = hidden_states_of(prefix, own.tokens, own.batch_size)
     parameters: dict[str, Tensor] = {}
-    costs: list[Stage] = []
-    curvatures = _curvatures(own, steps.refinement, costs)
-    work = [
-        _Place(number, block, names, block_calls, curvatures.get(number))
+    waiting = [
+        _BlockWork(number, block, names, block_calls, curvatures.get(number))
         for number, (block, names, block_calls) in enumerate(
             zip(blocks, names_by_block, calls, strict=True)
         )
     ]
-    for place in track(work, len(work), "refit", "block"):
-        key = _key(inputs, steps, place.number)
-        correct = partial(_corrected, inputs, steps, place, dense_states, states)
+    for work in track(waiting, len(waiting), "refit", "block"):
+        key = _key(inputs, steps, work.number)
+        correct = partial(_corrected, inputs, steps, work, dense_states, states)
         entry, now = get_or_compute(own.store, key, key, correct)
         # Its peak was measured inside, which hides it from the clock of the whole correction.
         costs.append(replace(entry.cost, seconds=0.0 if now else entry.cost.seconds))
-        block = place.block
+        block = work.block
         if not now:
-            dense_states.pass_(block, place.calls)
-        update = update_from(entry.tensors, place.truncated(inputs), device_of(block))
+            dense_states.pass_(block, work.calls)
+        update = update_from(entry.tensors, work.truncated(inputs), device_of(block))
         twin = twin_of(block)
         install_(twin, update.sites)
         set_parameters_(twin, update.parameters)
-        states.pass_(twin, place.calls)
-        sites |= {place.names[name]: site for name, site in update.sites.items()}
+        states.pass_(twin, work.calls)
+        sites |= {work.names[name]: site for name, site in update.sites.items()}
         start = _name_of(model, block)
         parameters |= {f"{start}.{name}": value for name, value in update.parameters.items()}
         del twin
@@ -95,7 +95,7 @@ def correct_blocks(inputs: CorrectionInputs, steps: BlockSteps) -> CorrectionRes
 
 
 @dataclass(frozen=True)
-class _Place:
+class _BlockWork:
     """A block that waits for its correction."""
 
     number: int
@@ -112,31 +112,31 @@ class _Place:
 def _corrected(
     inputs: CorrectionInputs,
     steps: BlockSteps,
-    place: _Place,
+    work: _BlockWork,
     dense_states: HiddenStates,
     states: HiddenStates,
 ) -> dict[str, Tensor]:
     """Correct one block, and take the dense states through it; return the update's tensors."""
-    model, block, sites = inputs.calibration.model, place.block, place.truncated(inputs)
+    model, block, sites = inputs.calibration.model, work.block, work.truncated(inputs)
     layout, wanted = Layout((), ()), list[str]()
     if steps.closed_form is not None:
         # The compressed model routes tokens otherwise, so an expert's inputs have no partners.
-        fitted = [name for name, full in place.names.items() if expert_of(model, full) is None]
-        layout = _layout(block, dense_states, place.calls, fitted)
+        fitted = [name for name, full in work.names.items() if expert_of(model, full) is None]
+        layout = _layout(block, dense_states, work.calls, fitted)
         wanted = ["", *(group[0] for group in layout.groups)]
-    reached = dense_states.pass_(block, place.calls, wanted)
+    reached = dense_states.pass_(block, work.calls, wanted)
     twin = twin_of(block)
     install_(twin, sites)
     pair = BlockPair(
-        number=place.number,
+        number=work.number,
         dense=block,
         twin=twin,
         layout=layout,
         reached=reached,
         states=states,
         target=dense_states,
-        calls=place.calls,
-        curvature=place.curvature,
+        calls=work.calls,
+        curvature=work.curvature,
     )
     update = BlockUpdate(sites, {})
     if steps.closed_form is not None:
@@ -155,7 +155,8 @@ def _curvatures(
         return {}
 
     def compute() -> dict[str, Tensor]:
-        found = block_curvatures(own.model, own.tokens, metric, own.batch_size)
+        on_cpu = own.memory.metrics_on_cpu
+        found = block_curvatures(own.model, own.tokens, metric, own.batch_size, on_cpu=on_cpu)
         return {str(number): one for number, one in enumerate(found)}
 
     key = own.keys.curvature(metric)

@@ -1,4 +1,4 @@
-"""Train all compressed layers together to predict what the dense model predicts (METHODS 11.6)."""
+"""Train all decoder blocks together to predict what the dense model predicts (METHODS 11.6)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ class EndToEnd(Optimization):
     The factors themselves are trained, not adapters, so nothing about them is of low rank beyond
     their own rank.
 
-    Cost: parameters, gradients and AdamW's two moments in float32 beside the dense model, and per
-    epoch a forward pass of the dense model and a training step's work of the compressed one.
+    Cost: beside the dense model, what is trained five times in float32 (masters, two gradients,
+    AdamW's moments) and three times in the model's dtype; per epoch a forward pass of the dense
+    model and a training step's work of the compressed one.
     """
 
     epochs: int = 4
     learning_rate: float = 3e-4
     batch_windows: int = 2
+
+    @property
+    def rung(self) -> str:
+        return "end_to_end"
 
     def train(self, calibration: Calibration, start: CorrectionResult) -> CorrectionResult:
         """Return the result of a correction after the training; the dense model stays as it is."""
@@ -52,7 +57,7 @@ class EndToEnd(Optimization):
                 terms=tokens.shape[1],
                 windows=len(tokens),
                 batch_size=calibration.batch_size,
-                what="end to end, KL divergence",
+                what="KL divergence, end to end",
             ).run_()
         update = update_of(twin, start.sites, trained)
         parameters = {**start.parameters, **update.parameters}
@@ -67,7 +72,7 @@ def _of_blocks_(
     found = {}
     for block in decoder_blocks(twin):  # type: ignore[arg-type]
         start = f"{blocks[block]}."
-        inside = {n.removeprefix(start): s for n, s in sites.items() if n.startswith(start)}
+        inside = {n.removeprefix(start): sites[n] for n in sites if n.startswith(start)}
         for name, parameter in own_parameters_(block, inside, options).items():
             found[f"{start}{name}"] = parameter
     return found

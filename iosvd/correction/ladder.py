@@ -44,6 +44,10 @@ class Ladder(Correction):
         for training in (self.refinement, self.end_to_end):
             if training is not None:
                 training.trained_windows(len(calibration.tokens))
+        if self.end_to_end is not None and not decoder_blocks(calibration.model):
+            raise ConfigError(
+                "this model has no list of decoder blocks; set correction.end_to_end=null"
+            )
         devices = {device_of(block) for block in decoder_blocks(calibration.model)}
         if self.refinement is not None and len(devices) > 1:
             raise ConfigError(

@@ -46,6 +46,10 @@ class Refinement(Optimization):
             raise ConfigError(f"shrinkage={self.shrinkage:g} is outside [0, 1]")
 
     @property
+    def rung(self) -> str:
+        return "refinement"
+
+    @property
     def curvature(self) -> KLMetric | None:
         """The KL metric that weighs errors, if one does."""
         return KLMetric(self.top_k) if self.loss is BlockLoss.kl else None
@@ -59,7 +63,9 @@ class Refinement(Optimization):
         """
         trained = own_parameters_(pair.twin, sites, self)
         window = pair.states.states[0]
-        metric = None if pair.curvature is None else shrunk(pair.curvature, self.shrinkage)
+        metric = pair.curvature
+        if metric is not None:
+            metric = shrunk(metric, self.shrinkage).to(device_of(pair.twin))
         Fit(
             options=self,
             parameters=list(trained.values()),
@@ -83,4 +89,4 @@ def _summed_error(pair: BlockPair, metric: Tensor | None, windows: Tensor) -> Te
     error = output.to(precise) - target.to(precise)
     if metric is None:
         return error.square().sum()
-    return ((error @ metric.to(error)) * error).sum() / 2
+    return ((error @ metric.to(error.dtype)) * error).sum() / 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.correction.stored_block import BlockUpdate
-from iosvd.errors import ConfigError, check_at_least
+from iosvd.errors import ConfigError, NumericalError, check_at_least
 from iosvd.grams import wide
 from iosvd.layers.modules import LowRankLinear
 from iosvd.types import Site
@@ -36,7 +36,7 @@ class Optimization:
     weight_decay: float = 0.01
     batch_windows: int = 32  # Per step.
     dense_sites: bool = True  # Train the weights of sites that stay dense, too.
-    others: bool = True  # And norms, biases, and whatever else is no linear layer.
+    others: bool = True  # And norms, biases, and other vectors.
     held_out: float = 0.1  # Share of the windows, the last ones, that choose the epoch.
     seed: int = 0  # Of the order of the windows.
 
@@ -45,6 +45,11 @@ class Optimization:
         check_at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out:g} is outside [0, 1)")
+
+    @property
+    def rung(self) -> str:
+        """The name of these options within `correction`."""
+        raise NotImplementedError
 
     def trained_windows(self, windows: int) -> int:
         """Return how many windows are trained on; the others are held out.
@@ -56,7 +61,7 @@ class Optimization:
         if held == windows or (self.held_out > 0 and held == 0):
             raise ConfigError(
                 f"held_out={self.held_out:g} of {windows} calibration windows leaves none to"
-                f" {'train on' if held else 'hold out'}; set held_out of the correction or"
+                f" {'train on' if held else 'hold out'}; set correction.{self.rung}.held_out or"
                 " calibration.windows"
             )
         return windows - held
@@ -98,11 +103,16 @@ class Fit:
         if not self.parameters:
             return
         start = least = self._judged()
+        if not math.isfinite(start):
+            raise NumericalError(
+                f"the {self.what} is not finite before any training; try model.dtype=bfloat16"
+            )
         best = [parameter.detach().clone() for parameter in self.parameters]
         for _ in self._epochs():
             found = self._judged()
             if not math.isfinite(found):
-                log.warning("the training of %s diverges; lower its learning_rate", self.what)
+                rate = f"correction.{self.options.rung}.learning_rate"
+                log.warning("the training of %s diverges; lower %s", self.what, rate)
                 break
             if found < least:
                 least = found
@@ -137,12 +147,14 @@ class Fit:
 
     def _add_gradients_(self, batch: Tensor) -> None:
         """Set the masters' gradients to those of the mean loss of some windows."""
-        sums = [torch.zeros_like(master) for master in self.masters]
+        for master in self.masters:
+            master.grad = None
         for part in batch.split(self.batch_size):
-            for total, gradient in zip(sums, self._gradients(part), strict=True):
-                total += gradient
-        for master, total in zip(self.masters, sums, strict=True):
-            master.grad = total / (len(batch) * self.terms)
+            for master, gradient in zip(self.masters, self._gradients(part), strict=True):
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        for master in self.masters:
+            assert master.grad is not None
+            master.grad.div_(len(batch) * self.terms)
 
     def _gradients(self, windows: Tensor) -> list[Tensor]:
         """Return the gradients of the summed loss, in the masters' dtype.
@@ -177,7 +189,7 @@ def own_parameters_(
 ) -> dict[str, nn.Parameter]:
     """Give a twin parameters of its own that are trained, and return them by name.
 
-    Linear layers that are no sites were left out on purpose, and stay as they are.
+    Matrices that are no sites were left out on purpose, and stay as they are.
 
     Args:
         twin: a compressed block.
@@ -191,8 +203,7 @@ def own_parameters_(
         if owner in sites and last in ("weight", "left"):
             wanted = sites[owner].factors is not None or options.dense_sites
         else:
-            excluded = isinstance(layer, nn.Linear) and owner not in sites
-            wanted = options.others and not excluded
+            wanted = options.others and parameter.dim() < 2
         if wanted and parameter.is_floating_point():
             trained[name] = nn.Parameter(parameter.detach().clone())
             layer.register_parameter(last, trained[name])

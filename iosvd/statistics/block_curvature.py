@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from iosvd.errors import ModelError
+from iosvd.errors import ModelError, NumericalError
 from iosvd.grams import add_lower_gram_, flat, mirror_, wide
 from iosvd.models.chain import without_graph
 from iosvd.models.forward import activation_gradients
@@ -29,7 +30,12 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 
 
 def block_curvatures(
-    model: PreTrainedModel, tokens: Tensor, metric: KLMetric, batch_size: int
+    model: PreTrainedModel,
+    tokens: Tensor,
+    metric: KLMetric,
+    batch_size: int,
+    *,
+    on_cpu: bool = False,
 ) -> list[Tensor]:
     """Return C_b (d, d) of every decoder block, in main memory.
 
@@ -38,12 +44,13 @@ def block_curvatures(
     Args:
         model: a causal language model.
         tokens: calibration windows (windows, length).
-        metric: of the logits.
+        metric: of the logits; all tokens count.
         batch_size: windows per forward pass.
+        on_cpu: keep the sums in main memory, wherever the model is.
 
     Raises:
-        ModelError: earlier blocks reach later ones by more than hidden states.
-        NumericalError: logits are not finite.
+        ModelError: gradients cannot go back block by block.
+        NumericalError: logits or gradients are not finite.
     """
     sums: dict[nn.Module, Tensor] = {}
 
@@ -51,15 +58,18 @@ def block_curvatures(
         for gradient in gradients:
             rows = flat(gradient)
             if block not in sums:
-                sums[block] = rows.new_zeros(2 * rows.shape[1:], dtype=wide(rows.dtype))
+                place = "cpu" if on_cpu else rows.device
+                square = 2 * rows.shape[1:]
+                sums[block] = torch.zeros(square, dtype=wide(rows.dtype), device=place)
             add_lower_gram_(sums[block], rows)
 
     with activation_gradients(model):
         body = body_of(model, tokens, [], backward=True)
         if not body.blocks:
             raise ModelError(
-                f"the blocks of {type(model).__name__} get more from each other than hidden states,"
-                " so there is no curvature behind each; set correction.loss=squared"
+                f"gradients of {type(model).__name__} cannot go back block by block (or are not"
+                " finite), so there is no curvature behind each; set"
+                " correction.refinement.loss=squared"
             )
         starts = range(0, len(tokens), batch_size)
         for start in track(starts, len(starts), "curvature of blocks", "batch"):
@@ -74,7 +84,15 @@ def block_curvatures(
             check = partial(check_logits, signals=signals)
             gradients = head_gradients(body.head, hidden.detach(), signals, check)
             chain.back(hidden, gradients, begin=lambda _: None, see=see)
-    for total in sums.values():
-        mirror_(total)
     count = tokens.numel() * metric.estimates
-    return [(sums[block] / count).cpu() for block in decoder_blocks(model)]
+    return [_finished(sums[block], count, n) for n, block in enumerate(decoder_blocks(model))]
+
+
+def _finished(total: Tensor, count: int, number: int) -> Tensor:
+    mirror_(total)
+    if not torch.isfinite(total).all():
+        raise NumericalError(
+            f"the gradients behind block {number} have NaN or infinity on the calibration set; try"
+            " model.dtype=float32 or bfloat16"
+        )
+    return (total / count).cpu()
