@@ -14,6 +14,7 @@ from iosvd.correction.stored_block import BlockUpdate
 from iosvd.errors import ConfigError, NumericalError, check_at_least
 from iosvd.grams import wide
 from iosvd.layers.modules import LowRankLinear
+from iosvd.system.progress import track
 from iosvd.types import Site
 
 log = logging.getLogger(__name__)
@@ -128,22 +129,26 @@ class Fit:
         options = self.options
         trained = options.trained_windows(self.windows)
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.number)
-        steps = options.epochs * math.ceil(trained / options.batch_windows)
+        batches = [
+            batch
+            for _ in range(options.epochs)
+            for batch in torch.randperm(trained, generator=generator).split(options.batch_windows)
+        ]
+        steps = len(batches)
         optimizer = torch.optim.AdamW(
             self.masters, lr=options.learning_rate, weight_decay=options.weight_decay
         )
         warm_up = min(math.ceil(_WARM_UP * steps), steps - 1)
         schedule = cosine(optimizer, warm_up, steps, min_lr_rate=_LAST_RATE)
-        for _ in range(options.epochs):
-            order = torch.randperm(trained, generator=generator)
-            for batch in order.split(options.batch_windows):
-                self._add_gradients_(batch)
-                nn.utils.clip_grad_norm_(self.masters, _LARGEST_NORM)
-                optimizer.step()
-                schedule.step()
-                for parameter, master in zip(self.parameters, self.masters, strict=True):
-                    parameter.copy_(master)
-            yield
+        for number, batch in enumerate(track(batches, steps, self.what, "step"), start=1):
+            self._add_gradients_(batch)
+            nn.utils.clip_grad_norm_(self.masters, _LARGEST_NORM)
+            optimizer.step()
+            schedule.step()
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                parameter.copy_(master)
+            if number % (steps // options.epochs) == 0:
+                yield
 
     def _add_gradients_(self, batch: Tensor) -> None:
         """Set the masters' gradients to those of the mean loss of some windows."""
