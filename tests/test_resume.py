@@ -193,7 +193,7 @@ def test_changed_code_or_another_model_makes_other_entries(
 
     before = digests()
     code_digest.cache_clear()
-    for file in ("accumulators.py", "collect.py", "linalg.py", "needs.py"):
+    for file in ("accumulators.py", "collect.py", "grams.py", "needs.py"):
         package = tmp_path / file
         package.mkdir()
         for path in (ROOT / "iosvd").rglob("*.py"):
