@@ -95,8 +95,8 @@ def plain(model: PreTrainedModel, tokens: Tensor, absolute: float, gradient_wind
 
 def _truncate(layer: nn.Linear, gram: Tensor, absolute: float) -> None:
     weight, gradient = layer.weight.detach(), layer.weight.grad
-    (m, n), eye = weight.shape, torch.eye(len(gram), device=gram.device)
-    root = torch.linalg.cholesky(gram + absolute * eye)
+    m, n = weight.shape
+    root = _root(gram, absolute)
     u, sigma, vh = torch.linalg.svd(weight @ root, full_matrices=False)
     inverse = torch.linalg.inv(root)
     if gradient is not None:  # The scores; how they are ranked costs nothing beside this.
@@ -105,6 +105,17 @@ def _truncate(layer: nn.Linear, gram: Tensor, absolute: float) -> None:
     half = sigma[:rank].sqrt()
     layer.left, layer.right = u[:, :rank] * half, half[:, None] * (vh[:rank] @ inverse)  # type: ignore[assignment]
     layer.weight.grad = None
+
+
+def _root(gram: Tensor, absolute: float) -> Tensor:
+    """Return the Cholesky root; one that fails gets the least eigenvalue and 1e-6 on top."""
+    gram = gram.double()
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    lower, info = torch.linalg.cholesky_ex(gram + absolute * eye)
+    if info.item():
+        least = torch.linalg.eigvalsh(gram)[0]
+        lower = torch.linalg.cholesky(gram + (1e-6 - least) * eye)
+    return lower.float()
 
 
 PLAIN: Mapping[str, tuple[float, int]] = {"svd_llm_public": (0.0, 0), "zs_svd_public": (1e-4, 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from iosvd.budget import Shape
 from iosvd.errors import ModelError, NumericalError
 from iosvd.models.sites import SiteSelection, find_sites, shared_inputs
-from iosvd.statistics.collect import collect
+from iosvd.statistics.collect import _ends, collect
 from iosvd.statistics.fisher import FisherMetric
 from iosvd.statistics.kl_metric import KLMetric
 from iosvd.statistics.memory import statistics_bytes
@@ -202,9 +203,22 @@ def test_only_the_windows_of_the_gradient_are_differentiated(
     monkeypatch.setattr("iosvd.statistics.passes.chained_blocks", lambda model, tokens: [])
     needs = Needs(input_metric=inputs, gradient_windows=1)
     found = collect(model, tokens(6), sites, needs, batch_size=2)
-    passes = graphs[-3:] if inputs else graphs[-1:]
-    assert passes == ([True, False, False] if inputs else [True])
+    passes = graphs[-4:] if inputs else graphs[-1:]  # Windows 0, 1 and 2, 3 and 4, 5.
+    assert passes == ([True, False, False, False] if inputs else [True])
     assert graphs.count(True) == 1
     alone = collect(model, tokens(6)[:1], sites, Needs(gradient_windows=1))
     for name, one in found.items():
         assert_close(one.need("gradient"), alone[name].need("gradient"))
+
+
+@pytest.mark.parametrize(
+    ("windows", "size", "scored"),
+    [(6, 2, 1), (6, 4, 6), (5, 2, 3), (4, 8, 0), (4, 2, 9), (3, 1, 2)],
+)
+def test_batches_cover_the_windows_and_end_with_the_scored_ones(
+    windows: int, size: int, scored: int
+) -> None:
+    ends = _ends(windows, size, scored)
+    sizes = [end - start for start, end in itertools.pairwise([0, *ends])]
+    assert sum(sizes) == windows and all(0 < one <= size for one in sizes)
+    assert min(scored, windows) in (0, *ends)

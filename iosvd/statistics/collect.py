@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,9 +72,10 @@ def collect(
 
 def _pass_over(body: Body, tokens: Tensor, batch_size: int, sums: Sums) -> None:
     model = body.model
-    starts = range(0, len(tokens), batch_size)
-    for start in track(starts, len(starts), "statistics", "batch"):
-        batch = tokens[start : start + batch_size].to(model.device)
+    ends = _ends(len(tokens), batch_size, sums.needs.gradient_windows)
+    pairs = list(pairwise([0, *ends]))
+    for start, end in track(pairs, len(pairs), "statistics", "batch"):
+        batch = tokens[start:end].to(model.device)
         signals = Signals(
             needs=sums.needs,
             batch=batch,
@@ -89,6 +91,17 @@ def _pass_over(body: Body, tokens: Tensor, batch_size: int, sums: Sums) -> None:
         _pass_batch(body, signals, sums)
         if start == 0:
             sums.check()  # A broken model fails now, not after the whole pass.
+
+
+def _ends(windows: int, batch_size: int, scored: int) -> list[int]:
+    """Return where batches end; those of the loss's gradient are batches of their own."""
+    first = min(scored, windows)
+    return [
+        *range(batch_size, first, batch_size),
+        *([first] if first else []),
+        *range(first + batch_size, windows, batch_size),
+        *([windows] if windows > first else []),
+    ]
 
 
 def _pass_batch(body: Body, signals: Signals, sums: Sums) -> None:
