@@ -265,3 +265,9 @@ from iosvd.types import Spectrum
     rounded = compress(build("llama"), tokens, ratio=0.3, method=halves)
     for name, layer in low_rank_layers(rounded.model).items():
         torch.testing.assert_close(layer.product().norm(), norms[name], rtol=2e-2, atol=0)
+
+
+def test_the_authors_way_is_slower_and_larger_as_the_page_of_speed_says() -> None:
+    assert "take less time and less memory" in page("speed")
+    for row in rows_of((ROOT / "results" / "tables" / "plain-codes-cpu.md").read_text())[1:]:
+        assert float(row[3]) < 1 and float(row[6]) < 1, row[0]
