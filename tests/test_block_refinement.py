@@ -381,7 +381,7 @@ KL = refining(loss=BlockLoss.kl, epochs=12, learning_rate=3e-3, batch_windows=4,
 def test_errors_of_the_output_are_weighed_by_the_curvature(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What the log says of the first block is ½ E[eᵀ C e], before and after."""
+    """The log states ½ E[eᵀ C e] of the first block, before and after."""
     dense, plain = build("llama"), run(NoCorrection(), 0.5).model
     assert KL.refinement is not None
     whole = Ladder(refinement=dataclasses.replace(KL.refinement, shrinkage=0.0))

@@ -40,7 +40,7 @@ def compressed(method: str, ratio: float) -> Compressed:
 
 
 def inputs_of(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """What each layer reads, (tokens, n)."""
+    """Return the inputs of each layer, (tokens, n)."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(

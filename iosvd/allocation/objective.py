@@ -1,4 +1,4 @@
-"""What allocations measure on the calibration set, as a function of ranks."""
+"""Measurements on the calibration set as a function of ranks, for allocations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ from iosvd.layers.replacement import install_, set_parameters_, twin_of
 from iosvd.models.blocks import Call, HiddenStates, calls_of, hidden_states_of
 from iosvd.models.layout import Layout, layout_of
 from iosvd.models.linear_form import expert_of
-from iosvd.models.sites import decoder_blocks
+from iosvd.models.sites import named_blocks, names_within
 from iosvd.models.visiting import device_of
 from iosvd.statistics.block_curvature import block_curvatures
 from iosvd.system.progress import track
@@ -40,7 +40,7 @@ from iosvd.types import Site
 
 @dataclass(frozen=True)
 class BlockSteps:
-    """What is done to a block."""
+    """The steps of the correction of a block."""
 
     closed_form: RefitOptions | None = None  # Experts stay as they are truncated.
     refinement: Refinement | None = None
@@ -53,22 +53,23 @@ def correct_blocks(inputs: CorrectionInputs, steps: BlockSteps) -> CorrectionRes
     The dense model is left as it is.
     """
     model, own = inputs.calibration.model, inputs.calibration
-    blocks = decoder_blocks(model)
-    names_by_block = [_sites_in(model, block, inputs) for block in blocks]
+    blocks = named_blocks(model)
+    names_by_block = [names_within(start, inputs.sites) for start in blocks]
     inside = {name for names in names_by_block for name in names.values()}
     sizes = steps.refinement.part_sizes(len(own.tokens), own.batch_size) if steps.refinement else ()
     calls = calls_of(model, own.tokens, own.batch_size, sizes)
     costs: list[Stage] = []
     curvatures = _curvatures(own, steps.refinement, costs)  # Before states take their memory.
     dense_states = hidden_states_of(model, own.tokens, own.batch_size)
-    sites = {name: site for name, site in inputs.sites.items() if name not in inside}
+    # Not by items(), which would truncate every site.
+    sites = {name: inputs.sites[name] for name in inputs.sites if name not in inside}
     prefix = twin_of(model) if sites else model
     install_(prefix, sites)
     states = hidden_states_of(prefix, own.tokens, own.batch_size)
     parameters: dict[str, Tensor] = {}
     waiting = [
-        _BlockWork(number, block, names, block_calls, curvatures.get(number))
-        for number, (block, names, block_calls) in enumerate(
+        _BlockWork(number, start, blocks[start], names, block_calls, curvatures.get(number))
+        for number, (start, names, block_calls) in enumerate(
             zip(blocks, names_by_block, calls, strict=True)
         )
     ]
@@ -87,8 +88,7 @@ def correct_blocks(inputs: CorrectionInputs, steps: BlockSteps) -> CorrectionRes
         set_parameters_(twin, update.parameters)
         states.pass_(twin, work.calls)
         sites |= {work.names[name]: site for name, site in update.sites.items()}
-        start = _name_of(model, block)
-        parameters |= {f"{start}.{name}": value for name, value in update.parameters.items()}
+        parameters |= {f"{work.start}{name}": value for name, value in update.parameters.items()}
         del twin
     ordered = {name: sites[name] for name in inputs.sites}
     return CorrectionResult(ordered, inputs.sites.ranks, parameters, costs)
@@ -99,6 +99,7 @@ class _BlockWork:
     """A block that waits for its correction."""
 
     number: int
+    start: str  # Of the names of its modules.
     block: nn.Module  # Dense.
     names: Mapping[str, str]  # Of its sites: within it, and within the model.
     calls: Mapping[int, Call]
@@ -170,16 +171,6 @@ def _key(inputs: CorrectionInputs, steps: BlockSteps, number: int) -> Key:
     spectra = SpectrumKeys(own.keys, inputs.whitening, inputs.factorization)
     ranks = inputs.sites.budget.factorised(inputs.sites.ranks)
     return spectra.block(list(inputs.sites), ranks, options_of(steps), number)
-
-
-def _sites_in(model: nn.Module, block: nn.Module, inputs: CorrectionInputs) -> dict[str, str]:
-    """Return the sites of a block: their names within it, and within the model."""
-    start = _name_of(model, block) + "."
-    return {name.removeprefix(start): name for name in inputs.sites if name.startswith(start)}
-
-
-def _name_of(model: nn.Module, block: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is block)
 
 
 def _layout(

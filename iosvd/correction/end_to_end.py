@@ -13,7 +13,7 @@ from iosvd.correction.distilled import kl_from
 from iosvd.correction.training import Fit, Optimization, own_parameters_, update_of
 from iosvd.layers.replacement import install_, set_parameters_, twin_of
 from iosvd.models.blocks import checkpointed
-from iosvd.models.sites import decoder_blocks
+from iosvd.models.sites import named_blocks, names_within
 from iosvd.types import Site
 
 
@@ -68,11 +68,9 @@ def _of_blocks_(
     twin: nn.Module, sites: Mapping[str, Site], options: Optimization
 ) -> dict[str, nn.Parameter]:
     """Give the decoder blocks parameters of their own, and return them by name in the model."""
-    blocks = {module: name for name, module in twin.named_modules()}
     found = {}
-    for block in decoder_blocks(twin):  # type: ignore[arg-type]
-        start = f"{blocks[block]}."
-        inside = {n.removeprefix(start): sites[n] for n in sites if n.startswith(start)}
+    for start, block in named_blocks(twin).items():
+        inside = {name: sites[full] for name, full in names_within(start, sites).items()}
         for name, parameter in own_parameters_(block, inside, options).items():
             found[f"{start}{name}"] = parameter
     return found

@@ -17,7 +17,7 @@ _PARAMETER = "parameter"
 
 @dataclass(frozen=True)
 class BlockUpdate:
-    """What a correction changes in a block; names are those within the block."""
+    """Changes that a correction makes to a block; names are those within the block."""
 
     sites: Mapping[str, Site]
     parameters: Mapping[str, Tensor]  # Of layers that are no sites, for instance norms.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -156,6 +156,17 @@ def _decoder(model: nn.Module) -> nn.Module:
 
 def _weights_in(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
+
+
+def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the decoder blocks by the start of their modules' names, such as model.layers.3."""
+    names = {module: name for name, module in model.named_modules()}
+    return {f"{names[block]}.": block for block in decoder_blocks(model)}
+
+
+def names_within(start: str, names: Iterable[str]) -> dict[str, str]:
+    """Return those names that begin so, by what follows."""
+    return {name.removeprefix(start): name for name in names if name.startswith(start)}
 
 
 def layer_and_role(site: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""What whitenings on both sides share: how their two metrics are stabilised and rooted."""
+"""The common base of whitenings on both sides: it stabilises both metrics and takes their roots."""
 
 from __future__ import annotations
 
