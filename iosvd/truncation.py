@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from iosvd.budget import Budget, Shape
+from iosvd.budget import Budget
 from iosvd.cache.calibration import Calibration
 from iosvd.factorization import dropped_energy, truncate
 from iosvd.layers.rows import half_dtype
@@ -88,17 +88,24 @@ def best_ranks(
     return min(candidates, key=loss)
 
 
-def collect_in_groups(calibration: Calibration, needs: Needs) -> Iterator[SiteStatistics]:
+def collect_in_groups(
+    calibration: Calibration, needs: Needs, shared: Mapping[str, str]
+) -> Iterator[SiteStatistics]:
     """Yield the statistics of all sites at the model's current weights, which no cache knows.
 
     As many sites at a time as memory allows, each with a pass over the calibration windows.
+
+    Args:
+        calibration: its model may have truncated layers in place of the sites.
+        needs: which statistics.
+        shared: each site, and the first site that reads the same tensor.
     """
     own = calibration
-    for group in groups_within(own.shapes, needs, own.shared_inputs, own.memory.limit_bytes):
+    for group in groups_within(own.shapes, needs, shared, own.memory.limit_bytes):
         found = collect(
             own.model,
             own.tokens,
-            {name: own.sites[name] for name in group},
+            {name: own.model.get_submodule(name) for name in group},
             needs,
             own.batch_size,
             on_cpu=own.memory.metrics_on_cpu,
@@ -117,19 +124,7 @@ def with_gradient(
         calibration: its model has the truncated sites in place.
         windows: the first calibration windows, over which the gradient is a mean.
     """
-    own, needs = calibration, Needs(gradient_windows=windows)
-    shapes = {name: Shape(*site.weight.shape) for name, site in truncated.items()}
-    gradients: dict[str, Tensor] = {}
-    # No two sites share a gradient.
-    unshared = {name: name for name in shapes}
-    for group in groups_within(shapes, needs, unshared, own.memory.limit_bytes):
-        found = collect(
-            own.model,
-            own.tokens[:windows],
-            {name: own.model.get_submodule(name) for name in group},
-            needs,
-            own.batch_size,
-            on_cpu=own.memory.metrics_on_cpu,
-        )
-        gradients |= {name: found[name].need("gradient").cpu() for name in group}
+    unshared = {name: name for name in truncated}  # No two sites share a gradient.
+    found = collect_in_groups(calibration, Needs(gradient_windows=windows), unshared)
+    gradients = {one.site: one.need("gradient").cpu() for one in found}
     return _WithGradient(truncated, gradients)

@@ -101,7 +101,8 @@ class ProjectedGradient(Correction):
             gradient_windows=self.gradient_windows or ALL_WINDOWS
         )
         with replaced_weights(sites.sites, ((name, weight_of(name)) for name in sites)):
-            for statistics in collect_in_groups(inputs.calibration, needs):
+            own = inputs.calibration
+            for statistics in collect_in_groups(own, needs, own.shared_inputs):
                 weight = sites.sites[statistics.site].weight.detach()
                 yield statistics, weight.to(inputs.factorization.precision.dtype)
 
