@@ -21,6 +21,7 @@ from iosvd.models.loading import Model, load_model, load_tokenizer
 from iosvd.pipeline import Compressed, compress, factorize
 
 if TYPE_CHECKING:
+    from iosvd.inference.prepare import prepare_for_generation
     from iosvd.layers.checkpoint import export_dense, save
     from iosvd.presets import preset, preset_names
 
@@ -42,6 +43,7 @@ __all__ = [
     "load_tasks",
     "load_tokenizer",
     "perplexity",
+    "prepare_for_generation",
     "preset",
     "preset_names",
     "save",
@@ -57,6 +59,7 @@ def _teach_transformers(_: ModuleType) -> None:
 # Imported when they are used: checkpoints import much of transformers, presets OmegaConf.
 _LAZY = {
     "export_dense": "iosvd.layers.checkpoint",
+    "prepare_for_generation": "iosvd.inference.prepare",
     "preset": "iosvd.presets",
     "preset_names": "iosvd.presets",
     "save": "iosvd.layers.checkpoint",

@@ -19,6 +19,7 @@ ORDER = (
     ("types",),
     ("whitening", "factorization", "scoring", "plan"),
     ("allocation", "layers"),
+    ("inference",),
     ("cache",),
     ("trials", "quantization"),
     ("truncation", "target"),
@@ -79,7 +80,8 @@ def test_no_module_imports_itself_round_about() -> None:
 
 
 def test_packages_that_are_only_a_place_import_nothing() -> None:
-    for name in ("cache", "data", "layers", "models", "runs", "statistics", "sweeps", "system"):
+    places = "cache data inference layers models runs statistics sweeps system"
+    for name in places.split():
         assert list(imported(ROOT / "iosvd" / name / "__init__.py")) == []
 
 

@@ -180,7 +180,15 @@ class LowRankLinear(StoredLinear):
         return {"weight": (self.rank, self.in_features), "left": (self.out_features, self.rank)}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._times(self._times(x, "weight"), "left", self.bias)
+        return self.up(self.down(x))
+
+    def down(self, x: Tensor) -> Tensor:
+        """Return the latent right x (…, k) of inputs (…, in)."""
+        return self._times(x, "weight")
+
+    def up(self, latent: Tensor) -> Tensor:
+        """Return left z + bias (…, out) of latents (…, k)."""
+        return self._times(latent, "left", self.bias)
 
     def product(self) -> Tensor:
         return self.matrix("left") @ self.matrix("weight")

@@ -1,0 +1,1 @@
+"""Generation with compressed models: packed products and caches of latents."""

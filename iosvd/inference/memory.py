@@ -1,0 +1,33 @@
+"""What the cache of a prepared model takes, before it is filled."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from iosvd.errors import ModelError
+from iosvd.inference.attention import GenerationAttention
+from iosvd.system.machine import GIB, free_bytes
+
+
+def bytes_per_token(model: nn.Module) -> int:
+    """Return the bytes that a prepared model caches for one token of one sequence."""
+    modules = (m for m in model.modules() if isinstance(m, GenerationAttention))
+    return sum(sum(m.cache_entries) * m.itemsize for m in modules)
+
+
+def check_fits(model: nn.Module, batch: int, tokens: int) -> None:
+    """Raise ModelError if the cache of so many sequences of so many tokens does not fit.
+
+    Args:
+        model: a prepared model.
+        batch: sequences.
+        tokens: of each, prompt and answer.
+    """
+    needed = batch * tokens * bytes_per_token(model)
+    free = free_bytes(next(model.parameters()).device)
+    if needed > free:
+        raise ModelError(
+            f"the cache of {batch} × {tokens} tokens takes {needed / GIB:.2f} GiB and"
+            f" {max(0, free) / GIB:.2f} GiB are free, {(needed - free) / GIB:.2f} GiB too few; take"
+            " a smaller batch, fewer tokens, or v_cache=latent and k_cache=latent"
+        )
