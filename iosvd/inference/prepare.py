@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from iosvd.errors import ModelError, one_line
+from iosvd.errors import ModelError
 from iosvd.inference.attention import GenerationAttention
+from iosvd.inference.comparison import calls_of, compare, context_of, embeddings_of, louder
 from iosvd.inference.packed import PackedMLP
 from iosvd.inference.rotary import RotaryTable
 from iosvd.inference.structure import (
@@ -24,18 +25,12 @@ from iosvd.inference.structure import (
     rotary_table,
 )
 from iosvd.layers.replacement import compressed_layers
-from iosvd.models.forward import evaluation, output_of, unless_refused
+from iosvd.models.forward import unless_refused
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-_TOKENS = 8  # Of the call that compares a module with what takes its place.
-_UNNAMED = 2048  # Tokens of a context, if the configuration names no length.
-# The largest difference from the module's output, relative to its largest entry.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
-_HALF_TOLERANCE = 0.05  # In 16 bits.
-_LOUDER = 8.0
 
 
 class Cached(Enum):
@@ -52,15 +47,6 @@ class Inference:
     packed: bool = True  # One product for the right factors that share an input.
     v_cache: Cached = Cached.full
     k_cache: Cached = Cached.full
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a module with 8 tokens at the end of the context, and what it returned."""
-
-    hidden: Tensor
-    options: Mapping[str, Any]
-    output: Tensor
 
 
 def prepare_for_generation(
@@ -95,24 +81,31 @@ def prepare_for_generation(
     table = rotary_table(model) if options.k_cache is Cached.latent else None
     mlps = gated_mlps(model) if options.packed else {}
     model.requires_grad_(False).eval()
-    calls = _calls(model, {**found, **mlps})
-    built = partial(_attention, options=options, table=table, dtype=_embeddings(model).dtype)
-    done: dict[str, nn.Module] = {}
-    try:
-        for name, module in {**found, **mlps}.items():
-            new = PackedMLP(module) if name in mlps else built(module)
-            done[name] = module
-            model.set_submodule(name, new)
-            for call in (calls[name], *_louder(module, calls[name])):
-                _compare(new, name, type(module).__name__, call)
-    except ModelError:
-        for name, module in done.items():
-            model.set_submodule(name, module)
-        raise
+    built = partial(_attention, options=options, table=table, dtype=embeddings_of(model).dtype)
+    _replace_(model, {**found, **mlps}, lambda m: PackedMLP(m) if m in mlps.values() else built(m))
     if table is not None:
         model.register_forward_pre_hook(_check_positions, with_kwargs=True)
     _report(model)
     return model
+
+
+def _replace_(
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    build: Callable[[nn.Module], nn.Module],
+) -> None:
+    """Put what is built in place of each module; if one computes something else, put all back."""
+    calls = calls_of(model, modules)
+    try:
+        for name, module in modules.items():
+            new = build(module)
+            model.set_submodule(name, new)
+            for call in (calls[name], *louder(module, calls[name])):
+                compare(new, name, type(module).__name__, call)
+    except ModelError:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        raise
 
 
 def _attention(
@@ -157,25 +150,12 @@ def _check_places(model: PreTrainedModel) -> None:
     elif table is None:
         reason = "rotary embeddings are not of one kind"
     else:
-        like = _embeddings(model)[:1, None]
-        fixed = unless_refused(lambda: table.is_fixed(4 * _context(model), like), "angles")
+        like = embeddings_of(model)[:1, None]
+        fixed = unless_refused(lambda: table.is_fixed(4 * context_of(model), like), "angles")
         if not fixed:
             reason = "rotary embeddings depend on more than one position per token"
     if reason:
         raise ModelError(f"the model's {reason}; use k_cache=full")
-
-
-def _embeddings(model: PreTrainedModel) -> Tensor:
-    """Return the embeddings (vocabulary, d), in the dtype and on the device of hidden states."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _context(model: PreTrainedModel) -> int:
-    """Return the longest context, in tokens."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or _UNNAMED
 
 
 def _slides(model: PreTrainedModel) -> bool:
@@ -184,88 +164,6 @@ def _slides(model: PreTrainedModel) -> bool:
     if kinds is not None:
         return any(kind != "full_attention" for kind in kinds)
     return getattr(config, "sliding_window", None) is not None
-
-
-def _calls(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, Call]:
-    """Call the model at the end of its context; keep what each module got and returned."""
-    calls: dict[str, Call] = {}
-
-    def hook(name: str) -> Any:
-        def keep(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            rest = dict(kwargs)
-            hidden = args[0] if args else rest.pop("hidden_states")
-            calls[name] = Call(hidden, rest, output_of(output))
-
-        return modules[name].register_forward_hook(keep, with_kwargs=True)
-
-    vocabulary = len(_embeddings(model))
-    tokens = torch.arange(_TOKENS, device=model.device)[None]
-    hooks = [hook(name) for name in modules]
-    try:
-        with evaluation(model):
-            model(
-                input_ids=tokens % vocabulary,
-                position_ids=tokens + max(0, _context(model) - _TOKENS),
-                use_cache=False,
-            )
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return calls
-
-
-def _louder(module: nn.Module, call: Call) -> list[Call]:
-    """Return the call with larger inputs, which show a cap on scores; 16 bits cannot tell."""
-    if call.output.dtype not in _TOLERANCE:
-        return []
-    hidden = _LOUDER * call.hidden
-    with torch.no_grad():
-        return [Call(hidden, call.options, output_of(module(hidden, **call.options)))]
-
-
-def _compare(module: nn.Module, name: str, kind: str, call: Call) -> None:
-    """Raise ModelError unless a new module returns what the module in its place did."""
-    with torch.no_grad():
-        try:
-            found = [output_of(module(call.hidden, **call.options))]
-            if isinstance(module, GenerationAttention):
-                found.append(_in_two(module, call))
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise ModelError(
-                f"{name} ({kind}) cannot be prepared for generation: {one_line(error)}"
-            ) from error
-    largest = float(call.output.abs().max())
-    difference = max(float((each - call.output).abs().max()) for each in found)
-    if not difference <= _TOLERANCE.get(call.output.dtype, _HALF_TOLERANCE) * largest:
-        raise ModelError(
-            f"{name} ({kind}) computes more than its projections and rotary embeddings say: what"
-            f" takes its place differs by {difference / max(largest, 1e-30):.2g}; it cannot be"
-            " prepared for generation"
-        )
-
-
-def _in_two(module: GenerationAttention, call: Call) -> Tensor:
-    """Return the outputs of all tokens but the last, then of the last with a cache."""
-    from transformers import DynamicCache
-
-    options = {**call.options, "past_key_values": DynamicCache()}
-    mask, angles = options.pop("attention_mask", None), options.pop("position_embeddings")
-    outputs = []
-    # An index of its own: the new cache has no other layers.
-    index, module.layer_idx = module.layer_idx, 0
-    try:
-        for part in (slice(0, -1), slice(-1, None)):
-            outputs.append(
-                module(
-                    call.hidden[:, part],
-                    position_embeddings=tuple(angle[:, part] for angle in angles),
-                    attention_mask=None if mask is None else mask[..., part, : part.stop],
-                    **options,
-                )[0]
-            )
-    finally:
-        module.layer_idx = index
-    return torch.cat(outputs, dim=1)
 
 
 def _check_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
