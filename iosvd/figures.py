@@ -193,6 +193,35 @@ def predicted_curve(frame: pandas.DataFrame, dense: float, text: str) -> Figure:
     return figure
 
 
+def throughput(measured: pandas.DataFrame, published: pandas.DataFrame) -> Figure:
+    """Draw decoding speed against peak memory, both relative to the dense model's.
+
+    Args:
+        measured: columns model, batch, prompt, new, "decode / dense" and "peak / dense".
+        published: columns variant, peak_gib and decode_ratio; the dense model's row is the first.
+    """
+    loads = list(measured.groupby(["batch", "prompt", "new"], sort=False))
+    figure = _figure(3.4 * min(3, len(loads)) + 0.6, 3.0 * -(-len(loads) // 3) + 0.9)
+    grid = figure.subplots(-(-len(loads) // 3), min(3, len(loads)), squeeze=False).ravel()
+    models = list(dict.fromkeys(measured["model"]))
+    paper = published.dropna(subset=["decode_ratio"])
+    for axes, ((batch, prompt, new), rows) in zip(grid, loads, strict=False):
+        for model, marker in zip(models, _MARKERS, strict=False):
+            mine = rows[rows["model"] == model]
+            axes.plot(mine["peak / dense"], mine["decode / dense"], marker, label=model)
+        peaks = paper["peak_gib"] / published["peak_gib"].iat[0]
+        axes.plot(peaks, paper["decode_ratio"], "k+", label="paper, 64 × (1024 + 1024), 7B")
+        axes.axhline(1, color="grey", lw=0.5)
+        axes.axvline(1, color="grey", lw=0.5)
+        axes.set_title(f"batch {batch}, {prompt} + {new} tokens", fontsize=9)
+        axes.set_xlabel("peak memory / dense")
+        axes.set_ylabel("decode tokens per second / dense")
+    for axes in grid[len(loads) :]:
+        axes.set_axis_off()
+    _share_legend(figure, list(grid[: len(loads)]))
+    return figure
+
+
 def _panels(metrics: Sequence[Metric], titles: Mapping[str, str]) -> tuple[Figure, list[Axes]]:
     figure = _figure(3.5 * len(metrics) + 1.6, 3.4)
     panels = list(figure.subplots(1, len(metrics), squeeze=False)[0])

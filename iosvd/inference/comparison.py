@@ -18,10 +18,10 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 
 _TOKENS = 8  # Of the call that compares a module with what takes its place.
 _UNNAMED = 2048  # Tokens of a context, if the configuration names no length.
-# The largest difference from the module's output, relative to its largest entry.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _HALF_TOLERANCE = 0.05  # In 16 bits.
 _LOUDER = 8.0
+_LOUD_TOLERANCE = 0.01  # Scores are 64 times as large, and so is their rounding.
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Call:
     hidden: Tensor
     options: Mapping[str, Any]
     output: Tensor
+    tolerance: float  # The largest difference from the output, relative to its largest entry.
 
 
 def embeddings_of(model: PreTrainedModel) -> Tensor:
@@ -54,7 +55,9 @@ def calls_of(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[s
         def keep(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             rest = dict(kwargs)
             hidden = args[0] if args else rest.pop("hidden_states")
-            calls[name] = Call(hidden, rest, output_of(output))
+            found = output_of(output)
+            tolerance = _TOLERANCE.get(found.dtype, _HALF_TOLERANCE)
+            calls[name] = Call(hidden, rest, found, tolerance)
 
         return modules[name].register_forward_hook(keep, with_kwargs=True)
 
@@ -80,7 +83,8 @@ def louder(module: nn.Module, call: Call) -> list[Call]:
         return []
     hidden = _LOUDER * call.hidden
     with torch.no_grad():
-        return [Call(hidden, call.options, output_of(module(hidden, **call.options)))]
+        found = output_of(module(hidden, **call.options))
+        return [Call(hidden, call.options, found, _LOUD_TOLERANCE)]
 
 
 def compare(module: nn.Module, name: str, kind: str, call: Call) -> None:
@@ -96,7 +100,7 @@ def compare(module: nn.Module, name: str, kind: str, call: Call) -> None:
             ) from error
     largest = float(call.output.abs().max())
     difference = max(float((each - call.output).abs().max()) for each in found)
-    if not difference <= _TOLERANCE.get(call.output.dtype, _HALF_TOLERANCE) * largest:
+    if not difference <= call.tolerance * largest:
         raise ModelError(
             f"{name} ({kind}) computes more than its projections and rotary embeddings say: what"
             f" takes its place differs by {difference / max(largest, 1e-30):.2g}; it cannot be"

@@ -107,6 +107,14 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
+def compressed_again(run: Run) -> tuple[Compressed, PreTrainedTokenizerBase]:
+    """Compress a run's model, from the cache if possible, and measure nothing."""
+    cache, tokenizer = cache_of(run), load_tokenizer(run.model)
+    tokens = calibration_tokens(run, tokenizer, cache, hub_revision(run.model))
+    calibration = calibration_of(run, loaded(run), tokens, cache)
+    return compress_to(run.goal, run.method, calibration), tokenizer
+
+
 def save_checkpoint_of(run: Run, folder: Path) -> None:
     """Compress a complete run's model again, from the cache if possible, and save its checkpoint.
 
@@ -117,10 +125,7 @@ def save_checkpoint_of(run: Run, folder: Path) -> None:
     Raises:
         RecordError: this version would choose other ranks than the measured ones.
     """
-    cache, tokenizer = cache_of(run), load_tokenizer(run.model)
-    revision = hub_revision(run.model)
-    tokens, model = calibration_tokens(run, tokenizer, cache, revision), loaded(run)
-    compressed = compress_to(run.goal, run.method, calibration_of(run, model, tokens, cache))
+    compressed, tokenizer = compressed_again(run)
     measured = read_plan(folder)["sites"]
     now = {name: asdict(site) for name, site in compressed.plan.sites.items()}
     stored = ("rank", "dense", "bits", "rounded_rows")

@@ -1,0 +1,1 @@
+"""How fast compressed models generate, and what they hold: make bench-inference."""

@@ -1,0 +1,113 @@
+"""What a device can do at most: bytes and operations per second, and what a step needs of both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from iosvd.inference.attention import GenerationAttention
+from iosvd.inference.structure import attentions
+from iosvd.layers.modules import LowRankLinear, StoredLinear
+
+_BYTES = 2**28  # Of the matrix that is read.
+_SIZE = 2048  # Of the matrices that are multiplied.
+_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Measured on the device."""
+
+    bytes_per_second: float
+    operations_per_second: float  # A multiplication and an addition are two.
+
+    def seconds(self, needs: Needed) -> float:
+        """Return the least seconds that a call may take."""
+        return max(
+            needs.bytes / self.bytes_per_second, needs.operations / self.operations_per_second
+        )
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What a call must read and compute."""
+
+    bytes: float
+    operations: float
+
+
+def measured_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
+    """Measure a matrix-vector product that waits for memory, and a square product that does not."""
+    width = 4096
+    rows = _BYTES // width // torch.empty(0, dtype=dtype).element_size()
+    matrix = torch.ones(rows, width, device=device, dtype=dtype)
+    vector = torch.ones(width, device=device, dtype=dtype)
+    reading = _BYTES / _fastest(lambda: matrix @ vector, device)
+    square = torch.ones(_SIZE, _SIZE, device=device, dtype=dtype)
+    computing = 2 * _SIZE**3 / _fastest(lambda: square @ square, device)
+    return Ceiling(reading, computing)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's weights; what is shared counts once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def step_needs(model: nn.Module, batch: int, held: int) -> Needed:
+    """Return what a step of a batch needs with so many tokens in the cache.
+
+    Every weight is read once, but for embeddings that no head shares, and so is the cache.
+    """
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    tied = head is not None and head.weight is embeddings.weight
+    apart = 0 if tied else embeddings.weight.numel() * embeddings.weight.element_size()
+    per_token = sum(_linear_operations(m) for m in model.modules() if isinstance(m, nn.Linear))
+    found, cached = attentions(model).values(), 0
+    for attention in found:
+        keys, values, operations = _attention_needs(attention)
+        cached += (keys + values) * embeddings.weight.element_size()
+        per_token += held * operations
+    read = weight_bytes(model) - apart + batch * held * cached
+    return Needed(read, batch * per_token)
+
+
+def _attention_needs(attention: nn.Module) -> tuple[int, int, int]:
+    """Return the entries cached for a token, of keys and of values, and operations on them."""
+    head: int = attention.head_dim  # type: ignore[assignment]
+    queries = attention.q_proj.out_features  # type: ignore[union-attr]
+    full = attention.k_proj.out_features  # type: ignore[union-attr]
+    keys, values = full, full
+    operations = 4 * queries  # Scores, and the sum of values, for every head.
+    if isinstance(attention, GenerationAttention):
+        keys, values = attention.cache_entries
+        if attention.latent_v:
+            operations += 2 * (queries // head) * values - 2 * queries
+        if attention.latent_k:
+            operations += 2 * keys * full
+    return int(keys), int(values), int(operations)  # type: ignore[arg-type]
+
+
+def _linear_operations(layer: nn.Linear) -> int:
+    if isinstance(layer, LowRankLinear):
+        return 2 * layer.rank * (layer.in_features + layer.out_features)
+    if isinstance(layer, StoredLinear):
+        return 2 * layer.in_features * layer.out_features
+    return 2 * layer.weight.numel()
+
+
+def _fastest(compute: Callable[[], Tensor], device: torch.device) -> float:
+    """Return the seconds of the fastest of many calls."""
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < _SECONDS:
+        before = time.perf_counter()
+        compute()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - before)
+    return best
