@@ -19,6 +19,7 @@ class Shape:
     m: int
     n: int
     adds_bias: bool = False  # Whether it gets a bias when it is factorised.
+    cached_tokens: int = 0  # For which a cache holds its output, or its latent when factorised.
 
     @property
     def full_rank(self) -> int:
@@ -54,17 +55,29 @@ class SiteCost:
         """Return the cost with a bias of this many outputs if the site is factorised."""
         return SiteCost(self.dense, self.fixed + ENTRY_BITS * outputs, self.component)
 
+    def with_cache(self, outputs: int, tokens: int) -> SiteCost:
+        """Return the cost with a cache of so many tokens: of outputs if dense, else of latents."""
+        token = ENTRY_BITS * tokens
+        return SiteCost(self.dense + outputs * token, self.fixed, self.component + token)
+
 
 def sixteen_bits(shape: Shape) -> SiteCost:
     """Return the cost without quantisation: 16 bits per entry."""
     return SiteCost(ENTRY_BITS * shape.entries, fixed=0, component=ENTRY_BITS * (shape.m + shape.n))
 
 
+def site_cost(shape: Shape, cost_of: Callable[[Shape], SiteCost]) -> SiteCost:
+    """Return the cost of a site under a quantisation, with its bias and its share of a cache."""
+    cost = cost_of(shape).with_bias(shape.m if shape.adds_bias else 0)
+    return cost.with_cache(shape.m, shape.cached_tokens)
+
+
 @dataclass(frozen=True)
 class Budget:
     """The maintenance ratio over all target sites: bits kept / 16 bits for every entry.
 
-    Without quantisation that is parameters kept / parameters of the sites.
+    Without quantisation that is parameters kept / parameters of the sites. Where shapes have cached
+    tokens, the entries of the cache count like those of weights, in both.
 
     Args:
         shapes: of the sites.
@@ -100,10 +113,7 @@ class Budget:
     @cached_property
     def costs(self) -> dict[str, SiteCost]:
         """The cost of every site."""
-        return {
-            site: self.cost_of(shape).with_bias(shape.m if shape.adds_bias else 0)
-            for site, shape in self.shapes.items()
-        }
+        return {site: site_cost(shape, self.cost_of) for site, shape in self.shapes.items()}
 
     @cached_property
     def floors(self) -> dict[str, int]:
@@ -120,8 +130,9 @@ class Budget:
 
     @cached_property
     def total(self) -> int:
-        """Bits of all target sites, dense."""
-        return ENTRY_BITS * sum(shape.entries for shape in self.shapes.values())
+        """Bits of all target sites, dense, and of what a cache holds of them."""
+        shapes = self.shapes.values()
+        return ENTRY_BITS * sum(shape.entries + shape.m * shape.cached_tokens for shape in shapes)
 
     @cached_property
     def limit(self) -> int:

@@ -10,9 +10,10 @@ from torch import nn
 from iosvd.allocation import Allocation
 from iosvd.budget import Budget, Shape
 from iosvd.correction import Correction, NoCorrection
-from iosvd.errors import ConfigError, check_installed
+from iosvd.errors import ConfigError, check_at_least, check_installed
 from iosvd.factorization import Factorization
 from iosvd.models.linear_form import RoutedLinear
+from iosvd.models.sites import is_cached
 from iosvd.quantization import NoQuantization, Quantization
 from iosvd.target import check_target
 from iosvd.whitening import Whitening
@@ -44,6 +45,8 @@ class Goal:
 
     ratio: float | None = None  # Bits kept / 16 bits for every parameter of the sites, in (0, 1].
     target_kl: float | None = None  # Nats per token: the smallest ratio predicted to stay within.
+    # Of a generation (batch × context) whose cache counts in the ratio, beside the weights.
+    cache_tokens: int = 0
 
     def check(self, method: Method) -> None:
         """Check that exactly one is set, and that the method can reach it here.
@@ -55,16 +58,31 @@ class Goal:
         if (self.ratio is None) == (self.target_kl is None):
             raise ConfigError("give either a ratio or a target_kl")
         check_installed([*method.allocation.libraries, *method.correction.libraries])
+        self.check_cache(method)
         if self.target_kl is not None:
             check_target(self.target_kl, method.whitening, method.quantization)
 
-    def budget(self, sites: Mapping[str, nn.Linear], method: Method) -> Budget:
-        """Return the budget of the ratio (of ratio 1 for a target_kl) over these sites.
+    def check_cache(self, method: Method) -> None:
+        """Raise ConfigError if a cache cannot count beside the weights."""
+        check_at_least(0, cache_tokens=self.cache_tokens)
+        if self.cache_tokens and method.quantization.rounds:
+            raise ConfigError(
+                "cache_tokens needs quantization=none: bits of a cache and of rounded rows are not"
+                " planned together"
+            )
+
+    def shapes(self, sites: Mapping[str, nn.Linear], method: Method) -> dict[str, Shape]:
+        """Return the shapes of sites, with what the method and the goal add to them.
 
         Raises:
-            BudgetError: it cannot be met.
+            ConfigError: tokens are cached, but no site makes keys or values.
         """
-        shapes = {
+        if self.cache_tokens and not any(is_cached(name) for name in sites):
+            raise ConfigError(
+                f"cache_tokens={self.cache_tokens}, but no site is called k_proj or v_proj; set it"
+                " to 0"
+            )
+        return {
             name: Shape(
                 site.out_features,
                 site.in_features,
@@ -72,9 +90,18 @@ class Goal:
                 adds_bias=method.correction.adds_bias
                 and site.bias is None
                 and not isinstance(site, RoutedLinear),
+                cached_tokens=self.cache_tokens if is_cached(name) else 0,
             )
             for name, site in sites.items()
         }
+
+    def budget(self, sites: Mapping[str, nn.Linear], method: Method) -> Budget:
+        """Return the budget of the ratio (of ratio 1 for a target_kl) over these sites.
+
+        Raises:
+            BudgetError: it cannot be met.
+        """
+        shapes = self.shapes(sites, method)
         ratio = 1.0 if self.ratio is None else self.ratio
         budget = Budget(shapes, ratio, method.quantization.cost, method.min_rank_fraction)
         method.quantization.rank_budgets(budget)  # Raises if the ranks cannot be planned.

@@ -82,6 +82,13 @@ def number(value: Any, name: str) -> float:
     return float(value)
 
 
+def whole_number(value: Any, name: str) -> int:
+    """Return a whole number, or raise ConfigError naming the option."""
+    if number(value, name) != int(value):
+        raise ConfigError(f"{name}={value} is not a whole number")
+    return int(value)
+
+
 def own_error(error: BaseException | None) -> IosvdError | None:
     """Return the error of ours behind one of OmegaConf, None if there is none: a resolver's."""
     while error is not None and not isinstance(error, IosvdError):

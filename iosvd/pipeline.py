@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from iosvd.budget import Budget
+from iosvd.budget import Budget, site_cost
 from iosvd.cache.calibration import Calibration, check_dense
 from iosvd.cache.keys import SpectrumKeys
 from iosvd.cache.losses import CachedLosses
@@ -57,6 +57,7 @@ def compress(
     method: Method | str,
     ratio: float | None = None,
     target_kl: float | None = None,
+    cache_tokens: int = 0,
     factorized: Factorized | None = None,
     selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
     gradient_tokens: Tensor | None = None,
@@ -75,6 +76,8 @@ def compress(
             quantisation that is the share of the parameters.
         target_kl: instead of a ratio: find the smallest ratio whose predicted KL divergence, nats
             per token, stays within it.
+        cache_tokens: of a generation (batch × context) whose cache counts in the ratio beside the
+            weights, so that keys and values get the ranks that it wants.
         factorized: the result of `factorize` for this model, to compress it to several ratios.
         selection, gradient_tokens, batch_size, memory, store, identity: see `Calibration.of`.
 
@@ -92,7 +95,7 @@ def compress(
         store=store,
         identity=identity,
     )
-    return compress_to(Goal(ratio, target_kl), chosen, calibration, factorized)
+    return compress_to(Goal(ratio, target_kl, cache_tokens), chosen, calibration, factorized)
 
 
 def factorize(
@@ -181,10 +184,11 @@ def spectra_for(goal: Goal, method: Method, calibration: Calibration) -> Factori
         budget = goal.budget(calibration.sites, method)
         if all(under.fits_dense for under in method.quantization.rank_budgets(budget)):
             return without_components(calibration.sites)
+    shapes = goal.shapes(calibration.sites, method)
     spectra_of = SpectraOf(
         whitening=method.whitening,
         scored=method.allocation.needs,
-        cost_of=method.quantization.cost,
+        costs={site: site_cost(shape, method.quantization.cost) for site, shape in shapes.items()},
         factorization=method.factorization,
     )
     return spectra_of(calibration)

@@ -31,6 +31,7 @@ class SitePlan:
     rank: int
     dense: bool
     bits: int  # Stored for its weight or factors; an entry of the model's dtype counts as 16.
+    cache_bits: int  # Of the tokens whose cache counts, for keys and values; an entry counts as 16.
     rounded_rows: int  # Rows in int8 or less.
     rows: int  # All rows of its matrices; 0 where none is quantised.
     rounding_loss: float  # Predicted, in the units of half the dropped energy.
@@ -52,8 +53,8 @@ class Plan:
     """The ranks of a model under a budget, counted in bits of the target sites."""
 
     ratio_asked: float
-    bits_kept: int
-    bits_total: int  # 16 for every parameter of the target sites.
+    bits_kept: int  # With the cache, if its tokens count.
+    bits_total: int  # 16 for every parameter of the target sites, and for every entry of the cache.
     parameters_kept: int
     parameters_total: int
     # ½ Σ σ² of dropped components plus the loss of rounding, nats per token; None: not predicted.
@@ -62,7 +63,7 @@ class Plan:
 
     @property
     def ratio_achieved(self) -> float:
-        """Bits kept / 16 bits for every parameter of the target sites."""
+        """Bits kept / 16 bits for every parameter of the target sites and entry of the cache."""
         return self.bits_kept / self.bits_total
 
     @property
@@ -102,7 +103,7 @@ def make_plan(
         name: _site_plan(name, rank, spectra[name], budget, stored.get(name))
         for name, rank in ranks.items()
     }
-    kept = sum(site.bits for site in sites.values())
+    kept = sum(site.bits + site.cache_bits for site in sites.values())
     assert kept <= budget.limit, "an allocation or a quantisation exceeded its budget"
     lost = sum(site.dropped_energy / 2 + site.rounding_loss for site in sites.values())
     return Plan(
@@ -125,12 +126,15 @@ def _site_plan(
     added = shape.adds_bias and not dense
     change = spectrum.loss_change
     rounded, rows = (0, 0) if stored is None else stored.rounded
+    cached = ENTRY_BITS * shape.cached_tokens * (shape.m if dense else kept)
+    bits = cost.at(kept) - cached if stored is None else stored.bits + ENTRY_BITS * shape.m * added
     return SitePlan(
         out_features=shape.m,
         in_features=shape.n,
         rank=kept,
         dense=dense,
-        bits=cost.at(kept) if stored is None else stored.bits + ENTRY_BITS * shape.m * added,
+        bits=bits,
+        cache_bits=cached,
         rounded_rows=rounded,
         rows=rows,
         rounding_loss=0.0 if stored is None else stored.rounding_loss,

@@ -296,7 +296,7 @@ BAD = [
     (["foo=3"], "unknown option foo; options: model, dataset"),
     (["foo.bar=3"], "unknown option foo.bar; options: model, dataset"),
     (["whitening.topk=3", "foo=3"], "unknown option"),
-    (["+foo=3"], "unknown option foo; options: allocation, calibration"),
+    (["+foo=3"], "unknown option foo; options: allocation, cache_tokens, calibration"),
     (["model.sites.incl=[a]"], "unknown option model.sites.incl; options of model.sites: include"),
     (["eval.texts.own.foo=3"], "unknown option eval.texts.own.foo; options of eval.texts.own"),
     (["whitening=foo"], "Could not find 'whitening/foo' Available options in 'whitening': asvd"),

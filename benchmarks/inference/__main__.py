@@ -4,9 +4,9 @@
     python -m benchmarks.inference model=smollm2_135m method=io_svd ratio=0.4 …
 
 `model` is a shape of benchmarks/inference/variants.py (random weights), or what a run takes: then
-the model is compressed as that run does it. batch, prompt and new may be lists; `rounds` visits of
-every variant, one after the other; threads, dtype (of a shape) and compiled=true as they say. Writes
-<results>/tables/inference-<model>-<ratio>-<device>.md and .csv, and the figure beside them.
+the model is compressed as that run does it. batch, prompt and new may be lists. Every variant is
+visited once in each of `rounds`; threads, dtype (of a shape) and compiled=true are what they say.
+Writes results/tables/inference-<model>-<ratio>-<device>.md and .csv, and a figure.
 """
 
 from __future__ import annotations
@@ -115,8 +115,9 @@ def _rows(source: Source, options: Options, ceiling: Ceiling) -> list[dict[str, 
         release_memory()
     rows = []
     for load, name in itertools.product(options.loads, VARIANTS):
-        timed, dense = found[name, load], found[DENSE, load]
-        step, prefill = _step(timed), median(t.prefill for t in timed)
+        mine, dense = found[name, load], found[DENSE, load]
+        step, prefill = _step(mine), median(t.prefill for t in mine)
+        peak, dense_peak = (min(t.peak_bytes for t in each) for each in (mine, dense))
         limit = ceiling.seconds(needs[name, load])
         rows.append(
             {
@@ -131,10 +132,9 @@ def _rows(source: Source, options: Options, ceiling: Ceiling) -> list[dict[str, 
                 "limit tok/s": load.batch / limit,
                 "share of limit": limit / step,
                 "weights MiB": weights[name] / 2**20,
-                "cache MiB": timed[0].cache_bytes / 2**20,
-                "peak MiB": min(t.peak_bytes for t in timed) / 2**20,
-                "peak / dense": min(t.peak_bytes for t in timed)
-                / min(t.peak_bytes for t in dense),
+                "cache MiB": mine[0].cache_bytes / 2**20,
+                "peak MiB": peak / 2**20,
+                "peak / dense": peak / dense_peak,
             }
         )
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +80,9 @@ def step_needs(model: nn.Module, batch: int, held: int) -> Needed:
 
 def _attention_needs(attention: nn.Module) -> tuple[int, int, int]:
     """Return the entries cached for a token, of keys and of values, and operations on them."""
-    head: int = attention.head_dim  # type: ignore[assignment]
-    queries = attention.q_proj.out_features  # type: ignore[union-attr]
-    full = attention.k_proj.out_features  # type: ignore[union-attr]
+    known: Any = attention
+    head, queries = int(known.head_dim), int(known.q_proj.out_features)
+    full = int(known.k_proj.out_features)
     keys, values = full, full
     operations = 4 * queries  # Scores, and the sum of values, for every head.
     if isinstance(attention, GenerationAttention):
@@ -90,7 +91,7 @@ def _attention_needs(attention: nn.Module) -> tuple[int, int, int]:
             operations += 2 * (queries // head) * values - 2 * queries
         if attention.latent_k:
             operations += 2 * keys * full
-    return int(keys), int(values), int(operations)  # type: ignore[arg-type]
+    return keys, values, operations
 
 
 def _linear_operations(layer: nn.Linear) -> int:

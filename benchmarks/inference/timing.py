@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from benchmarks.inference.limits import weight_bytes
 from iosvd.inference.cache import held_bytes
-from iosvd.system.machine import release_memory
+from iosvd.system.machine import release_memory, resident_bytes
 from iosvd.system.timing import measured
 
 _WARM = 2  # Steps before the clock counts.
@@ -73,7 +74,7 @@ def generation(model: PreTrainedModel, load: Load, compiled: bool) -> Timed:
         token, steps = first.logits[:, -1:].argmax(-1), []
         for place in range(load.prompt, load.length):
             where = torch.full((load.batch, 1), place, device=device)
-            token, seconds = _timed(device, lambda t=token, w=where: _next(step, cache, t, w))
+            token, seconds = _timed(device, partial(_next, step, cache, token, where))
             steps.append(seconds)
     return Timed(prefill, tuple(steps[_WARM:]), held_bytes(cache), peak())
 
@@ -102,8 +103,6 @@ def _peak(device: torch.device, weights: int) -> Iterator[Callable[[], int]]:
 
     Of main memory, what a process held before is taken off, since it holds other models too.
     """
-    from iosvd.system.machine import resident_bytes
-
     before = resident_bytes()
     with measured() as took:
         yield lambda: found[0]

@@ -124,4 +124,3 @@ def int8_(model: PreTrainedModel) -> PreTrainedModel:
                         mine.copy_(theirs)
         model.set_submodule(name, new.replacing(layer))
     return model
-

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from iosvd.budget import Shape, SiteCost
+from iosvd.budget import SiteCost
 from iosvd.cache.calibration import Calibration
 from iosvd.cache.keys import SpectrumKeys
 from iosvd.cache.statistics import CachedStatistics, Collected
@@ -47,7 +47,7 @@ class SpectraOf:
 
     whitening: Whitening
     scored: Needs  # Statistics that the allocation reads.
-    cost_of: Callable[[Shape], SiteCost]  # The cost of a site under the quantization.
+    costs: Mapping[str, SiteCost]  # Of every site.
     factorization: Factorization
 
     def __call__(self, calibration: Calibration) -> Factorized:
@@ -104,7 +104,7 @@ class SpectraOf:
                     entry = self._score(sites[name], collected, name, kept, place)
                     found["score", name] = store.put(wanted["score", name], entry)
                 if not store.keeps:
-                    found["spectrum", name] = self._cut(found["spectrum", name], sites[name])
+                    found["spectrum", name] = self._cut(found["spectrum", name], name)
                 del collected.statistics[name]
             del collected
             release_memory()  # For the next pass, or for what comes after.
@@ -167,9 +167,9 @@ class SpectraOf:
             numbers["fisher_norm"] = with_fisher_norm(spectrum, site.weight, rows).fisher_norm
         return tensors, numbers
 
-    def _cut(self, entry: Entry, site: nn.Linear) -> Entry:
+    def _cut(self, entry: Entry, site: str) -> Entry:
         """Drop components above the break-even rank; a store maps its files instead."""
-        rank = self.cost_of(Shape(*site.weight.shape)).break_even_rank
+        rank = self.costs[site].break_even_rank
         # Copies: a view would keep the whole matrix.
         cut = {name: entry.tensors[name][:rank].clone() for name in ("left_transposed", "right")}
         return replace(entry, tensors={**entry.tensors, **cut})

@@ -169,6 +169,11 @@ def names_within(start: str, names: Iterable[str]) -> dict[str, str]:
     return {name.removeprefix(start): name for name in names if name.startswith(start)}
 
 
+def is_cached(site: str) -> bool:
+    """Whether a generation caches what a site computes, or its latent: keys and values."""
+    return site.rpartition(".")[2] in ("k_proj", "v_proj")
+
+
 def layer_and_role(site: str) -> tuple[int, str]:
     """Split a site's name at its first number: model.layers.3.mlp.up_proj is (3, mlp.up_proj).
 

@@ -21,7 +21,7 @@ from iosvd.errors import ConfigError, check_at_least, check_name, one_line
 from iosvd.method import Goal
 from iosvd.models.gguf import gguf_in
 from iosvd.models.loading import Model, context_of, holds_model
-from iosvd.options import number, own_error, typed_group
+from iosvd.options import number, own_error, typed_group, whole_number
 from iosvd.presets import method_of
 from iosvd.runs.composition import compose
 from iosvd.runs.run import (
@@ -44,7 +44,7 @@ PROTOCOL_LENGTH = 2048  # Tokens of a window (METHODS 9).
 _RUNTIME: dict[str, type] = {"resources": Resources, "output": Output, "parallel": Parallelism}
 _OPTIONAL = ("ratio", "target_kl")
 _GROUPS = (
-    *("model", "dataset", "calibration", *METHOD_GROUPS, "min_rank_fraction"),
+    *("model", "dataset", "calibration", *METHOD_GROUPS, "min_rank_fraction", "cache_tokens"),
     *(*_OPTIONAL, "eval", "runtime", "wandb"),
 )
 
@@ -146,6 +146,7 @@ def to_run(composed: DictConfig, label: str) -> Run:
         goal=Goal(
             ratio=_optional(composed.ratio, "ratio"),
             target_kl=_optional(composed.target_kl, "target_kl"),
+            cache_tokens=whole_number(composed.cache_tokens, "cache_tokens"),
         ),
         eval=_evaluation(composed),
         runtime=_runtime(composed),
@@ -166,6 +167,7 @@ def config_of(run: Run) -> dict[str, Any]:
         "min_rank_fraction": method.min_rank_fraction,
         "ratio": run.goal.ratio,
         "target_kl": run.goal.target_kl,
+        "cache_tokens": run.goal.cache_tokens,
         "eval": run.eval,
         "wandb": runtime.tracking,
     }

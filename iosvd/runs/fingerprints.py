@@ -34,6 +34,8 @@ def digest(run: Run) -> str:
     identity: dict[str, Any] = {k: v for k, v in config.items() if k not in apart}
     # Earlier versions recorded the ratio 1 as an integer.
     identity["ratio"] = int(run.goal.ratio) if run.goal.ratio == 1 else run.goal.ratio
+    if run.goal.cache_tokens == 0:  # Nor this option.
+        del identity["cache_tokens"]
     dataset = run.data.dataset
     model = _without_place(config["model"])
     if run.model.gguf_file is None:  # Earlier versions did not have the option.

@@ -28,6 +28,7 @@ def check_combination(run: Run) -> None:
 
 
 def _check_goal(run: Run) -> None:
+    run.goal.check_cache(run.method)
     if run.goal.target_kl is None:
         if run.goal.ratio is None:
             raise ConfigError("ratio is not set; set ratio=0.8 or target_kl=0.05")
