@@ -29,8 +29,11 @@ DATA_OPTIONS = dataset=wikitext2 eval=$(EVAL) 'dataset.path=$(DATA)/text/$${data
 OPTIONS = $(strip $(if $(MODEL),$(MODEL_OPTIONS)) $(if $(DATA),$(DATA_OPTIONS)) $(ARGS))
 SWEEP = $(BIN)/python experiments
 
+PROMPT ?=
+COMPARE ?=
+
 .PHONY: help install demo predict status plan cache tables table1 table3 table4 table6 figure3 \
-	figures compare dashboard test fault-test check architectures tiny-model smollm2 bench gpu-report rounding clean
+	figures compare dashboard test fault-test check architectures tiny-model smollm2 bench bench-inference figure4 generate gpu-report rounding clean
 help: ## List the targets
 	@grep -hE '^[a-z0-9%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
@@ -107,6 +110,18 @@ bench: install ## Stages against a training step and the authors' way; latency; 
 	$(BIN)/python benchmarks/memory.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plain_codes.py
 	$(BIN)/python benchmarks/sweep_cost.py $(OPTIONS)
+
+bench-inference: install ## Generation: dense, low rank, packed, latent caches; speed, memory and their limits
+	$(BIN)/python -m benchmarks.inference $(OPTIONS)
+
+# Without a model: the paper's setting on random weights, for a GPU.
+figure4: install ## IO-SVD, Figure 4: decoding speed against peak memory; MODEL=tiny on a laptop
+	$(BIN)/python -m benchmarks.inference $(if $(MODEL),prompt=64 new=16,\
+		shape=llama2_7b ratio=0.4 batch=64 prompt=1024 new=1024 rounds=1) $(OPTIONS)
+
+generate: export PROMPT := $(PROMPT)
+generate: install ## Ask a compressed model: MODEL=… PROMPT="…"; COMPARE=1: the dense model's answer too
+	@$(SWEEP)/generate.py $(OPTIONS) "prompt=$$PROMPT" $(if $(COMPARE),compare=$(COMPARE:1=true))
 
 gpu-report: install ## Speed, memory and exactness on this machine's GPU, in at most eight minutes
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

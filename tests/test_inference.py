@@ -17,7 +17,7 @@ from experiments.small_models import small_model
 from iosvd.errors import ModelError
 from iosvd.inference.attention import GenerationAttention
 from iosvd.inference.cache import held_bytes
-from iosvd.inference.memory import bytes_per_token, check_fits
+from iosvd.inference.memory import cache_bytes_per_token, check_fits
 from iosvd.inference.packed import PackedMLP
 from iosvd.layers.modules import LowRankLinear
 from iosvd.layers.replacement import compressed_layers
@@ -173,7 +173,7 @@ def test_the_cache_has_the_bytes_of_the_ranks(v_cache: str, k_cache: str) -> Non
     cache = DynamicCache()
     prepared(**prompts(prepared, batch=3), past_key_values=cache)
     assert held_bytes(cache) == 4 * entries * 3 * 12
-    assert bytes_per_token(prepared) == 4 * entries
+    assert cache_bytes_per_token(prepared) == 4 * entries
     static = StaticCache(config=prepared.config, max_cache_len=20)
     prepared(**prompts(prepared, batch=3), past_key_values=static)
     assert held_bytes(static) == 4 * entries * 3 * 20

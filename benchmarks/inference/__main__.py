@@ -1,10 +1,10 @@
 """Dense, low-rank and latent-cache generation side by side: make bench-inference
 
-    python -m benchmarks.inference model=llama2_7b ratio=0.4 batch=1,64 prompt=1024 new=1024
+    python -m benchmarks.inference shape=llama2_7b ratio=0.4 batch=1,64 prompt=1024 new=1024
     python -m benchmarks.inference model=smollm2_135m method=io_svd ratio=0.4 …
 
-`model` is a shape of benchmarks/inference/variants.py (random weights), or what a run takes: then
-the model is compressed as that run does it. batch, prompt and new may be lists. Every variant is
+`shape` is one of benchmarks/inference/variants.py, with random weights; `model` is what a run
+takes, and is compressed as that run does it. batch, prompt and new may be lists. Every variant is
 visited once in each of `rounds`; threads, dtype (of a shape) and compiled=true are what they say.
 Writes results/tables/inference-<model>-<ratio>-<device>.md and .csv, and a figure.
 """
@@ -34,7 +34,7 @@ from iosvd.system.progress import track
 
 OWN = {
     **{"batch": "1,16", "prompt": "128,1024", "new": "32", "rounds": "3", "threads": "0"},
-    **{"dtype": "", "device": "auto", "compiled": "false"},
+    **{"dtype": "", "device": "auto", "compiled": "false", "shape": ""},
 }
 
 
@@ -79,12 +79,14 @@ def _options(own: dict[str, str]) -> Options:
 
 
 def _source(given: dict[str, str], own: dict[str, str], options: Options) -> Source:
-    name, ratio = given.get("model", "tiny"), float(given.get("ratio", "0.8"))
-    if name in SHAPES:
+    ratio = float(given.get("ratio", "0.8"))
+    if shape := own["shape"]:
+        if shape not in SHAPES:
+            raise ConfigError(f"shape={shape} is not one of {', '.join(SHAPES)}")
         default = "float16" if options.device.type == "cuda" else "float32"
         longest = max(load.length for load in options.loads)
         dtype = Dtype(own["dtype"] or default).torch
-        return random_source(name, ratio, longest, options.device, dtype)
+        return random_source(shape, ratio, longest, options.device, dtype)
     overrides = [f"{key}={value}" for key, value in given.items()]
     run = compose_run([*overrides, f"runtime.device={options.device}"])
     compressed, _ = compressed_again(run)

@@ -21,8 +21,8 @@ DENSE = "dense"
 SHAPES = {
     "llama2_7b": (32000, 4096, 11008, 32, 32, 32),
     "llama3_8b": (128256, 4096, 14336, 32, 32, 8),
-    "smollm2_135m_shape": (49152, 576, 1536, 30, 9, 3),
-    "small_shape": (512, 64, 128, 2, 4, 2),
+    "smollm2_135m": (49152, 576, 1536, 30, 9, 3),
+    "small": (512, 64, 128, 2, 4, 2),
 }
 VARIANTS: dict[str, Callable[[PreTrainedModel], object]] = {
     DENSE: lambda model: densify_(model, model.dtype),

@@ -9,7 +9,7 @@ from iosvd.inference.attention import GenerationAttention
 from iosvd.system.machine import GIB, free_bytes
 
 
-def bytes_per_token(model: nn.Module) -> int:
+def cache_bytes_per_token(model: nn.Module) -> int:
     """Return the bytes that a prepared model caches for one token of one sequence."""
     modules = (m for m in model.modules() if isinstance(m, GenerationAttention))
     return sum(sum(m.cache_entries) * m.itemsize for m in modules)
@@ -23,7 +23,7 @@ def check_fits(model: nn.Module, batch: int, tokens: int) -> None:
         batch: sequences.
         tokens: of each, prompt and answer.
     """
-    needed = batch * tokens * bytes_per_token(model)
+    needed = batch * tokens * cache_bytes_per_token(model)
     free = free_bytes(next(model.parameters()).device)
     if needed > free:
         raise ModelError(

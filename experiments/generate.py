@@ -1,0 +1,112 @@
+"""Talk to a compressed model: make generate MODEL=… PROMPT="…"
+
+    python experiments/generate.py model=tiny method=io_svd ratio=0.6 "prompt=def main():"
+    python experiments/generate.py model=local model.path=CHECKPOINT inference=kv_latent prompt=…
+
+`model` is dense, and compressed as that run does it (from the cache, if it was done before), or a
+compressed checkpoint. Without a prompt, every line of standard input is one. new: most tokens of an
+answer (128); temperature: 0 takes the most probable token; compare=true, or for a checkpoint
+compare=FOLDER of the dense model: its answer beside it. inference=plain, v_latent or kv_latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iosvd.errors import ConfigError, exit_in_one_line
+from iosvd.inference.prepare import Inference, prepare_for_generation
+from iosvd.inference.session import Sampling, answer
+from iosvd.layers.description import is_compressed
+from iosvd.models.loading import folder_of, load_model, load_tokenizer
+from iosvd.options import typed_group
+from iosvd.runs.composition import compose
+from iosvd.runs.config import compose_run, group_of, own_option
+from iosvd.runs.measurement import compressed_again
+from iosvd.runs.run import Run
+from iosvd.runs.steps import device_for, loaded
+from iosvd.system.commands import arguments
+
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULTS = {"prompt": "", "new": "128", "temperature": "0", "compare": "false"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked, and how it is answered."""
+
+    prompts: Sequence[str] | Iterator[str]
+    new: int
+    sampling: Sampling
+    compare: str
+    inference: Inference
+
+
+def generate(overrides: list[str]) -> None:
+    """Print the answers and their figures."""
+    options, rest = _options(overrides)
+    run = compose_run(rest)
+    models, tokenizer = _models(run, options)
+    for prompt in options.prompts:
+        for name, model in models.items():
+            found = answer(model, tokenizer, prompt, options.new, options.sampling)
+            title = f"── {name} " if len(models) > 1 else ""
+            print(f"{title}\n{found.text}\n\n[{found}]\n", flush=True)
+
+
+def _options(overrides: list[str]) -> tuple[Options, list[str]]:
+    """Return the options of this command, and the overrides of the run."""
+    given, rest = {}, [line for line in overrides if group_of(line) != "inference"]
+    for name, default in DEFAULTS.items():
+        found, rest = own_option(rest, name)
+        given[name] = default if found is None else found
+    mine = [line for line in overrides if group_of(line) == "inference"]
+    group = [line for line in mine if line.startswith("inference=")] or ["inference=plain"]
+    dotted = [line for line in mine if line.startswith("inference.")]
+    composed = compose([f"+{group[-1]}", *dotted])
+    try:
+        new, temperature = int(given["new"]), float(given["temperature"])
+    except ValueError as error:
+        raise ConfigError(f"new is a whole number and temperature a number: {error}") from None
+    if new < 1 or temperature < 0:
+        raise ConfigError(f"new={new} is below 1, or temperature={temperature:g} below 0")
+    lines = (line.strip() for line in sys.stdin)
+    prompts = [given["prompt"]] if given["prompt"] else (line for line in lines if line)
+    inference = typed_group(Inference, composed, "inference")
+    return Options(prompts, new, Sampling(temperature), given["compare"], inference), rest
+
+
+def _models(
+    run: Run, options: Options
+) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]:
+    """Return the models that answer, by name, and their tokenizer."""
+    folder, compare = folder_of(run.model), options.compare
+    if is_compressed(folder):
+        model, tokenizer = loaded(run), load_tokenizer(run.model)
+        name = Path(folder or "").name
+    else:
+        compressed, tokenizer = compressed_again(run)
+        model, name = compressed.model, f"{run.label} at {compressed.plan.ratio_achieved:.3f}"
+    how = options.inference
+    prepare_for_generation(model, how.v_cache, how.k_cache, how.packed)
+    models = {name: model}
+    if compare == "false":
+        return models, tokenizer
+    if compare == "true" and is_compressed(folder):
+        raise ConfigError(
+            "a checkpoint does not hold the dense model; set compare=FOLDER of the dense one"
+        )
+    dense = run.model if compare == "true" else dataclasses.replace(run.model, path=compare)
+    device = device_for(run.runtime.resources.device)
+    return {**models, "dense": load_model(dense, device)}, tokenizer
+
+
+if __name__ == "__main__":
+    with exit_in_one_line():
+        generate(arguments(__doc__))
