@@ -103,6 +103,17 @@ def test_every_cache_generates_the_same(v_cache: str, k_cache: str) -> None:
     assert_same(model, prepared, do_sample=True)
 
 
+@pytest.mark.parametrize("kind", ["gemma", "qwen2"])
+def test_few_values_are_folded_into_the_output(kind: str) -> None:
+    """With one head of values and a small rank, one product replaces U_v and o_proj's right."""
+    model = low_rank_(small_model(kind, num_key_value_heads=1), share=0.3)
+    prepared = iosvd.prepare_for_generation(copy.deepcopy(model), "latent")
+    assert all(module._folded is not None for module in attention_modules(prepared))
+    assert_same(model, prepared)
+    many = iosvd.prepare_for_generation(low_rank_(small_model(kind), share=0.8), "latent")
+    assert all(module._folded is None for module in attention_modules(many))
+
+
 @pytest.mark.parametrize("kind", SLIDING)
 def test_sliding_windows_keep_their_keys(kind: str) -> None:
     model = low_rank_(small_model(kind, sliding_window=8))

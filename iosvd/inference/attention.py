@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from iosvd.inference.cache import open_
+from iosvd.inference.factors import HeadFactor, folded_right
 from iosvd.inference.packed import Packed, PackedModule, second_product
 from iosvd.inference.rotary import RotaryTable, rotate
 from iosvd.layers.modules import LowRankLinear
@@ -28,24 +29,6 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 
 # Entries of K that a step rebuilds at a time: what a core's cache holds, or what fills a GPU.
 TILE_ENTRIES = {"cpu": 2**18, "cuda": 2**26}
-
-
-class HeadFactor:
-    """The left factor (heads · D, k) of a projection, one matrix (D, k) per head, and its bias.
-
-    A view of the factor; of one in int8 rows, a copy in the model's dtype.
-    """
-
-    def __init__(self, layer: LowRankLinear, heads: int, dtype: torch.dtype) -> None:
-        left = layer.matrix("left").to(dtype) if "left" in layer.layouts else layer.left.detach()
-        self.left = left.unflatten(0, (heads, -1))  # (heads, D, k)
-        bias = layer.bias
-        self.bias = None if bias is None else bias.detach().unflatten(0, (heads, 1, -1))
-
-    def up(self, latents: Tensor) -> Tensor:
-        """Return the heads' features (heads, rows, D) of latents (rows, k) or (heads, rows, k)."""
-        features = latents.expand(len(self.left), -1, -1).bmm(self.left.transpose(1, 2))
-        return features if self.bias is None else features + self.bias
 
 
 class GenerationAttention(PackedModule):
@@ -106,6 +89,7 @@ class GenerationAttention(PackedModule):
         if self.latent_v:
             assert isinstance(self.v_proj, LowRankLinear)
             self._up_v = HeadFactor(self.v_proj, self.kv_heads, dtype)
+            self._folded = folded_right(self.o_proj, self._up_v, self.num_key_value_groups)
 
     @property
     def cache_entries(self) -> tuple[int, int]:
@@ -152,9 +136,8 @@ class GenerationAttention(PackedModule):
             open_(past_key_values, self.layer_idx, key, value)
             key, value = past_key_values.update(key, value, self.layer_idx)
         if query.shape[2] == 1 and (self.latent_k or self.latent_v):
-            attended = self._step(query, key, value, attention_mask)
-        else:
-            attended = self._attend(query, key, value, attention_mask, first, kwargs)
+            return self._step(query, key, value, attention_mask), None
+        attended = self._attend(query, key, value, attention_mask, first, kwargs)
         return self.o_proj(attended), None
 
     def _heads(self, features: Tensor, norm: str = "") -> Tensor:
@@ -227,7 +210,7 @@ class GenerationAttention(PackedModule):
         return rotate(keys, cos[first:last], sin[first:last])
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend with one query (batch, heads, 1, D); return (batch, 1, heads · D)."""
+        """Attend with one query (batch, heads, 1, D); return the output (batch, 1, d)."""
         grouped = query.squeeze(2).unflatten(1, (self.kv_heads, -1))  # (B, kv heads, G, D)
         scores = self._scores(grouped, key) * self.scaling
         if mask is not None and mask.dtype == torch.bool:
@@ -236,11 +219,13 @@ class GenerationAttention(PackedModule):
             scores = scores + mask
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
         if not self.latent_v:
-            return torch.matmul(weights, value).flatten(1).unsqueeze(1)
+            return self.o_proj(torch.matmul(weights, value).flatten(1).unsqueeze(1))
         latents = weights.flatten(1, 2).bmm(value[:, 0])  # (B, heads, k): all heads read Z_v once.
+        if self._folded is not None:
+            return second_product(self.o_proj, self._folded(latents.flatten(1).unsqueeze(1)))
         by_head = latents.unflatten(1, (self.kv_heads, -1)).transpose(0, 1)
         attended = self._up_v.up(by_head.flatten(1, 2)).unflatten(1, by_head.shape[1:3])
-        return attended.transpose(0, 1).flatten(1).unsqueeze(1)
+        return self.o_proj(attended.transpose(0, 1).flatten(1).unsqueeze(1))
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Return Q Kᵀ (batch, kv heads, G, tokens) of queries (batch, kv heads, G, D)."""

@@ -73,7 +73,11 @@ class Packed:
 
 
 class PackedModule(nn.Module):
-    """A module that keeps its layers' weights packed when they are moved, cast or copied."""
+    """Keeps its layers' weights packed when they are moved, cast, copied or loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(lambda module, _: module.pack_())
 
     def pack_(self) -> None:
         """Pack the weights anew."""
