@@ -19,7 +19,7 @@ ORDER = (
     ("types",),
     ("whitening", "factorization", "scoring", "plan"),
     ("allocation", "layers"),
-    ("inference",),
+    ("inference", "serving"),
     ("cache",),
     ("trials", "quantization"),
     ("truncation", "target"),
@@ -80,7 +80,7 @@ def test_no_module_imports_itself_round_about() -> None:
 
 
 def test_packages_that_are_only_a_place_import_nothing() -> None:
-    places = "cache data inference layers models runs statistics sweeps system"
+    places = "cache data inference layers models runs serving statistics sweeps system"
     for name in places.split():
         assert list(imported(ROOT / "iosvd" / name / "__init__.py")) == []
 

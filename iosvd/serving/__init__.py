@@ -1,0 +1,1 @@
+"""Compressed checkpoints in servers that have their own layers."""
