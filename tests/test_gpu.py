@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build
+from test_inference import low_rank_
 from torch.testing import assert_close
 
+from experiments.small_models import small_model
 from iosvd.allocation import LossAware
 from iosvd.correction import Anchored
 from iosvd.grams import add_lower_gram_
+from iosvd.inference.prepare import prepare_for_generation
 from iosvd.layers.int8 import Code
 from iosvd.method import Method
 from iosvd.models.sites import SiteSelection, find_sites
@@ -48,6 +52,36 @@ def test_a_refit_on_a_gpu_keeps_every_tensor_there() -> None:
     result = compress(model, TOKENS, method=method, ratio=0.5)
     assert {tensor.device.type for tensor in result.model.state_dict().values()} == {"cuda"}
     assert torch.isfinite(model(input_ids=TOKENS.cuda()).logits).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_with_latent_caches_is_the_same(dtype: torch.dtype) -> None:
+    model = small_model("llama").to("cuda", dtype)
+    model.model.rotary_emb.float()
+    low_rank_(model)
+    prepared = prepare_for_generation(copy.deepcopy(model), "latent", "latent")
+    found = [
+        each.generate(
+            torch.arange(3, 15, device="cuda").view(2, 6),
+            max_new_tokens=16,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+        for each, options in (
+            (model, {}),
+            (prepared, {}),
+            (prepared, {"cache_implementation": "static"}),  # Compiled by transformers.
+        )
+    ]
+    first = [torch.stack(each.logits)[0] for each in found]
+    for other in first[1:]:
+        assert_close(first[0], other, rtol=0, atol=1e-4 if dtype is torch.float32 else 0.1)
+    if dtype is torch.float32:
+        assert torch.equal(found[0].sequences, found[1].sequences)
+        assert torch.equal(found[0].sequences, found[2].sequences)
 
 
 def test_a_run_starts_before_the_gpu_is_in_use(tmp_path: Path) -> None:
