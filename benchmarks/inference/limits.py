@@ -1,4 +1,4 @@
-"""What a device can do at most: bytes and operations per second, and what a step needs of both."""
+"""Measured limits of a device (bytes and operations per second), and what a step needs of both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Measured on the device."""
+    """Memory bandwidth and arithmetic rate, measured on the device."""
 
     bytes_per_second: float
     operations_per_second: float  # A multiplication and an addition are two.
@@ -35,7 +35,7 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Needed:
-    """What a call must read and compute."""
+    """Bytes that a call must read and operations that it must do."""
 
     bytes: float
     operations: float
@@ -60,9 +60,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def step_needs(model: nn.Module, batch: int, held: int) -> Needed:
-    """Return what a step of a batch needs with so many tokens in the cache.
+    """Return what one decoding step of a batch needs, with `held` tokens of each row in the cache.
 
-    Every weight is read once, but for embeddings that no head shares, and so is the cache.
+    Every weight is read once, except embeddings that no head shares; the cache is read once.
     """
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]

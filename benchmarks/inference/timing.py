@@ -18,12 +18,12 @@ from iosvd.inference.cache import held_bytes
 from iosvd.system.machine import release_memory, resident_bytes
 from iosvd.system.timing import measured
 
-_WARM = 2  # Steps before the clock counts.
+_WARM = 2  # Steps that are not timed.
 
 
 @dataclass(frozen=True)
 class Load:
-    """How much is generated at a time."""
+    """Batch size, prompt length and number of new tokens."""
 
     batch: int
     prompt: int  # Tokens.
@@ -31,7 +31,7 @@ class Load:
 
     @property
     def length(self) -> int:
-        """Places of the cache; the steps before the clock counts take some."""
+        """Length of the cache, including the warm-up steps."""
         return self.prompt + _WARM + self.new
 
     def __str__(self) -> str:

@@ -1,4 +1,7 @@
-"""Whether a module computes what the one in whose place it stands did: one call tells."""
+"""Check by one call that a replacement computes what the original module did.
+
+No list of architectures: a cap, a gate or a scale that nobody knows of shows in the outputs.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ _LOUD_TOLERANCE = 0.01  # Scores are 64 times as large, and so is their rounding
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a module with 8 tokens at the end of the context, and what it returned."""
+    """One call of a module, with eight tokens at the end of the context, and its output."""
 
     hidden: Tensor
     options: Mapping[str, Any]
@@ -48,7 +51,7 @@ def context_of(model: PreTrainedModel) -> int:
 
 
 def calls_of(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, Call]:
-    """Call the model at the end of its context; keep what each module got and returned."""
+    """Run the model on eight tokens at the end of its context; record what these modules do."""
     calls: dict[str, Call] = {}
 
     def hook(name: str) -> Any:
@@ -78,7 +81,7 @@ def calls_of(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[s
 
 
 def louder(module: nn.Module, call: Call) -> list[Call]:
-    """Return the call with larger inputs, which show a cap on scores; 16 bits cannot tell."""
+    """Repeat a call with larger inputs, which reveal a cap on scores; skipped in 16 bits."""
     if call.output.dtype not in _TOLERANCE:
         return []
     hidden = _LOUDER * call.hidden
@@ -88,7 +91,7 @@ def louder(module: nn.Module, call: Call) -> list[Call]:
 
 
 def compare(module: nn.Module, name: str, kind: str, call: Call) -> None:
-    """Raise ModelError unless a new module returns what the module in its place did."""
+    """Raise ModelError unless the replacement returns the recorded output."""
     with torch.no_grad():
         try:
             found = [output_of(module(call.hidden, **call.options))]
@@ -109,13 +112,13 @@ def compare(module: nn.Module, name: str, kind: str, call: Call) -> None:
 
 
 def _in_two(module: GenerationAttention, call: Call) -> Tensor:
-    """Return the outputs of all tokens but the last, then of the last with a cache."""
+    """Compute all tokens but the last, then the last one from a cache; return all outputs."""
     from transformers import DynamicCache
 
     options = {**call.options, "past_key_values": DynamicCache()}
     mask, angles = options.pop("attention_mask", None), options.pop("position_embeddings")
     outputs = []
-    # An index of its own: the new cache has no other layers.
+    # The new cache has one layer.
     index, module.layer_idx = module.layer_idx, 0
     try:
         for part in (slice(0, -1), slice(-1, None)):

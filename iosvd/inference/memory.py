@@ -1,4 +1,4 @@
-"""What the cache of a prepared model takes, before it is filled."""
+"""Memory of a prepared model's cache, computed before it is filled."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Cached(Enum):
-    """What is cached of keys or values: themselves, or the latents of their projection."""
+    """Contents of the cache: keys or values themselves, or the latents of their projection."""
 
     full = "full"
     latent = "latent"

@@ -1,8 +1,8 @@
-"""Rotary position embeddings at the places of a cache.
+"""Rotary position embeddings by index in the cache.
 
-A score depends on the distance of query and key alone, so keys that are rebuilt from latents are
-rotated by their place in the cache, and the query by its own. That is the same for every row of a
-batch, however much padding it has on the left.
+A score depends only on the distance between query and key. Keys that are rebuilt from latents are
+therefore rotated by their index in the cache, and the query by its own: the angles are then the
+same for every row of a batch, whatever its padding on the left.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RotaryTable:
     """Cosines and sines (length, D) of a model's rotary embeddings, from place 0 on.
 
-    One table serves all blocks. It grows when a longer cache asks for it.
+    One table per device serves all blocks there. It grows when a longer cache asks for it.
     """
 
     def __init__(self, embeddings: nn.Module) -> None:
         self._embeddings = embeddings
-        self._cos = self._sin = torch.empty(0, 0)
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def is_fixed(self, furthest: int, like: Tensor) -> bool:
         """Whether angles depend on places alone, not on how many there are.
@@ -50,10 +50,10 @@ class RotaryTable:
 
     def up_to(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first `length` rows or more, on the device and in the dtype of a tensor."""
-        fits = self._cos.device == like.device and self._cos.dtype == like.dtype
-        if len(self._cos) < length or not fits:
+        table = self._tables.get((like.device, like.dtype))
+        if table is None or len(table[0]) < length:
             longer = max(_FIRST_LENGTH, 1 << (length - 1).bit_length())
-            places = torch.arange(longer, device=like.device)[None]
-            cos, sin = self._embeddings(like[:1], places)
-            self._cos, self._sin = cos[0], sin[0]
-        return self._cos, self._sin
+            positions = torch.arange(longer, device=like.device)[None]
+            cos, sin = self._embeddings(like[:1], positions)
+            table = self._tables[like.device, like.dtype] = (cos[0], sin[0])
+        return table

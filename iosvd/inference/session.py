@@ -1,4 +1,4 @@
-"""Answer a prompt, and say how fast and in how much memory."""
+"""Answer a prompt, and measure speed and memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """Temperature and seed of sampling."""
 
     temperature: float = 0.0  # 0: the most probable one.
     seed: int = 0
@@ -28,7 +28,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered, and what it took."""
+    """A model's answer, with its time and memory."""
 
     text: str
     prompt_tokens: int
@@ -110,7 +110,7 @@ def _check_context(model: PreTrainedModel, prompt: int, new: int) -> None:
 
 
 class _Clock:
-    """What transformers hands every token to: the prompt first."""
+    """A streamer for `generate` that records when the prompt and each token arrive."""
 
     def __init__(self) -> None:
         self._times: list[float] = []

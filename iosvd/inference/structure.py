@@ -1,7 +1,6 @@
-"""Which modules of a model can be prepared for generation: by what they hold and compute.
+"""Find the attention and MLP modules that can be prepared for generation, by their structure.
 
-A module's projections say what it should compute. Whether it does, or also caps, gates or scales
-something, is found by a call: see `prepare.py`.
+Structure shows what a module should compute; `comparison.py` checks that it computes nothing else.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def gated_mlps(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def reason_against(attention: nn.Module) -> str | None:
-    """Return why an attention module cannot be replaced; None: by its structure it can."""
+    """Return why an attention module cannot be replaced; None if its structure allows it."""
     if missing := [name for name in _ATTRIBUTES if not hasattr(attention, name)]:
         return f"has no {missing[0]}"
     accepted = inspect.signature(attention.forward).parameters
