@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iosvd.errors import ConfigError, IosvdError, ModelError, check_installed, one_line
+from iosvd.models.auto_class import LANGUAGE, auto_class_of
 from iosvd.models.gguf import GgufFile, context_length, described, make_ordinary_
 from iosvd.models.linear_form import to_linear_form_
 from iosvd.models.sites import SiteSelection
@@ -95,7 +96,7 @@ def load_model(
     if device_map is not None:
         options["device_map"] = device_map
     _check_no_adapter(model)
-    loaded, found = _load("AutoModelForCausalLM", model, options)
+    loaded, found = _load(_auto_class(model), model, options)
     loaded.eval()
     _check_complete(loaded, found, str(folder_of(model) or model.hub_id))
     if model.gguf_file is not None:
@@ -154,6 +155,10 @@ def _read(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.detach().reshape(-1)[:: max(1, 4096 // parameter.element_size())].sum()
+
+
+def _auto_class(model: Model) -> str:
+    return LANGUAGE if model.gguf_file is not None else auto_class_of(load_config(model))
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:

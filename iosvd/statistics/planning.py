@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from iosvd.budget import Shape
 from iosvd.errors import IosvdError, one_line
 from iosvd.grams import GRAM_SHARE
+from iosvd.models.auto_class import auto_class_of
 from iosvd.models.head import has_plain_head
 from iosvd.models.loading import Model, load_config
 from iosvd.models.routing import active_sites
@@ -120,11 +121,12 @@ def outline(model: Model, tokens: int) -> Outline:
         model: which.
         tokens: of a batch.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    config = load_config(model)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(
-            load_config(model),
+        empty = getattr(transformers, auto_class_of(config)).from_config(
+            config,
             dtype=model.dtype.torch,
             trust_remote_code=model.trust_remote_code,
             attn_implementation="eager",  # Other implementations look at values.
