@@ -33,7 +33,7 @@ PROMPT ?=
 COMPARE ?=
 
 .PHONY: help install demo predict status plan cache tables table1 table3 table4 table6 figure3 \
-	figures compare dashboard test fault-test check architectures tiny-model smollm2 bench bench-inference figure4 generate gpu-report rounding clean
+	figures compare dashboard test fault-test check architectures tiny-model smollm2 bench bench-inference figure4 generate gpu-report block-loss rounding clean
 help: ## List the targets
 	@grep -hE '^[a-z0-9%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
@@ -125,6 +125,9 @@ generate: install ## Ask a compressed model: MODEL=… PROMPT="…"; COMPARE=1: 
 
 gpu-report: install ## Speed, memory and exactness on this machine's GPU, in at most eight minutes
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+block-loss: install ## The KL that a block's error is predicted to cause, against the one it causes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/block_loss.py $(OPTIONS)
 
 rounding: install ## The evidence behind int8's defaults: row scores, axes, rank budgets
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rounding.py $(OPTIONS)
