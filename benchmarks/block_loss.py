@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from iosvd.data.windows import calibration_windows, evaluation_windows
 from iosvd.errors import exit_in_one_line
 from iosvd.evaluation.divergence import divergences
 from iosvd.layers.replacement import truncated_weights
-from iosvd.method import Goal
 from iosvd.models.forward import output_of
 from iosvd.models.loading import load_tokenizer
 from iosvd.models.sites import decoder_blocks, named_blocks, names_within
@@ -76,7 +76,7 @@ def measured_blocks(
     windows: Tensor,
 ) -> Iterator[dict[str, float]]:
     """Yield a row for every block that the ratio truncates."""
-    budget = Goal(ratio).budget(calibration.sites, run.method)
+    budget = replace(run.goal, ratio=ratio).budget(calibration.sites, run.method)
     objective = TruncationTrials(calibration, spectra, budget)
     chosen = run.method.allocation(spectra, budget, objective)
     ranks, model, size = budget.factorised(chosen), calibration.model, batch_size(run, windows)

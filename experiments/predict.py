@@ -85,7 +85,7 @@ def predicted_kl(
 ) -> tuple[float, float] | None:
     """Return a ratio and its predicted KL, None if the sites do not allow it."""
     try:
-        budget = Goal(ratio).budget(calibration.sites, run.method)
+        budget = _goal(run, ratio).budget(calibration.sites, run.method)
     except BudgetError:
         return None
     objective = TruncationTrials(calibration, spectra, budget)
@@ -101,9 +101,13 @@ def measure(
     found = find_sites(model, run.model.sites)
     sites = {name: found[name] for name in calibration.sites}
     again = dataclasses.replace(calibration, model=model, sites=sites)
-    compress_to(Goal(ratio), run.method, again, factorized)
+    compress_to(_goal(run, ratio), run.method, again, factorized)
     kl = divergence(calibration.model, model, windows, size).kl
     return ratio, kl, perplexity(model, windows, size)
+
+
+def _goal(run: Run, ratio: float) -> Goal:
+    return dataclasses.replace(run.goal, ratio=ratio)
 
 
 def _ratios(text: str) -> list[float]:

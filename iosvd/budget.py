@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from iosvd.errors import BudgetError
@@ -19,7 +19,7 @@ class Shape:
     m: int
     n: int
     adds_bias: bool = False  # Whether it gets a bias when it is factorised.
-    cached_tokens: int = 0  # For which a cache holds its output, or its latent when factorised.
+    cached_tokens: int = 0  # Tokens whose output (latent, if factorised) is cached.
 
     @property
     def full_rank(self) -> int:
@@ -28,6 +28,11 @@ class Shape:
     @property
     def entries(self) -> int:
         return self.m * self.n
+
+    @property
+    def counted_entries(self) -> int:
+        """Entries of the dense weight, and of the cache that counts beside it."""
+        return self.entries + self.m * self.cached_tokens
 
     def entries_at(self, rank: int) -> int:
         """Entries of the two factors, and of the bias that comes with them."""
@@ -41,24 +46,27 @@ class SiteCost:
     dense: int
     fixed: int
     component: int
+    largest_rank: int | None = None  # Of factors, whatever they would save; None: any.
 
     def at(self, rank: int) -> int:
         """Bits stored for a rank; above break-even the site stays dense."""
-        return min(self.dense, self.fixed + rank * self.component)
+        factorised = rank <= self.break_even_rank
+        return self.fixed + rank * self.component if factorised else self.dense
 
     @property
     def break_even_rank(self) -> int:
         """The largest rank whose factors are smaller than the dense weight; 0: always dense."""
-        return max(0, (self.dense - self.fixed - 1) // self.component)
+        rank = max(0, (self.dense - self.fixed - 1) // self.component)
+        return rank if self.largest_rank is None else min(rank, self.largest_rank)
 
     def with_bias(self, outputs: int) -> SiteCost:
         """Return the cost with a bias of this many outputs if the site is factorised."""
-        return SiteCost(self.dense, self.fixed + ENTRY_BITS * outputs, self.component)
+        return replace(self, fixed=self.fixed + ENTRY_BITS * outputs)
 
     def with_cache(self, outputs: int, tokens: int) -> SiteCost:
         """Return the cost with a cache of so many tokens: of outputs if dense, else of latents."""
         token = ENTRY_BITS * tokens
-        return SiteCost(self.dense + outputs * token, self.fixed, self.component + token)
+        return replace(self, dense=self.dense + outputs * token, component=self.component + token)
 
 
 def sixteen_bits(shape: Shape) -> SiteCost:
@@ -69,7 +77,11 @@ def sixteen_bits(shape: Shape) -> SiteCost:
 def site_cost(shape: Shape, cost_of: Callable[[Shape], SiteCost]) -> SiteCost:
     """Return the cost of a site under a quantisation, with its bias and its share of a cache."""
     cost = cost_of(shape).with_bias(shape.m if shape.adds_bias else 0)
-    return cost.with_cache(shape.m, shape.cached_tokens)
+    if shape.cached_tokens:
+        cost = cost.with_cache(shape.m, shape.cached_tokens)
+        # A long cache would pay for factors of any rank, but full rank means dense everywhere.
+        cost = replace(cost, largest_rank=shape.full_rank - 1)
+    return cost
 
 
 @dataclass(frozen=True)
@@ -131,8 +143,12 @@ class Budget:
     @cached_property
     def total(self) -> int:
         """Bits of all target sites, dense, and of what a cache holds of them."""
-        shapes = self.shapes.values()
-        return ENTRY_BITS * sum(shape.entries + shape.m * shape.cached_tokens for shape in shapes)
+        return ENTRY_BITS * sum(shape.counted_entries for shape in self.shapes.values())
+
+    @cached_property
+    def counts_cache(self) -> bool:
+        """Whether entries of a cache count beside those of weights."""
+        return any(shape.cached_tokens for shape in self.shapes.values())
 
     @cached_property
     def limit(self) -> int:

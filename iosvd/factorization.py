@@ -106,7 +106,7 @@ def truncate(spectrum: Spectrum, rank: int) -> Factors:
     if rank > spectrum.left.shape[1]:
         raise ConfigError(
             f"rank {rank} is asked of a spectrum that keeps {spectrum.left.shape[1]} components;"
-            " factorize with the quantization that the ranks are planned for"
+            " factorize with the quantization and cache_tokens that the ranks are planned for"
         )
     left, right = spectrum.left[:, :rank], spectrum.right[:rank]
     norm_left, norm_right = left.norm(dim=0), right.norm(dim=1)

@@ -104,6 +104,7 @@ def factorize(
     *,
     method: Method | str,
     ratio: float | None = None,
+    cache_tokens: int = 0,
     selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
     gradient_tokens: Tensor | None = None,
     batch_size: int = 8,
@@ -130,7 +131,7 @@ def factorize(
         store=store,
         identity=identity,
     )
-    return spectra_for(Goal(ratio), chosen, calibration)
+    return spectra_for(Goal(ratio, None, cache_tokens), chosen, calibration)
 
 
 def compress_to(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import build, divided
+from torch import Tensor
 from transformers import DynamicCache
 
 import iosvd
-from iosvd.allocation import Uniform
+from iosvd.allocation import Hull, LossAware, Spectral, Uniform, ZeroSum
 from iosvd.budget import Budget, Shape, SiteCost
 from iosvd.errors import ConfigError
 from iosvd.inference.cache import held_bytes
 from iosvd.layers.replacement import stored_bytes
 from iosvd.runs.config import compose_run
+from iosvd.sweeps.expansion import expand
+from iosvd.types import Spectrum
 
 TOKENS = torch.randint(0, 31, (8, 16), generator=torch.Generator().manual_seed(0))
 CACHED = 40
@@ -69,12 +74,110 @@ def test_ranks_that_count_the_cache_lose_less_in_the_same_bytes() -> None:
     assert loss < min(fitting)
 
 
-def test_every_method_can_plan_a_cache() -> None:
-    allocation = divided({"allocation": Uniform()})
-    found = iosvd.compress(
-        build("qwen2"), TOKENS, **allocation, ratio=0.6, cache_tokens=CACHED, batch_size=4
+SPECTRA: dict[str, Spectrum] = {}
+
+
+def ranks_of(allocation: Any, ratio: float, tokens: int) -> tuple[Budget, dict[str, int]]:
+    """Allocate on spectra of two blocks' shapes that fall off exponentially."""
+    shapes = {}
+    generator = torch.Generator().manual_seed(0)
+    for name, m, n in (("q", 24, 24), ("k", 8, 24), ("v", 8, 24), ("up", 48, 24), ("down", 24, 48)):
+        for layer in range(2):
+            site = f"layers.{layer}.{name}_proj"
+            shapes[site] = Shape(m, n, cached_tokens=tokens if name in "kv" else 0)
+            weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
+            left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
+            fall = torch.exp(-torch.arange(len(sigma)) / 4)
+            SPECTRA[site] = a_spectrum(left, sigma * fall, right)
+    budget = Budget(shapes, ratio)
+    return budget, allocation(SPECTRA, budget, Unmeasured())
+
+
+class Unmeasured:
+    """An objective for allocations that measure nothing."""
+
+    length = 16
+
+
+def a_spectrum(left: Tensor, sigma: Tensor, right: Tensor) -> Spectrum:
+    ones = torch.ones_like(sigma)
+    return Spectrum(
+        left=left * sigma,
+        right=right,
+        sigma=sigma,
+        left_energy=ones,
+        right_energy=ones,
+        output_diagonal=torch.ones(len(left)),
+        input_diagonal=torch.ones(right.shape[1]),
+        damping_output=0.0,
+        damping_input=0.0,
+        loss_change=sigma * torch.cos(torch.arange(len(sigma))),
     )
-    assert found.plan.ratio_achieved <= 0.6
+
+
+def test_uniform_shares_are_those_of_weights_and_cache() -> None:
+    budget, ranks = ranks_of(Uniform(), 0.6, 400)
+    for site, cost in budget.costs.items():
+        share = cost.at(ranks[site]) / cost.dense
+        one = cost.component / cost.dense
+        assert 0.6 - one <= share <= 0.6 + one, site
+
+
+@pytest.mark.parametrize("allocation", [Spectral(), LossAware(), ZeroSum(), Hull()])
+@pytest.mark.parametrize("tokens", [200, 2000])
+def test_no_allocation_overshoots_where_components_differ_in_cost(
+    allocation: Any, tokens: int
+) -> None:
+    budget, ranks = ranks_of(allocation, 0.5, tokens)
+    rest = budget.limit - budget.cost(ranks)
+    assert rest >= 0
+    for site, price in budget.costs.items():
+        rank = ranks[site]
+        if rank < budget.shapes[site].full_rank:
+            assert price.at(rank + 1) - price.at(rank) > rest, site
+
+
+@pytest.mark.parametrize("tokens", [200, 2000])
+def test_spectral_ranks_lose_little_more_than_the_convex_hull(tokens: int) -> None:
+    lost = {}
+    for allocation in (Spectral(), Hull()):
+        budget, ranks = ranks_of(allocation, 0.5, tokens)
+        lost[type(allocation)] = sum(
+            float((SPECTRA[site].sigma[rank:] ** 2).sum())
+            for site, rank in ranks.items()
+            if budget.is_factorised(site, rank)
+        )
+    assert lost[Spectral] < 1.1 * lost[Hull]
+
+
+def test_full_rank_is_dense_however_long_the_cache() -> None:
+    """Also where outputs are wider than inputs, and a latent of full rank would be smaller."""
+    budget = Budget({"k_proj": Shape(24, 8, cached_tokens=10**6)}, 0.9)
+    cost = budget.costs["k_proj"]
+    assert cost.break_even_rank == 7
+    assert not budget.is_factorised("k_proj", 8) and cost.at(8) == cost.dense
+    model = build("llama")
+    found = iosvd.compress(model, TOKENS, method="svd", ratio=0.95, cache_tokens=20000)
+    assert found.plan.ratio_achieved <= 0.95
+
+
+def test_spectra_are_kept_for_the_cache_that_is_asked_for() -> None:
+    given = {**divided({}), "cache_tokens": CACHED, "batch_size": 4}
+    spectra = iosvd.factorize(build("llama"), TOKENS, **given)
+    found = [
+        iosvd.compress(build("llama"), TOKENS, **given, ratio=0.9, factorized=known)
+        for known in (spectra, None)
+    ]
+    assert found[0].plan.ranks == found[1].plan.ranks
+
+
+def test_rows_that_count_a_cache_say_so() -> None:
+    plain, cached = (
+        expand(["method=io_svd,svd", "ratio=0.6", *more], sweep=True)
+        for more in ([], ["cache_tokens=100"])
+    )
+    assert [run.label for run in plain] == ["io_svd", "svd"]
+    assert [run.label for run in cached] == ["io_svd[cache_tokens=100]", "svd[cache_tokens=100]"]
 
 
 def test_options_that_do_not_go_together_are_refused() -> None:

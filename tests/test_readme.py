@@ -98,6 +98,20 @@ def test_the_table_of_corrections_is_the_measured_one() -> None:
             assert cells[columns.index((model, text))].strip() == f"{expected:.2f}", (name, model)
 
 
+def test_the_losses_of_blocks_are_the_measured_ones() -> None:
+    """The ranges and rank correlations of docs/beyond.md, against the rendered pages."""
+    said = page("beyond").partition("## Is the loss of a block")[2].replace("−", "-")
+    known = set()
+    for model in ("babyllama-1.0M-tok361", "tiny"):
+        text = (ROOT / "results" / "tables" / f"block_loss-{model}.md").read_text()
+        lines = [line for line in text.splitlines() if line.startswith("Ratio ")]
+        assert len(lines) == 3
+        known |= {number for line in lines for number in re.findall(r"-?\d+\.\d\d", line)}
+    numbers = re.findall(r"(?<![\d.])-?\d\.\d\d(?![\d.])", said)
+    assert len(numbers) > 15
+    assert set(numbers) <= known
+
+
 def test_a_whitening_is_added_by_one_file_and_one_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
     """As docs/extending.md shows it, with the imports that its file would have."""
     (example,) = [code for code in examples(page("extending")) if "class Rms" in code]

@@ -17,6 +17,9 @@ def drop_cheapest(costs: Mapping[str, Tensor], budget: Budget) -> dict[str, int]
     smallest cost is dropped. Sites are charged their true cost: above break-even a drop saves
     nothing, and a site that ends there stays dense. No site goes below its floor.
 
+    Where a cache counts, a component of keys or values may cost many times another's: the last one
+    dropped then frees more than was asked for, and the rest goes to the best components that fit.
+
     Args:
         costs: per site, the loss predicted for dropping each component, in the order of σ.
         budget: feasible, as every `Budget` is.
@@ -34,4 +37,30 @@ def drop_cheapest(costs: Mapping[str, Tensor], budget: Budget) -> dict[str, int]
         kept -= prices[site].at(rank) - prices[site].at(rank - 1)
         if rank - 1 > floors[site]:
             heapq.heappush(offers, (values[site][rank - 2], site))
+    return refilled(ranks, values, budget) if budget.counts_cache else ranks
+
+
+def per_bit(costs: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
+    """Divide the costs of components by the bits that each would free."""
+    return {site: cost / budget.costs[site].component for site, cost in costs.items()}
+
+
+def refilled(
+    ranks: dict[str, int], values: Mapping[str, list[float]], budget: Budget
+) -> dict[str, int]:
+    """Take dropped components back, the dearest first, as long as the budget allows."""
+    rest, prices = budget.limit - budget.cost(ranks), budget.costs
+    offers = [
+        (-value[ranks[site]], site) for site, value in values.items() if ranks[site] < len(value)
+    ]
+    heapq.heapify(offers)
+    while offers:
+        _, site = heapq.heappop(offers)
+        rank = ranks[site]
+        extra = prices[site].at(rank + 1) - prices[site].at(rank)
+        if extra > rest:
+            continue  # Nor do its later ones fit.
+        ranks[site], rest = rank + 1, rest - extra
+        if rank + 1 < len(values[site]):
+            heapq.heappush(offers, (-values[site][rank + 1], site))
     return ranks

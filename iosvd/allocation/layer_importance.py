@@ -122,7 +122,7 @@ def _shares(
     offsets: list[float], layers: Layers, budget: Budget, clip: list[float] | None
 ) -> dict[str, float]:
     """Shares of the sites, scaled so that together they are the budget's, and clipped."""
-    sizes = [sum(budget.shapes[s].entries for s in sites) for sites in layers.values()]
+    sizes = [sum(budget.shapes[s].counted_entries for s in sites) for sites in layers.values()]
     ratios = [max(0.0, budget.ratio + offset) for offset in offsets]
     for _ in range(_ROUNDS if clip else 1):  # What is clipped, the others make up for.
         mean = sum(r * size for r, size in zip(ratios, sizes, strict=True)) / sum(sizes)

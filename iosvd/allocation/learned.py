@@ -101,4 +101,4 @@ def _bits(rank: Tensor, site: str, budget: Budget) -> Tensor:
 def _share(rank: float, site: str, budget: Budget) -> float:
     cost = budget.costs[site]
     bits = min(cost.dense, cost.fixed + rank * cost.component)
-    return bits / (ENTRY_BITS * budget.shapes[site].entries)
+    return bits / (ENTRY_BITS * budget.shapes[site].counted_entries)

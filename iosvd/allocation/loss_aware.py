@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from iosvd.allocation.base import Allocation
 from iosvd.allocation.first_order import FirstOrder, loss_changes
-from iosvd.allocation.greedy import drop_cheapest
+from iosvd.allocation.greedy import drop_cheapest, per_bit
 from iosvd.allocation.objective import CalibrationObjective
 from iosvd.budget import Budget
 from iosvd.types import Spectrum
@@ -26,9 +26,7 @@ class LossAware(FirstOrder, Allocation):
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
-        prices = budget.costs
-        costs = {
-            site: change.abs() / (prices[site].component if self.per_parameter else 1)
-            for site, change in loss_changes(spectra).items()
-        }
+        costs = {site: change.abs() for site, change in loss_changes(spectra).items()}
+        if self.per_parameter or budget.counts_cache:  # Else k and v, with a cache, stay whole.
+            costs = per_bit(costs, budget)
         return drop_cheapest(costs, budget)

@@ -67,7 +67,8 @@ class SensitivitySearch(Allocation):
 
 
 def _rank(ratio: float, shape: Shape) -> int:
-    return max(1, int((ratio * shape.entries - shape.entries_at(0)) / (shape.m + shape.n)))
+    component = shape.m + shape.n + shape.cached_tokens
+    return max(1, int((ratio * shape.counted_entries - shape.entries_at(0)) / component))
 
 
 def _shares(

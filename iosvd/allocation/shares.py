@@ -34,7 +34,7 @@ def _exact(shares: Mapping[str, float], budget: Budget, scale: float) -> dict[st
     """Ranks as fractions: what fits into the share of a site's 16 bits; all of them if it may."""
     exact = {}
     for site, cost in budget.costs.items():
-        bits = scale * shares[site] * ENTRY_BITS * budget.shapes[site].entries
+        bits = scale * shares[site] * ENTRY_BITS * budget.shapes[site].counted_entries
         fits = bits >= cost.dense
         exact[site] = (
             budget.shapes[site].full_rank if fits else (bits - cost.fixed) / cost.component

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from iosvd.allocation.base import Allocation
-from iosvd.allocation.greedy import drop_cheapest
+from iosvd.allocation.greedy import drop_cheapest, per_bit
 from iosvd.allocation.objective import CalibrationObjective
 from iosvd.budget import Budget
 from iosvd.types import Spectrum
@@ -25,9 +25,7 @@ class Spectral(Allocation):
     def __call__(
         self, spectra: Mapping[str, Spectrum], budget: Budget, objective: CalibrationObjective
     ) -> dict[str, int]:
-        prices = budget.costs
-        costs = {
-            site: 0.5 * spectrum.sigma**2 / (prices[site].component if self.per_parameter else 1)
-            for site, spectrum in spectra.items()
-        }
+        costs = {site: 0.5 * spectrum.sigma**2 for site, spectrum in spectra.items()}
+        if self.per_parameter or budget.counts_cache:  # Else k and v, with a cache, stay whole.
+            costs = per_bit(costs, budget)
         return drop_cheapest(costs, budget)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from iosvd.allocation.base import Allocation
 from iosvd.allocation.first_order import FirstOrder, loss_changes
+from iosvd.allocation.greedy import refilled
 from iosvd.allocation.objective import CalibrationObjective
 from iosvd.budget import Budget
 from iosvd.types import Spectrum
@@ -27,18 +28,19 @@ class ZeroSum(FirstOrder, Allocation):
     ) -> dict[str, int]:
         changes = {site: change.tolist() for site, change in loss_changes(spectra).items()}
         ranks = {site: len(change) for site, change in changes.items()}
-        floors = budget.floors
+        floors, prices = budget.floors, budget.costs
         rising: list[tuple[float, str]] = []
         falling: list[tuple[float, str]] = []
 
         def offer(site: str) -> None:
             if ranks[site] > floors[site]:
                 change = changes[site][ranks[site] - 1]
-                heapq.heappush(rising if change > 0 else falling, (abs(change), site))
+                size = abs(change) / (prices[site].component if budget.counts_cache else 1)
+                heapq.heappush(rising if change > 0 else falling, (size, site))
 
         for site in ranks:
             offer(site)
-        prices, kept, total = budget.costs, budget.cost(ranks), 0.0
+        kept, total = budget.cost(ranks), 0.0
         while kept > budget.limit:
             first, second = (rising, falling) if total <= 0 else (falling, rising)
             _, site = heapq.heappop(first or second)
@@ -47,4 +49,7 @@ class ZeroSum(FirstOrder, Allocation):
             ranks[site] = rank - 1
             kept -= prices[site].at(rank) - prices[site].at(rank - 1)
             offer(site)
-        return ranks
+        if not budget.counts_cache:
+            return ranks
+        sizes = {site: [abs(change) for change in values] for site, values in changes.items()}
+        return refilled(ranks, sizes, budget)

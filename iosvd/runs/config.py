@@ -40,6 +40,7 @@ from iosvd.system.json_files import to_json
 from iosvd.system.machine import cores
 
 METHOD_GROUPS = ("whitening", "allocation", "correction", "quantization", "factorization")
+CACHE = "cache_tokens"  # A ratio that counts a cache is another ratio.
 PROTOCOL_LENGTH = 2048  # Tokens of a window (METHODS 9).
 _RUNTIME: dict[str, type] = {"resources": Resources, "output": Output, "parallel": Parallelism}
 _OPTIONAL = ("ratio", "target_kl")
@@ -87,8 +88,9 @@ def label(method: str | None, overrides: Sequence[str]) -> str:
 
 
 def method_options(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that change a method from its preset."""
-    return [override for override in overrides if group_of(override) in METHOD_GROUPS]
+    """Return the overrides that change a method from its preset, or what its ratio counts."""
+    named = (*METHOD_GROUPS, CACHE)
+    return [override for override in overrides if group_of(override) in named]
 
 
 def own_option(overrides: Sequence[str], name: str) -> tuple[str | None, list[str]]:

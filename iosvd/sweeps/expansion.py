@@ -14,6 +14,7 @@ from iosvd.errors import ConfigError
 from iosvd.options import number
 from iosvd.runs.composition import compose, explained
 from iosvd.runs.config import (
+    CACHE,
     METHOD_GROUPS,
     compose_run,
     config_of,
@@ -28,8 +29,8 @@ from iosvd.runs.run import Run
 from iosvd.runs.validation import check_combination
 from iosvd.sweeps.hydra_internals import split_sweep
 
+_GOAL = ("ratio", "target_kl", CACHE, "min_rank_fraction")  # Not of a dense model.
 # Rows show these anyway.
-_GOAL = ("ratio", "target_kl", "cache_tokens", "min_rank_fraction")  # Not of a dense model.
 _SHOWN_APART = frozenset({"method", "ratio", "model", "model.path", "model.hub_id", "model.name"})
 
 
@@ -158,7 +159,7 @@ def _at_ratio(run: Run, override: str) -> Run:
 
 def _label(run: Run, job: Sequence[str], common: set[str], fixed: set[str]) -> str:
     method = run.label.partition("[")[0]
-    changed = [line for line in method_options(job) if line not in fixed]
+    changed = [o for o in method_options(job) if o not in fixed or group_of(o) == CACHE]
     other = [x for x in job if x not in common and x not in changed and _key(x) not in _SHOWN_APART]
     return label(method, changed + other)
 

@@ -73,6 +73,8 @@ def _setting(config: Mapping[str, Any], c: Config) -> str:
     """
     apart = (*METHOD_GROUPS, "ratio", "runtime", "wandb")
     shared = {key: value for key, value in config.items() if key not in apart}
+    if shared.get("cache_tokens") == 0:  # Earlier records lack the option.
+        del shared["cache_tokens"]
     code = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:4]
     windows = f", first {c.eval.windows} windows" if c.eval.windows else ""
     items = f", first {c.eval.zero_shot.limit} items" if c.eval.zero_shot.limit else ""

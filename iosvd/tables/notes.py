@@ -44,7 +44,12 @@ def _legend(table: Table) -> str:
     return (
         "`ratio` is the maintenance ratio: bits kept / 16 bits for every parameter of the target"
         " layers; without quantisation, parameters kept / parameters."
-        " Best of each ratio's methods in bold, second underlined; – is a gap."
+        + (
+            " Where a method has cache_tokens, entries of a cache of so many tokens count too."
+            if any("cache_tokens" in row.name for row in table.rows)
+            else ""
+        )
+        + " Best of each ratio's methods in bold, second underlined; – is a gap."
         + (
             " In brackets the published value and the difference to it."
             if any(
