@@ -13,7 +13,7 @@ from iosvd.correction import Correction, NoCorrection
 from iosvd.errors import ConfigError, check_at_least, check_installed
 from iosvd.factorization import Factorization
 from iosvd.models.linear_form import RoutedLinear
-from iosvd.models.sites import is_cached
+from iosvd.models.sites import is_key_or_value
 from iosvd.quantization import NoQuantization, Quantization
 from iosvd.target import check_target
 from iosvd.whitening import Whitening
@@ -77,7 +77,7 @@ class Goal:
         Raises:
             ConfigError: tokens are cached, but no site makes keys or values.
         """
-        if self.cache_tokens and not any(is_cached(name) for name in sites):
+        if self.cache_tokens and not any(is_key_or_value(name) for name in sites):
             raise ConfigError(
                 f"cache_tokens={self.cache_tokens}, but no site is called k_proj or v_proj; set it"
                 " to 0"
@@ -90,7 +90,7 @@ class Goal:
                 adds_bias=method.correction.adds_bias
                 and site.bias is None
                 and not isinstance(site, RoutedLinear),
-                cached_tokens=self.cache_tokens if is_cached(name) else 0,
+                cached_tokens=self.cache_tokens if is_key_or_value(name) else 0,
             )
             for name, site in sites.items()
         }

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 import iosvd
 from benchmarks.inference import __main__ as bench
 from benchmarks.inference import report
-from benchmarks.inference.limits import Ceiling, Needed, step_needs, weight_bytes
+from benchmarks.inference.limits import DeviceLimits, StepCost, step_needs
 from benchmarks.inference.variants import VARIANTS, int8_, random_source
 from experiments import generate as command
 from experiments.small_models import small_model
 from iosvd.errors import ConfigError, ModelError
-from iosvd.inference.memory import cache_bytes_per_token
+from iosvd.inference.memory import cache_bytes_per_token, weight_bytes
 from iosvd.inference.session import Sampling, answer
 from iosvd.layers.checkpoint import mark_compressed_, save
 from iosvd.models.loading import ASSETS, Model, load_model, load_tokenizer
@@ -143,8 +143,8 @@ def test_wrong_measurements_are_one_line(option: str, message: str) -> None:
 
 
 def test_a_limit_is_bytes_or_operations() -> None:
-    assert Ceiling(10, 100).seconds(Needed(20, 50)) == 2
-    assert Ceiling(10, 100).seconds(Needed(20, 500)) == 5
+    assert DeviceLimits(10, 100).seconds(StepCost(20, 50)) == 2
+    assert DeviceLimits(10, 100).seconds(StepCost(20, 500)) == 5
 
 
 @pytest.mark.parametrize("caches", [(), ("latent",), ("latent", "latent")])

@@ -14,7 +14,7 @@ from torch import nn
 from iosvd.errors import CheckpointError
 from iosvd.layers.description import METHOD
 from iosvd.layers.modules import LowRankLinear
-from iosvd.serving.fused import Fused, Part, place_of
+from iosvd.serving.fused import Fused, Part, shard_index
 from iosvd.serving.vllm_plugin import checked_ranks, ranks_of, register
 
 
@@ -33,9 +33,9 @@ def test_fused_layers_compute_what_each_does() -> None:
     fused = Fused([Part(8, 3), Part(4, None), Part(4, 2)])
     weight, left = torch.zeros(fused.rows, 10), torch.zeros(fused.left_entries)
     for shard, layer in zip("qkv", of, strict=True):
-        fused.first_of(weight, place_of(shard)).copy_(layer.weight.detach())
+        fused.first_of(weight, shard_index(shard)).copy_(layer.weight.detach())
         if isinstance(layer, LowRankLinear):
-            fused.left_of(left, place_of(shard)).copy_(layer.left.detach())
+            fused.left_of(left, shard_index(shard)).copy_(layer.left.detach())
     x = torch.randn(5, 10)
     expected = torch.cat([layer(x) for layer in of], dim=-1)
     torch.testing.assert_close(fused.product(x, weight, left), expected)

@@ -15,6 +15,7 @@ from transformers import (
     LlavaConfig,
     LlavaNextConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
     Qwen2VLConfig,
 )
 
@@ -142,11 +143,32 @@ def test_latent_caches_hold_images_too(kind: str) -> None:
     torch.testing.assert_close(logits, logits2, atol=1e-4, rtol=0)
 
 
+def test_what_a_text_does_not_reach_is_left_alone() -> None:
+    """Qwen2.5-VL's vision blocks have gated MLPs, which no text calls."""
+    config = Qwen2_5_VLConfig(
+        text_config={**_TEXT, "model_type": "qwen2_5_vl_text", "rope_parameters": _ROTATED},
+        vision_config={
+            **{"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2},
+            **{"patch_size": 4, "out_hidden_size": 32},
+        },
+        image_token_id=IMAGE,
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    iosvd.compress(model, TOKENS, **divided({}), ratio=0.5)
+    logits = model(input_ids=TOKENS).logits
+    prepared = iosvd.prepare_for_generation(model, "latent")
+    torch.testing.assert_close(prepared(input_ids=TOKENS).logits, logits, atol=1e-4, rtol=0)
+
+
 def test_positions_of_images_are_refused_with_latent_keys() -> None:
+    """Qwen2-VL gives an image's tokens positions in two dimensions; text alone counts places."""
     model = build("qwen2_vl")
     iosvd.compress(model, TOKENS, **divided({}), ratio=0.5)
-    with pytest.raises(iosvd.IosvdError, match="k_cache=full"):
-        iosvd.prepare_for_generation(model, k_cache="latent")
+    logits = model(input_ids=TOKENS).logits
+    prepared = iosvd.prepare_for_generation(model, k_cache="latent")
+    torch.testing.assert_close(prepared(input_ids=TOKENS).logits, logits, atol=1e-4, rtol=0)
+    with pytest.raises(ModelError, match="k_cache=full"):
+        answered(prepared, "qwen2_vl")
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -19,11 +19,12 @@ from statistics import median
 import pandas
 import torch
 
-from benchmarks.inference.limits import Ceiling, measured_ceiling, step_needs, weight_bytes
+from benchmarks.inference.limits import DeviceLimits, measured_ceiling, step_needs
 from benchmarks.inference.report import write_report
-from benchmarks.inference.timing import Load, Timed, generation
+from benchmarks.inference.timing import Timed, Workload, generation
 from benchmarks.inference.variants import DENSE, SHAPES, VARIANTS, Source, copies_of, random_source
 from iosvd.errors import ConfigError, exit_in_one_line
+from iosvd.inference.memory import weight_bytes
 from iosvd.models.loading import Dtype
 from iosvd.runs.config import compose_run
 from iosvd.runs.measurement import compressed_again
@@ -42,7 +43,7 @@ OWN = {
 class Options:
     """What is measured, and how often."""
 
-    loads: Sequence[Load]
+    loads: Sequence[Workload]
     rounds: int
     compiled: bool
     device: torch.device
@@ -68,7 +69,7 @@ def _options(own: dict[str, str]) -> Options:
         batches, prompts, news = (
             [int(part) for part in own[name].split(",")] for name in ("batch", "prompt", "new")
         )
-        loads = [Load(*values) for values in itertools.product(batches, prompts, news)]
+        loads = [Workload(*values) for values in itertools.product(batches, prompts, news)]
         rounds = int(own["rounds"])
     except ValueError as error:
         raise ConfigError(f"batch, prompt, new and rounds are whole numbers: {error}") from None
@@ -100,9 +101,9 @@ def _source(given: dict[str, str], own: dict[str, str], options: Options) -> Sou
     return copies_of(run.model.name, f"{run.label} at {ratio:g}", compressed.model)
 
 
-def _rows(source: Source, options: Options, ceiling: Ceiling) -> list[dict[str, object]]:
+def _rows(source: Source, options: Options, ceiling: DeviceLimits) -> list[dict[str, object]]:
     """Visit all variants in every round; return the medians."""
-    found: dict[tuple[str, Load], list[Timed]] = {}
+    found: dict[tuple[str, Workload], list[Timed]] = {}
     needs, weights = {}, {}
     visits = [(r, name) for r in range(options.rounds) for name in VARIANTS]
     for _, name in track(visits, len(visits), "generation", "variant"):

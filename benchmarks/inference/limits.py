@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.inference.attention import GenerationAttention
+from iosvd.inference.memory import weight_bytes
 from iosvd.inference.structure import attentions
 from iosvd.layers.modules import LowRankLinear, StoredLinear
 
@@ -20,13 +21,13 @@ _SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Ceiling:
+class DeviceLimits:
     """Memory bandwidth and arithmetic rate, measured on the device."""
 
     bytes_per_second: float
     operations_per_second: float  # A multiplication and an addition are two.
 
-    def seconds(self, needs: Needed) -> float:
+    def seconds(self, needs: StepCost) -> float:
         """Return the least seconds that a call may take."""
         return max(
             needs.bytes / self.bytes_per_second, needs.operations / self.operations_per_second
@@ -34,14 +35,14 @@ class Ceiling:
 
 
 @dataclass(frozen=True)
-class Needed:
+class StepCost:
     """Bytes that a call must read and operations that it must do."""
 
     bytes: float
     operations: float
 
 
-def measured_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
+def measured_ceiling(device: torch.device, dtype: torch.dtype) -> DeviceLimits:
     """Measure a matrix-vector product that waits for memory, and a square product that does not."""
     width = 4096
     rows = _BYTES // width // torch.empty(0, dtype=dtype).element_size()
@@ -50,16 +51,10 @@ def measured_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
     reading = _BYTES / _fastest(lambda: matrix @ vector, device)
     square = torch.ones(_SIZE, _SIZE, device=device, dtype=dtype)
     computing = 2 * _SIZE**3 / _fastest(lambda: square @ square, device)
-    return Ceiling(reading, computing)
+    return DeviceLimits(reading, computing)
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's weights; what is shared counts once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def step_needs(model: nn.Module, batch: int, held: int) -> Needed:
+def step_needs(model: nn.Module, batch: int, held: int) -> StepCost:
     """Return what one decoding step of a batch needs, with `held` tokens of each row in the cache.
 
     Every weight is read once, except embeddings that no head shares; the cache is read once.
@@ -75,7 +70,7 @@ def step_needs(model: nn.Module, batch: int, held: int) -> Needed:
         cached += (keys + values) * embeddings.weight.element_size()
         per_token += held * operations
     read = weight_bytes(model) - apart + batch * held * cached
-    return Needed(read, batch * per_token)
+    return StepCost(read, batch * per_token)
 
 
 def _attention_needs(attention: nn.Module) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ import pandas
 import torch
 import transformers
 
-from benchmarks.inference.limits import Ceiling
+from benchmarks.inference.limits import DeviceLimits
 from benchmarks.inference.variants import Source
 from iosvd import figures
 from iosvd.system.files import made, write_text, written_whole
@@ -25,7 +25,7 @@ def write_report(
     source: Source,
     ratio: float,
     device: torch.device,
-    ceiling: Ceiling,
+    ceiling: DeviceLimits,
     overrides: Sequence[str],
 ) -> str:
     """Write table, numbers and figure; return the page."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from benchmarks.inference.limits import weight_bytes
 from iosvd.inference.cache import held_bytes
+from iosvd.inference.memory import weight_bytes
 from iosvd.system.machine import release_memory, resident_bytes
 from iosvd.system.timing import measured
 
@@ -22,7 +22,7 @@ _WARM = 2  # Steps that are not timed.
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """Batch size, prompt length and number of new tokens."""
 
     batch: int
@@ -49,7 +49,7 @@ class Timed:
 
 
 @torch.inference_mode()
-def generation(model: PreTrainedModel, load: Load, compiled: bool) -> Timed:
+def generation(model: PreTrainedModel, load: Workload, compiled: bool) -> Timed:
     """Prefill a static cache with random tokens and take one step after the other.
 
     Args:

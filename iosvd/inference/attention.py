@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from iosvd.inference.cache import open_
+from iosvd.inference.cache import allocate_static_layer_
 from iosvd.inference.factors import HeadFactor, folded_right
-from iosvd.inference.packed import Packed, PackedModule, second_product
+from iosvd.inference.packed import Packed, PackedModule, up_product
 from iosvd.inference.rotary import RotaryTable, rotate
 from iosvd.layers.modules import LowRankLinear
 
@@ -75,13 +75,13 @@ class GenerationAttention(PackedModule):
         self.latent_k, self.latent_v = table is not None, latent_v
         self._table, self._join = table, packed
         # Cast and moved with the module.
-        place = self.o_proj.weight.device
-        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=place), persistent=False)
+        like = torch.empty(0, dtype=dtype, device=self.o_proj.weight.device)
+        self.register_buffer("_like", like, persistent=False)
         self.pack_()
 
     def pack_(self) -> None:
         layers = [self.q_proj, self.k_proj, self.v_proj]
-        self._first = Packed(layers, join=self._join)
+        self._packed_down = Packed(layers, join=self._join)
         dtype = self._like.dtype
         if self.latent_k:
             assert isinstance(self.k_proj, LowRankLinear)
@@ -103,6 +103,15 @@ class GenerationAttention(PackedModule):
         return key, value
 
     @property
+    def derived(self) -> list[Tensor]:
+        """Tensors beside the weights that a step reads: copies of int8 factors, folded products."""
+        factors = [self._up_k.left] if self.latent_k else []
+        if self.latent_v:
+            factors.append(self._up_v.left)
+            factors += [] if self._folded is None else [self._folded.product]
+        return factors
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a cached entry."""
         return self._like.element_size()
@@ -115,30 +124,40 @@ class GenerationAttention(PackedModule):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        query, key, value = self._first(hidden_states)
-        query = self._heads(second_product(self.q_proj, query), "q_norm")
+        query, key, value = self._packed_down(hidden_states)
+        query = self._heads(up_product(self.q_proj, query), "q_norm")
         past: int | Tensor = 0
         if past_key_values is not None:
             past = past_key_values.get_seq_length(self.layer_idx)
-        first = not torch.compiler.is_compiling() and int(past) == 0  # Before the cache counts on.
+        visible = self._visible(past, query.shape[2])  # Before a static cache counts on.
         if self.latent_k:
             query = rotate(query, *self._angles(past, past_key_values, query))
             key = key.unsqueeze(1)
         else:
             cos, sin = (angle.unsqueeze(1) for angle in position_embeddings)
-            key = self._heads(second_product(self.k_proj, key), "k_norm")
+            key = self._heads(up_product(self.k_proj, key), "k_norm")
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if self.latent_v:
-            value = value.unsqueeze(1)
-        else:
-            value = self._heads(second_product(self.v_proj, value))
+        full_v = None if self.latent_v else self._heads(up_product(self.v_proj, value))
+        value = value.unsqueeze(1) if full_v is None else full_v
         if past_key_values is not None:
-            open_(past_key_values, self.layer_idx, key, value)
+            allocate_static_layer_(past_key_values, self.layer_idx, key, value)
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if visible is not None and key.shape[2] > visible:  # The rest is not yet written.
+            key, value = key[:, :, :visible], value[:, :, :visible]
+            mask = attention_mask
+            attention_mask = None if mask is None else mask[..., :visible]
         if query.shape[2] == 1 and (self.latent_k or self.latent_v):
             return self._step(query, key, value, attention_mask), None
-        attended = self._attend(query, key, value, attention_mask, first, kwargs)
+        attended = self._attend(query, key, value, attention_mask, kwargs)
         return self.o_proj(attended), None
+
+    @staticmethod
+    def _visible(past: int | Tensor, new: int) -> int | None:
+        """Return the tokens that a cache will hold; None where asking would stall a GPU."""
+        if torch.compiler.is_compiling():
+            return None
+        stalls = isinstance(past, Tensor) and past.device.type != "cpu" and new == 1
+        return None if stalls else int(past) + new
 
     def _heads(self, features: Tensor, norm: str = "") -> Tensor:
         """Return (batch, heads, tokens, D) from (batch, tokens, heads · D), normalised."""
@@ -150,7 +169,7 @@ class GenerationAttention(PackedModule):
     def _angles(
         self, past: int | Tensor, cache: Cache | None, query: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines (tokens, D) of the places of new tokens in the cache."""
+        """Return cosines and sines (tokens, D) of the new tokens' indices in the cache."""
         assert self._table is not None
         length = new = query.shape[2]
         if cache is not None:  # Of a static cache, all that it may hold.
@@ -158,8 +177,8 @@ class GenerationAttention(PackedModule):
         cos, sin = self._table.up_to(length, query)
         if isinstance(past, int):
             return cos[past : past + new], sin[past : past + new]
-        places = past + torch.arange(new, device=past.device)
-        return cos.index_select(0, places), sin.index_select(0, places)
+        indices = past + torch.arange(new, device=past.device)
+        return cos.index_select(0, indices), sin.index_select(0, indices)
 
     def _attend(
         self,
@@ -167,14 +186,9 @@ class GenerationAttention(PackedModule):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        first: bool,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """Attend as usual, with K and V rebuilt in full; `first`: nothing was cached before."""
-        new = query.shape[2]
-        if first and key.shape[2] > new:  # What a static cache holds beyond is not yet written.
-            key, value = key[:, :, :new], value[:, :, :new]
-            mask = None if mask is None else mask[..., :new]
+        """Attend as usual, with K and V rebuilt in full."""
         if self.latent_k:
             key = self._keys(key[:, 0], 0).transpose(0, 1)
         if self.latent_v:
@@ -200,7 +214,7 @@ class GenerationAttention(PackedModule):
         return factor.up(latents.reshape(-1, latents.shape[-1])).unflatten(1, latents.shape[:2])
 
     def _keys(self, latents: Tensor, first: int) -> Tensor:
-        """Return rotated keys (kv heads, batch, tokens, D) of latents from place `first` on."""
+        """Return rotated keys (kv heads, batch, tokens, D) of latents from index `first` on."""
         assert self._table is not None
         keys = self._rows(self._up_k, latents)
         if hasattr(self, "k_norm"):
@@ -211,8 +225,9 @@ class GenerationAttention(PackedModule):
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with one query (batch, heads, 1, D); return the output (batch, 1, d)."""
-        grouped = query.squeeze(2).unflatten(1, (self.kv_heads, -1))  # (B, kv heads, G, D)
-        scores = self._scores(grouped, key) * self.scaling
+        # Scaled first: in float16 unscaled scores overflow where sdpa's do not.
+        scaled = self.scaling * query.squeeze(2)
+        scores = self._scores(scaled.unflatten(1, (self.kv_heads, -1)), key)
         if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, -torch.inf)
         elif mask is not None:
@@ -222,7 +237,7 @@ class GenerationAttention(PackedModule):
             return self.o_proj(torch.matmul(weights, value).flatten(1).unsqueeze(1))
         latents = weights.flatten(1, 2).bmm(value[:, 0])  # (B, heads, k): all heads read Z_v once.
         if self._folded is not None:
-            return second_product(self.o_proj, self._folded(latents.flatten(1).unsqueeze(1)))
+            return up_product(self.o_proj, self._folded(latents.flatten(1).unsqueeze(1)))
         by_head = latents.unflatten(1, (self.kv_heads, -1)).transpose(0, 1)
         attended = self._up_v.up(by_head.flatten(1, 2)).unflatten(1, by_head.shape[1:3])
         return self.o_proj(attended.transpose(0, 1).flatten(1).unsqueeze(1))

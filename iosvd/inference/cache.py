@@ -8,21 +8,26 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
 
-def open_(cache: Cache, index: int, key: Tensor, value: Tensor) -> None:
-    """Let a static cache hold keys and values of different numbers of heads.
+def allocate_static_layer_(cache: Cache, index: int, key: Tensor, value: Tensor) -> None:
+    """Allocate a layer of a static cache for keys and values of these heads and widths.
 
-    transformers allocates its tensors at the first token, both for as many heads as keys have.
+    transformers allocates both for as many heads as keys have, at the first token, or, where a
+    prefill in chunks is compiled, for the heads of the model's configuration before it.
     """
     layer = cache.layers[index] if index < len(cache.layers) else None
-    if not isinstance(layer, StaticLayer) or layer.is_initialized:
+    if not isinstance(layer, StaticLayer):
         return
-    layer.lazy_initialization(key, value)
-    assert layer.values is not None
-    if value.shape[1] != layer.values.shape[1]:
-        batch, heads, _, width = value.shape
-        layer.values = value.new_zeros(batch, heads, layer.max_cache_len, width)
+    if not layer.is_initialized:
+        layer.lazy_initialization(key, value)
+    for name, states in (("keys", key), ("values", value)):
+        allocated: Tensor = getattr(layer, name)
+        batch, heads, _, width = states.shape
+        if allocated.shape[1] == heads and allocated.shape[3] == width:
+            continue
+        fresh = states.new_zeros(batch, heads, allocated.shape[2], width)
+        setattr(layer, name, fresh)
         if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(layer.values)
+            torch._dynamo.mark_static_address(fresh)
 
 
 def held_bytes(cache: Cache) -> int:

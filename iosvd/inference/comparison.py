@@ -1,6 +1,6 @@
 """Check by one call that a replacement computes what the original module did.
 
-No list of architectures: a cap, a gate or a scale that nobody knows of shows in the outputs.
+Comparing outputs needs no list of architectures: any cap, gate or scale shows in them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _TOKENS = 8  # Of the call that compares a module with what takes its place.
 _UNNAMED = 2048  # Tokens of a context, if the configuration names no length.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _HALF_TOLERANCE = 0.05  # In 16 bits.
-_LOUDER = 8.0
-_LOUD_TOLERANCE = 0.01  # Scores are 64 times as large, and so is their rounding.
+_INPUT_SCALE = 8.0
+_SCALED_TOLERANCE = 0.01  # Scores are 64 times as large, and so is their rounding.
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ def calls_of(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[s
     return calls
 
 
-def louder(module: nn.Module, call: Call) -> list[Call]:
-    """Repeat a call with larger inputs, which reveal a cap on scores; skipped in 16 bits."""
+def with_larger_inputs(module: nn.Module, call: Call) -> Call | None:
+    """Repeat a call with larger inputs, which reveal a cap on scores; None in 16 bits."""
     if call.output.dtype not in _TOLERANCE:
-        return []
-    hidden = _LOUDER * call.hidden
+        return None
+    hidden = _INPUT_SCALE * call.hidden
     with torch.no_grad():
         found = output_of(module(hidden, **call.options))
-        return [Call(hidden, call.options, found, _LOUD_TOLERANCE)]
+        return Call(hidden, call.options, found, _SCALED_TOLERANCE)
 
 
 def compare(module: nn.Module, name: str, kind: str, call: Call) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,20 @@ class HeadFactor:
         return features if self.bias is None else features + self.bias
 
 
-def folded_right(
-    output: nn.Linear, values: HeadFactor, group: int
-) -> Callable[[Tensor], Tensor] | None:
-    """Return o_proj's right factor times U_v, from latents of all heads (…, heads · k) to its own.
+@dataclass(frozen=True)
+class FoldedFactor:
+    """o_proj's right factor times U_v (k_o, heads · k), and its bias (k_o,)."""
+
+    product: Tensor
+    bias: Tensor | None
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Return o_proj's latents (…, k_o) from those of all heads (…, heads · k)."""
+        return linear(latents, self.product, self.bias)
+
+
+def folded_right(output: nn.Linear, values: HeadFactor, group: int) -> FoldedFactor | None:
+    """Return o_proj's right factor times U_v.
 
     None where the two apart have fewer entries, or o_proj has no right factor in the model's dtype.
     The product stands beside both: a step reads less, a model holds more.
@@ -55,4 +65,4 @@ def folded_right(
         bias = None
         if values.bias is not None:
             bias = torch.einsum("okgd,kd->o", right, values.bias[:, 0])
-    return lambda latents: linear(latents, product, bias)
+    return FoldedFactor(product, bias)

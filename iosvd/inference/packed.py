@@ -1,8 +1,7 @@
-"""Several layers with one input: their first products as one (METHODS 8).
+"""Several layers with one input: their down products as one (METHODS 8).
 
-Two small products per layer, one after the other, are slower at batch 1 than one dense product:
-a call costs as much as the bytes that it reads. The right factors of q, k and v, and of gate and
-up, lie under each other in one matrix instead.
+At batch 1 a product takes as long as reading its matrix, and small ones longer: each call has a
+cost of its own. The right factors of q, k and v, and of gate and up, are stacked in one matrix.
 """
 
 from __future__ import annotations
@@ -14,20 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from iosvd.errors import ModelError
 from iosvd.layers.modules import CompressedLinear, LowRankLinear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def first_product(layer: nn.Linear, x: Tensor) -> Tensor:
+def down_product(layer: nn.Linear, x: Tensor) -> Tensor:
     """Return the latent (…, k) of a layer of two factors, the output (…, out) of any other."""
     result: Tensor = layer.down(x) if isinstance(layer, LowRankLinear) else layer(x)
     return result
 
 
-def second_product(layer: nn.Linear, first: Tensor) -> Tensor:
-    """Return the layer's output (…, out) from the result of `first_product`."""
+def up_product(layer: nn.Linear, first: Tensor) -> Tensor:
+    """Return the layer's output (…, out) from the result of `down_product`."""
     return layer.up(first) if isinstance(layer, LowRankLinear) else first
 
 
@@ -39,37 +39,57 @@ def can_be_packed(layer: nn.Linear) -> bool:
 
 
 class Packed:
-    """The first products of layers with the same input, as one product where they allow it.
+    """The down products of layers with the same input, as one product where they allow it.
 
-    The weights of these layers become views of the packed matrix: nothing is kept twice, and the
-    layers and their checkpoint stay what they are. Without a gradient.
+    The weights of these layers become views of the packed matrix: nothing is stored twice, and the
+    layers and their checkpoint stay what they are. For inference only.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], *, join: bool) -> None:
         self._layers = list(layers)
-        self._joined = [layer for layer in self._layers if join and can_be_packed(layer)]
-        if len(self._joined) < 2:
-            self._joined = []
+        joined = [layer for layer in self._layers if join and can_be_packed(layer)]
+        joined = joined if len(joined) > 1 else []
+        self._joins = [layer in joined for layer in self._layers]
+        self._sizes = [len(layer.weight) for layer in joined]
+        if not joined:
             return
         with torch.no_grad():
-            self._weight = torch.cat([layer.weight.detach() for layer in self._joined])
-        self._sizes = [len(layer.weight) for layer in self._joined]
-        for layer, view in zip(self._joined, self._weight.split(self._sizes), strict=True):
+            self._weight = torch.cat([layer.weight.detach() for layer in joined])
+        for layer, view in zip(joined, self._weight.split(self._sizes), strict=True):
             layer.weight.data = view
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """Return what `first_product` returns for every layer."""
-        if not self._joined:
-            return [first_product(layer, x) for layer in self._layers]
-        parts = iter(linear(x, self._weight).split(self._sizes, dim=-1))
-        return [self._one(layer, x, parts) for layer in self._layers]
+        """Return the result of `down_product` for every layer.
 
-    def _one(self, layer: nn.Linear, x: Tensor, parts: Any) -> Tensor:
-        if layer not in self._joined:
-            return first_product(layer, x)
-        part: Tensor = next(parts)
-        has_bias = not isinstance(layer, CompressedLinear) and layer.bias is not None
-        return part + layer.bias if has_bias else part
+        Raises:
+            ModelError: a gradient is asked for, which the packed matrix does not pass on.
+        """
+        if torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in self._layers):
+            raise ModelError(
+                "a model that was prepared for generation cannot be trained; load it again"
+            )
+        parts = iter(linear(x, self._weight).split(self._sizes, dim=-1) if self._sizes else ())
+        return [
+            _with_bias(layer, next(parts)) if joins else down_product(layer, x)
+            for layer, joins in zip(self._layers, self._joins, strict=True)
+        ]
+
+
+def unpack_(module: nn.Module) -> None:
+    """Give every linear layer in a module a weight of its own again."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.data.clone()
+
+
+def _with_bias(layer: nn.Linear, product: Tensor) -> Tensor:
+    """Add the bias of a dense layer; one of two factors adds it with its left one."""
+    dense = not isinstance(layer, CompressedLinear)
+    return product + layer.bias if dense and layer.bias is not None else product
+
+
+def _repack(module: PackedModule, _: object) -> None:
+    module.pack_()
 
 
 class PackedModule(nn.Module):
@@ -77,7 +97,7 @@ class PackedModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_post_hook(lambda module, _: module.pack_())
+        self.register_load_state_dict_post_hook(_repack)
 
     def pack_(self) -> None:
         """Pack the weights anew."""
@@ -108,11 +128,11 @@ class PackedMLP(PackedModule):
         self.pack_()
 
     def pack_(self) -> None:
-        self._first = Packed([self.gate_proj, self.up_proj], join=True)
+        self._packed_down = Packed([self.gate_proj, self.up_proj], join=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self._first(x)
-        gate = second_product(self.gate_proj, gate)
-        up = second_product(self.up_proj, up)
+        gate, up = self._packed_down(x)
+        gate = up_product(self.gate_proj, gate)
+        up = up_product(self.up_proj, up)
         result: Tensor = self.down_proj(self.act_fn(gate) * up)  # type: ignore[operator]
         return result

@@ -7,30 +7,39 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from iosvd.errors import ModelError
+from iosvd.errors import ConfigError, ModelError
 from iosvd.inference.attention import GenerationAttention
-from iosvd.inference.comparison import calls_of, compare, context_of, embeddings_of, louder
-from iosvd.inference.packed import PackedMLP
+from iosvd.inference.comparison import (
+    calls_of,
+    compare,
+    context_of,
+    embeddings_of,
+    with_larger_inputs,
+)
+from iosvd.inference.packed import PackedMLP, unpack_
+from iosvd.inference.positions import CallCheck
 from iosvd.inference.rotary import RotaryTable
 from iosvd.inference.structure import (
     attentions,
     can_be_latent,
     gated_mlps,
-    reason_against,
     rotary_table,
+    unsupported_reason,
 )
 from iosvd.layers.replacement import compressed_layers
-from iosvd.models.forward import unless_refused
+from iosvd.models.forward import evaluation, unless_refused
+from iosvd.models.sites import decoder_of
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+Builder = Callable[[nn.Module], nn.Module]
 
 
 class Cached(Enum):
@@ -71,40 +80,53 @@ def prepare_for_generation(
         The model.
 
     Raises:
+        ConfigError: v_cache or k_cache is something else.
         ModelError: nothing is compressed, or attention is of another kind; the model is as before.
     """
-    options = Inference(packed, Cached(v_cache), Cached(k_cache))
+    options = Inference(packed, _cached("v_cache", v_cache), _cached("k_cache", k_cache))
     if not compressed_layers(model):
         raise ModelError("the model is dense; compress it first, or load a compressed checkpoint")
-    found = attentions(model)
-    _check_structure(model, found, options)
+    modules = attentions(model)
+    _check_structure(model, modules, options)
     table = rotary_table(model) if options.k_cache is Cached.latent else None
-    mlps = gated_mlps(model) if options.packed else {}
+    dtype = embeddings_of(model).dtype
+    new_attention = partial(_attention, options=options, table=table, dtype=dtype)
+    builders: dict[str, Builder] = dict.fromkeys(modules, new_attention)
+    if options.packed:
+        builders |= dict.fromkeys(gated_mlps(model), PackedMLP)
+    with evaluation(model):
+        _replace_(model, builders)
     model.requires_grad_(False).eval()
-    built = partial(_attention, options=options, table=table, dtype=embeddings_of(model).dtype)
-    _replace_(model, {**found, **mlps}, lambda m: PackedMLP(m) if m in mlps.values() else built(m))
-    if table is not None:
-        model.register_forward_pre_hook(_check_positions, with_kwargs=True)
+    decoder = decoder_of(model)
+    check = CallCheck.of(decoder, latent_k=table is not None)
+    decoder.register_forward_pre_hook(check, with_kwargs=True)
     _report(model)
     return model
 
 
-def _replace_(
-    model: PreTrainedModel,
-    modules: Mapping[str, nn.Module],
-    build: Callable[[nn.Module], nn.Module],
-) -> None:
+def _cached(option: str, value: Cached | str) -> Cached:
+    try:
+        return Cached(value)
+    except ValueError:
+        raise ConfigError(f"{option}={value} is neither full nor latent") from None
+
+
+def _replace_(model: PreTrainedModel, builders: Mapping[str, Builder]) -> None:
     """Put what is built in place of each module; if one computes something else, put all back."""
+    modules = {name: model.get_submodule(name) for name in builders}
     calls = calls_of(model, modules)
     try:
-        for name, module in modules.items():
-            new = build(module)
+        for name, call in calls.items():
+            new = builders[name](modules[name]).eval()
             model.set_submodule(name, new)
-            for call in (calls[name], *louder(module, calls[name])):
-                compare(new, name, type(module).__name__, call)
-    except ModelError:
+            kind = type(modules[name]).__name__
+            compare(new, name, kind, call)
+            if (larger := with_larger_inputs(modules[name], call)) is not None:
+                compare(new, name, kind, larger)
+    except BaseException:
         for name, module in modules.items():
             model.set_submodule(name, module)
+            unpack_(module)
         raise
 
 
@@ -130,7 +152,7 @@ def _check_structure(
     for name, attention in found.items():
         if isinstance(attention, GenerationAttention):
             raise ModelError("the model is prepared for generation already; load it again")
-        if reason := reason_against(attention):
+        if reason := unsupported_reason(attention):
             raise ModelError(f"{name} ({type(attention).__name__}) {reason}; it cannot be prepared")
     implementation = model.config._attn_implementation
     if implementation not in ("eager", "sdpa"):
@@ -164,34 +186,6 @@ def _slides(model: PreTrainedModel) -> bool:
     if kinds is not None:
         return any(kind != "full_attention" for kind in kinds)
     return getattr(config, "sliding_window", None) is not None
-
-
-def _check_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise ModelError for positions that do not advance as places in a cache do."""
-    positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
-    if positions is None or positions.shape[-1] < 2 or torch.compiler.is_compiling():
-        return
-    past = 0 if cache is None else int(cache.get_seq_length())
-    steps = positions.diff(dim=-1) == 1
-    visible = _visible(kwargs.get("attention_mask"), past, positions.shape[-1] - 1)
-    if visible is not None:
-        steps = steps | ~visible
-    if not bool(steps.all()):
-        raise ModelError(
-            "positions of a prompt do not advance by one, so that latent keys cannot be rotated by"
-            " their place; pad on the left (padding_side='left'), or use k_cache=full"
-        )
-
-
-def _visible(mask: Any, past: int, count: int) -> Tensor | None:
-    """Return which of `count` new tokens (batch, count) the last one of a prompt sees."""
-    if isinstance(mask, dict):  # By kind of layer.
-        mask = mask.get("full_attention")
-    if mask is None:
-        return None
-    if mask.dim() == 4:  # (batch, 1, queries, keys), true or 0 where a key is seen.
-        mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
-    return mask[:, past : past + count].bool()  # type: ignore[no-any-return]
 
 
 def _report(model: nn.Module) -> None:

@@ -55,5 +55,8 @@ class RotaryTable:
             longer = max(_FIRST_LENGTH, 1 << (length - 1).bit_length())
             positions = torch.arange(longer, device=like.device)[None]
             cos, sin = self._embeddings(like[:1], positions)
-            table = self._tables[like.device, like.dtype] = (cos[0], sin[0])
+            table = self._tables[like.device, like.dtype] = (
+                cos[0].to(like.device),
+                sin[0].to(like.device),
+            )
         return table

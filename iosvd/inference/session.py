@@ -10,7 +10,7 @@ import torch
 
 from iosvd.errors import ModelError
 from iosvd.inference.cache import held_bytes
-from iosvd.inference.memory import cache_bytes_per_token, check_fits
+from iosvd.inference.memory import cache_bytes_per_token, check_fits, weight_bytes
 from iosvd.system.machine import GIB
 from iosvd.system.timing import measured
 
@@ -75,7 +75,7 @@ def answer(
     torch.manual_seed(sampling.seed)
     chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
-        chosen["temperature"] = sampling.temperature
+        chosen |= {"temperature": sampling.temperature, "top_k": 0}
     with measured() as took:
         sequences = model.generate(  # type: ignore[operator]
             input_ids=tokens,
@@ -86,7 +86,6 @@ def answer(
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else None,
             **chosen,
         )
-    weights = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return Answer(
         text=str(tokenizer.decode(sequences[0, tokens.shape[1] :], skip_special_tokens=True)),
         prompt_tokens=tokens.shape[1],
@@ -94,7 +93,7 @@ def answer(
         prefill_seconds=clock.first,
         decode_seconds=clock.rest,
         cache_bytes=held_bytes(cache),
-        weight_bytes=sum(t.numel() * t.element_size() for t in weights.values()),
+        weight_bytes=weight_bytes(model),
         peak_bytes=took().peak_bytes,
     )
 

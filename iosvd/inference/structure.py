@@ -11,6 +11,7 @@ from torch import nn
 
 from iosvd.inference.rotary import RotaryTable
 from iosvd.layers.modules import LowRankLinear
+from iosvd.models.sites import decoder_of
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ATTRIBUTES = ("config", "layer_idx", "head_dim", "scaling")
@@ -20,21 +21,23 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules with q, k, v and o projections by name, in the order of the model."""
-    return {n: m for n, m in model.named_modules() if _has_layers(m, _PROJECTIONS)}
+    """Return the language model's modules with q, k, v and o projections, by name and in order."""
+    inside = set(decoder_of(model).modules())
+    named = model.named_modules()
+    return {n: m for n, m in named if m in inside and _has_layers(m, _PROJECTIONS)}
 
 
 def gated_mlps(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that consist of gate, up and down projections and an activation."""
-    found = {}
+    """Return the language model's modules of gate, up and down projections and an activation."""
+    inside, mlps = set(decoder_of(model).modules()), {}
     for name, module in model.named_modules():
         layers = {n for n, child in module.named_children() if isinstance(child, nn.Linear)}
-        if layers == set(_MLP) and hasattr(module, "act_fn"):
-            found[name] = module
-    return found
+        if module in inside and layers == set(_MLP) and hasattr(module, "act_fn"):
+            mlps[name] = module
+    return mlps
 
 
-def reason_against(attention: nn.Module) -> str | None:
+def unsupported_reason(attention: nn.Module) -> str | None:
     """Return why an attention module cannot be replaced; None if its structure allows it."""
     if missing := [name for name in _ATTRIBUTES if not hasattr(attention, name)]:
         return f"has no {missing[0]}"
@@ -61,12 +64,12 @@ def reason_against(attention: nn.Module) -> str | None:
 
 def rotary_table(model: nn.Module) -> RotaryTable | None:
     """Return the table of a model's rotary embeddings; None if there are none, or several kinds."""
-    found = [
+    embeddings = [
         module
-        for module in model.modules()
+        for module in decoder_of(model).modules()
         if "inv_freq" in dict(module.named_buffers(recurse=False))
     ]
-    return RotaryTable(found[0]) if len(found) == 1 else None
+    return RotaryTable(embeddings[0]) if len(embeddings) == 1 else None
 
 
 def can_be_latent(layer: nn.Module) -> bool:

@@ -68,7 +68,7 @@ def find_linears(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Lin
     """
     to_linear_form_(model)
     # A vision tower may name its blocks as a decoder does.
-    place = _decoder(model) if selection.include == list(BLOCKS) else model
+    place = decoder_of(model) if selection.include == list(BLOCKS) else model
     inside = set(place.modules())
     types = tuple(_module_type(path) for path in selection.module_types)
     linears = {
@@ -144,11 +144,11 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 
     Blocks may be of several classes.
     """
-    lists = [module for module in _decoder(model).modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=_weights_in, default=()))
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def decoder_of(model: nn.Module) -> nn.Module:
     """Return the language model of a vision-language model, else the body of a model or itself."""
     found = getattr(model, "get_decoder", lambda: model)()
     return found if isinstance(found, nn.Module) else model
@@ -169,7 +169,7 @@ def names_within(start: str, names: Iterable[str]) -> dict[str, str]:
     return {name.removeprefix(start): name for name in names if name.startswith(start)}
 
 
-def is_cached(site: str) -> bool:
+def is_key_or_value(site: str) -> bool:
     """Whether a generation caches what a site computes, or its latent: keys and values."""
     return site.rpartition(".")[2] in ("k_proj", "v_proj")
 

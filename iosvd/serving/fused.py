@@ -67,7 +67,7 @@ class Fused:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def place_of(shard: str | int | None) -> int:
+def shard_index(shard: str | int | None) -> int:
     """Return which part a server means by its name of a shard: q, k, v, or a number."""
     if isinstance(shard, str):
         return "qkv".index(shard)

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from iosvd.errors import CheckpointError
 from iosvd.layers.description import METHOD
-from iosvd.serving.fused import Fused, Part, place_of
+from iosvd.serving.fused import Fused, Part, shard_index
 from iosvd.serving.vllm_plugin import checked_ranks, ranks_of
 
 
@@ -93,7 +93,7 @@ def _register(
     """Give a layer a parameter that a server fills part by part."""
 
     def load(parameter: nn.Parameter, loaded: Tensor, shard: str | int | None = None) -> None:
-        view(parameter.data, place_of(shard)).copy_(loaded)
+        view(parameter.data, shard_index(shard)).copy_(loaded)
 
     parameter = nn.Parameter(values, requires_grad=False)
     parameter.weight_loader = load  # type: ignore[attr-defined]
