@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,9 +56,9 @@ def generate(overrides: list[str]) -> None:
     models, tokenizer = _models(run, options)
     for prompt in options.prompts:
         for name, model in models.items():
-            found = answer(model, tokenizer, prompt, options.new, options.sampling)
+            result = answer(model(), tokenizer, prompt, options.new, options.sampling)
             title = f"── {name} " if len(models) > 1 else ""
-            print(f"{title}\n{found.text}\n\n[{found}]\n", flush=True)
+            print(f"{title}\n{result.text}\n\n[{result}]\n", flush=True)
 
 
 def _options(overrides: list[str]) -> tuple[Options, list[str]]:
@@ -84,8 +85,11 @@ def _options(overrides: list[str]) -> tuple[Options, list[str]]:
 
 def _models(
     run: Run, options: Options
-) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]:
-    """Return the models that answer, by name, and their tokenizer."""
+) -> tuple[dict[str, Callable[[], PreTrainedModel]], PreTrainedTokenizerBase]:
+    """Return the models that answer, by name, and their tokenizer.
+
+    The dense one is loaded when it answers first, after the compressed one was measured.
+    """
     folder, compare = folder_of(run.model), options.compare
     if is_compressed(folder):
         model, tokenizer = loaded(run), load_tokenizer(run.model)
@@ -95,7 +99,7 @@ def _models(
         model, name = compressed.model, f"{run.label} at {compressed.plan.ratio_achieved:.3f}"
     how = options.inference
     prepare_for_generation(model, how.v_cache, how.k_cache, how.packed)
-    models = {name: model}
+    models: dict[str, Callable[[], PreTrainedModel]] = {name: lambda: model}
     if compare == "false":
         return models, tokenizer
     if compare == "true" and is_compressed(folder):
@@ -104,7 +108,7 @@ def _models(
         )
     dense = run.model if compare == "true" else dataclasses.replace(run.model, path=compare)
     device = device_for(run.runtime.resources.device)
-    return {**models, "dense": load_model(dense, device)}, tokenizer
+    return {**models, "dense": cache(lambda: load_model(dense, device))}, tokenizer
 
 
 if __name__ == "__main__":

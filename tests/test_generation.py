@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 import iosvd
 from benchmarks.inference import __main__ as bench
 from benchmarks.inference import report
-from benchmarks.inference.limits import DeviceLimits, StepCost, step_needs
+from benchmarks.inference.limits import DeviceLimits, StepCost, call_cost
 from benchmarks.inference.variants import VARIANTS, int8_, random_source
 from experiments import generate as command
 from experiments.small_models import small_model
@@ -22,6 +22,7 @@ from iosvd.errors import ConfigError, ModelError
 from iosvd.inference.memory import cache_bytes_per_token, weight_bytes
 from iosvd.inference.session import Sampling, answer
 from iosvd.layers.checkpoint import mark_compressed_, save
+from iosvd.layers.replacement import compressed_layers
 from iosvd.models.loading import ASSETS, Model, load_model, load_tokenizer
 
 TINY = Model("tiny", path=str(ASSETS / "tiny"), embedded=True, seq_len=256)
@@ -123,7 +124,7 @@ def test_generation_is_measured_at_a_tiny_size(
     frame = pandas.read_csv(written).set_index(["batch", "model"])
     assert set(frame.index.get_level_values("model")) == set(VARIANTS)
     assert (frame.loc[(slice(None), "dense"), "decode / dense"] == 1).all()
-    assert (frame["decode tok/s"] > 0).all() and (frame["share of limit"] > 0).all()
+    assert (frame.loc[(slice(None), "low rank"), "weights MiB"] < frame["weights MiB"].max()).all()
     cache = frame["cache MiB"]
     length = 8 + 2 + 4  # With the steps before the clock counts.
     assert cache[1, "dense"] * 2**20 == 2 * 2 * 2 * 16 * length * 4
@@ -135,11 +136,21 @@ def test_generation_is_measured_at_a_tiny_size(
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("batch=0", "at least 1"), ("new=x", "whole numbers"), ("shape=huge", "not one of llama2_7b")],
+    [
+        ("batch=0", "at least 1"),
+        ("new=x", "whole numbers"),
+        ("ratio=0.6,0.4", "ratio a number"),
+        ("ratio=7", "outside"),
+        ("shape=huge", "not one of llama2_7b"),
+        ("compiled=yes", "neither true nor false"),
+        ("dtype=int8", "dtype=int8 is not one of float16"),
+        ("batchs=64", "a shape has no option batchs"),
+        ("batch=1000000000", r"small and its cache take .* GiB are free on cpu"),
+    ],
 )
 def test_wrong_measurements_are_one_line(option: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        bench.benchmark([option])
+    with pytest.raises(iosvd.IosvdError, match=message):
+        bench.benchmark(["shape=small", "device=cpu", option])
 
 
 def test_a_limit_is_bytes_or_operations() -> None:
@@ -148,20 +159,24 @@ def test_a_limit_is_bytes_or_operations() -> None:
 
 
 @pytest.mark.parametrize("caches", [(), ("latent",), ("latent", "latent")])
-def test_a_step_needs_its_weights_and_its_cache(caches: tuple[str, ...]) -> None:
+def test_a_call_cost_its_weights_and_its_cache(caches: tuple[str, ...]) -> None:
     model = low_rank_(small_model("llama", tie_word_embeddings=False))
     embeddings = model.get_input_embeddings().weight  # type: ignore[union-attr]
     prepared = iosvd.prepare_for_generation(model, *caches)
-    needed = step_needs(prepared, batch=3, held=20)
+    needed = call_cost(prepared, batch=3, new=1, cached=20)
     cached = cache_bytes_per_token(prepared)
     apart = embeddings.numel() * 4  # type: ignore[operator]
     assert needed.bytes == weight_bytes(prepared) - apart + 60 * cached
     # Twice the entries of all products for each of three tokens, and attention beside.
     weights = sum(p.numel() for p in prepared.parameters() if p.dim() > 1) - apart // 4
     attention = needed.operations - 3 * 2 * weights
-    assert attention > 0
-    if not caches:
-        assert attention == 3 * 20 * 4 * 4 * 64  # Four layers of width 64.
+    heads, width = 4, 64
+    ranks = [layer.rank for n, layer in compressed_layers(prepared).items() if n.endswith("v_proj")]
+    keys = [layer.rank for n, layer in compressed_layers(prepared).items() if n.endswith("k_proj")]
+    per_token = 4 * 2 * width  # Scores of four layers.
+    per_token += sum(2 * heads * rank for rank in ranks) if caches else 4 * 2 * width
+    per_token += sum(2 * rank * 2 * 16 for rank in keys) if len(caches) == 2 else 0
+    assert attention == 3 * 20 * per_token
 
 
 def test_int8_rows_are_the_same_model_rounded() -> None:

@@ -54,6 +54,8 @@ def test_what_is_not_served_is_refused(other: str) -> None:
     with pytest.raises(CheckpointError, match=f"has {other} beside factors.*export_dense"):
         checked_ranks({"quant_method": METHOD, "ranks": {"a": 1}, other: {"a": {}}})
     assert checked_ranks({"quant_method": METHOD, "ranks": {"a": 1}}) == {"a": 1}
+    with pytest.raises(CheckpointError, match="is an expert"):
+        checked_ranks({"quant_method": METHOD, "ranks": {"layers.0.mlp.experts.3.up_proj": 1}})
 
 
 def test_the_entry_point_is_the_plugin() -> None:

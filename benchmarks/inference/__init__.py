@@ -1,1 +1,1 @@
-"""How fast compressed models generate, and what they hold: make bench-inference."""
+"""Measure speed and memory of generation: make bench-inference."""

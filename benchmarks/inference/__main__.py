@@ -5,7 +5,8 @@
 
 `shape` is one of benchmarks/inference/variants.py, with random weights; `model` is what a run
 takes, and is compressed as that run does it. batch, prompt and new may be lists. Every variant is
-visited once in each of `rounds`; threads, dtype (of a shape) and compiled=true are what they say.
+visited once in each of `rounds`. threads: of the CPU; dtype: of a shape; compiled=true compiles the
+step. Stops before it starts if the largest variant and its cache do not fit.
 Writes results/tables/inference-<model>-<ratio>-<device>.md and .csv, and a figure.
 """
 
@@ -19,10 +20,19 @@ from statistics import median
 import pandas
 import torch
 
-from benchmarks.inference.limits import DeviceLimits, measured_ceiling, step_needs
+from benchmarks.inference.limits import DeviceLimits, StepCost, call_cost, measured_limits
 from benchmarks.inference.report import write_report
 from benchmarks.inference.timing import Timed, Workload, generation
-from benchmarks.inference.variants import DENSE, SHAPES, VARIANTS, Source, copies_of, random_source
+from benchmarks.inference.variants import (
+    DENSE,
+    SHAPES,
+    VARIANTS,
+    Source,
+    copies_of,
+    dense_bytes,
+    random_source,
+)
+from iosvd.budget import check_ratio
 from iosvd.errors import ConfigError, exit_in_one_line
 from iosvd.inference.memory import weight_bytes
 from iosvd.models.loading import Dtype
@@ -30,12 +40,12 @@ from iosvd.runs.config import compose_run
 from iosvd.runs.measurement import compressed_again
 from iosvd.runs.steps import device_for
 from iosvd.system.commands import arguments
-from iosvd.system.machine import release_memory
+from iosvd.system.machine import GIB, free_bytes, release_memory
 from iosvd.system.progress import track
 
 OWN = {
     **{"batch": "1,16", "prompt": "128,1024", "new": "32", "rounds": "3", "threads": "0"},
-    **{"dtype": "", "device": "auto", "compiled": "false", "shape": ""},
+    **{"dtype": "", "device": "auto", "compiled": "false", "shape": "", "ratio": "0.8"},
 }
 
 
@@ -45,8 +55,10 @@ class Options:
 
     loads: Sequence[Workload]
     rounds: int
+    threads: int
     compiled: bool
     device: torch.device
+    ratio: float
 
 
 def benchmark(overrides: Sequence[str]) -> str:
@@ -54,14 +66,11 @@ def benchmark(overrides: Sequence[str]) -> str:
     given = dict(line.partition("=")[::2] for line in overrides)
     own = {name: given.pop(name, default) for name, default in OWN.items()}
     options = _options(own)
-    if int(own["threads"]):
-        torch.set_num_threads(int(own["threads"]))
+    if options.threads:
+        torch.set_num_threads(options.threads)
     source = _source(given, own, options)
-    dtype = next(source.build().parameters()).dtype
-    ceiling = measured_ceiling(options.device, dtype)
-    frame = pandas.DataFrame(_rows(source, options, ceiling))
-    ratio = float(given.get("ratio", "0.8"))
-    return write_report(frame, source, ratio, options.device, ceiling, list(overrides))
+    frame, limits = _measured(source, options)
+    return write_report(frame, source, options.device, limits, list(overrides))
 
 
 def _options(own: dict[str, str]) -> Options:
@@ -69,82 +78,112 @@ def _options(own: dict[str, str]) -> Options:
         batches, prompts, news = (
             [int(part) for part in own[name].split(",")] for name in ("batch", "prompt", "new")
         )
-        loads = [Workload(*values) for values in itertools.product(batches, prompts, news)]
-        rounds = int(own["rounds"])
+        rounds, threads, ratio = int(own["rounds"]), int(own["threads"]), float(own["ratio"])
     except ValueError as error:
-        raise ConfigError(f"batch, prompt, new and rounds are whole numbers: {error}") from None
-    if min(rounds, *batches, *prompts, *news) < 1:
-        raise ConfigError("batch, prompt, new and rounds are at least 1")
+        raise ConfigError(
+            f"batch, prompt, new, rounds and threads are whole numbers, ratio a number: {error}"
+        ) from None
+    if min(rounds, *batches, *prompts, *news) < 1 or threads < 0:
+        raise ConfigError("batch, prompt, new and rounds are at least 1, threads at least 0")
+    check_ratio(ratio)
+    if own["compiled"] not in ("true", "false"):
+        raise ConfigError(f"compiled={own['compiled']} is neither true nor false")
+    loads = [Workload(*values) for values in itertools.product(batches, prompts, news)]
     device = torch.device(device_for(own["device"]))
-    return Options(loads, rounds, own["compiled"] == "true", device)
+    return Options(loads, rounds, threads, own["compiled"] == "true", device, ratio)
 
 
 def _source(given: dict[str, str], own: dict[str, str], options: Options) -> Source:
-    ratio = float(given.get("ratio", "0.8"))
+    longest = max(load.length for load in options.loads)
     if shape := own["shape"]:
         if shape not in SHAPES:
             raise ConfigError(f"shape={shape} is not one of {', '.join(SHAPES)}")
-        default = "float16" if options.device.type == "cuda" else "float32"
-        longest = max(load.length for load in options.loads)
-        dtype = Dtype(own["dtype"] or default).torch
-        return random_source(shape, ratio, longest, options.device, dtype)
-    overrides = [f"{key}={value}" for key, value in given.items()]
-    run = compose_run([*overrides, f"runtime.device={options.device}"])
-    compressed, _ = compressed_again(run)
-    context = compressed.model.config.max_position_embeddings
-    for load in options.loads:
-        if load.length > context:
+        if given:
             raise ConfigError(
-                f"prompt={load.prompt} and new={load.new} are longer than the context of"
-                f" {run.model.name}, {context} tokens; take fewer"
+                f"a shape has no option {next(iter(given))}; options: {', '.join(OWN)}"
             )
-    return copies_of(run.model.name, f"{run.label} at {ratio:g}", compressed.model)
+        default = "float16" if options.device.type == "cuda" else "float32"
+        dtype = own["dtype"] or default
+        if dtype not in [known.value for known in Dtype]:
+            raise ConfigError(f"dtype={dtype} is not one of {', '.join(d.value for d in Dtype)}")
+        _check_shape_fits(shape, options, Dtype(dtype).torch)
+        return random_source(shape, options.ratio, longest, options.device, Dtype(dtype).torch)
+    overrides = [f"{key}={value}" for key, value in given.items()]
+    overrides += [f"ratio={options.ratio:g}", f"runtime.device={options.device}"]
+    run = compose_run(overrides)
+    compressed, _ = compressed_again(run)
+    config = compressed.model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", longest)
+    if longest > context:
+        raise ConfigError(
+            f"prompt and new take {longest} tokens (with the warm-up), but the context of"
+            f" {run.model.name} is {context}; take fewer"
+        )
+    ratio = round(compressed.plan.ratio_achieved, 4)
+    return copies_of(run.model.name, f"`{run.label}` at {ratio:g}", ratio, compressed.model)
 
 
-def _rows(source: Source, options: Options, ceiling: DeviceLimits) -> list[dict[str, object]]:
-    """Visit all variants in every round; return the medians."""
-    found: dict[tuple[str, Workload], list[Timed]] = {}
-    needs, weights = {}, {}
-    visits = [(r, name) for r in range(options.rounds) for name in VARIANTS]
-    for _, name in track(visits, len(visits), "generation", "variant"):
+def _check_shape_fits(shape: str, options: Options, dtype: torch.dtype) -> None:
+    """Raise ConfigError if the dense model and its largest cache do not fit."""
+    weights, per_token = dense_bytes(shape, dtype)
+    needed = weights + max(load.batch * load.length for load in options.loads) * per_token
+    if needed > (free := free_bytes(options.device)):
+        raise ConfigError(
+            f"{shape} and its cache take {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
+            f" on {options.device}; take a smaller batch, prompt or shape"
+        )
+
+
+def _measured(source: Source, options: Options) -> tuple[pandas.DataFrame, DeviceLimits]:
+    """Visit all variants in every round, there and back; return the medians, and the limits."""
+    runs: dict[tuple[str, Workload], list[Timed]] = {}
+    costs: dict[tuple[str, Workload], tuple[StepCost, StepCost]] = {}
+    weights, limits = {}, None
+    visits = [n for r in range(options.rounds) for n in list(VARIANTS)[:: -1 if r % 2 else 1]]
+    for name in track(visits, len(visits), "generation", "variant"):
         model = source.variant(name)
+        if limits is None:
+            limits = measured_limits(options.device, next(model.parameters()).dtype)
         weights[name] = weight_bytes(model)
         for load in options.loads:
-            held = load.prompt + load.new // 2
-            needs[name, load] = step_needs(model, load.batch, held)
-            timed = generation(model, load, options.compiled)
-            found.setdefault((name, load), []).append(timed)
+            prefill = call_cost(model, load.batch, load.prompt, load.prompt // 2)
+            step = call_cost(model, load.batch, 1, load.prompt + load.new // 2)
+            costs[name, load] = (prefill, step)
+            runs.setdefault((name, load), []).append(generation(model, load, options.compiled))
         del model
         release_memory()
-    rows = []
-    for load, name in itertools.product(options.loads, VARIANTS):
-        mine, dense = found[name, load], found[DENSE, load]
-        step, prefill = _step(mine), median(t.prefill for t in mine)
-        peak, dense_peak = (min(t.peak_bytes for t in each) for each in (mine, dense))
-        limit = ceiling.seconds(needs[name, load])
-        rows.append(
-            {
-                "batch": load.batch,
-                "prompt": load.prompt,
-                "new": load.new,
-                "model": name,
-                "prefill tok/s": load.batch * load.prompt / prefill,
-                "prefill / dense": median(t.prefill for t in dense) / prefill,
-                "decode tok/s": load.batch / step,
-                "decode / dense": _step(dense) / step,
-                "limit tok/s": load.batch / limit,
-                "share of limit": limit / step,
-                "weights MiB": weights[name] / 2**20,
-                "cache MiB": mine[0].cache_bytes / 2**20,
-                "peak MiB": peak / 2**20,
-                "peak / dense": peak / dense_peak,
-            }
-        )
-    return rows
+    assert limits is not None
+    rows = [
+        {"batch": load.batch, "prompt": load.prompt, "new": load.new, "model": name}
+        | _figures(runs[name, load], runs[DENSE, load], load, costs[name, load], limits)
+        | {"weights MiB": weights[name] / 2**20}
+        for load, name in itertools.product(options.loads, VARIANTS)
+    ]
+    return pandas.DataFrame(rows), limits
 
 
-def _step(timed: Sequence[Timed]) -> float:
-    return median(second for one in timed for second in one.steps)
+def _figures(
+    mine: Sequence[Timed],
+    dense: Sequence[Timed],
+    load: Workload,
+    costs: tuple[StepCost, StepCost],
+    limits: DeviceLimits,
+) -> dict[str, float]:
+    """Return speed and memory of one variant, beside the dense model's and the device's limits."""
+    prefill, dense_prefill = (median(run.prefill for run in runs) for runs in (mine, dense))
+    step, dense_step = (median(s for run in runs for s in run.steps) for runs in (mine, dense))
+    peak, dense_peak = (max(run.peak_bytes for run in runs) for runs in (mine, dense))
+    return {
+        "prefill tok/s": load.batch * load.prompt / prefill,
+        "prefill / dense": dense_prefill / prefill,
+        "prefill / limit": limits.seconds(costs[0]) / prefill,
+        "decode tok/s": load.batch / step,
+        "decode / dense": dense_step / step,
+        "decode / limit": limits.seconds(costs[1]) / step,
+        "cache MiB": mine[0].cache_bytes / 2**20,
+        "peak MiB": peak / 2**20,
+        "peak / dense": peak / dense_peak,
+    }
 
 
 if __name__ == "__main__":

@@ -23,13 +23,12 @@ PUBLISHED = RESULTS / "paper" / "figure4.csv"
 def write_report(
     frame: pandas.DataFrame,
     source: Source,
-    ratio: float,
     device: torch.device,
-    ceiling: DeviceLimits,
+    limits: DeviceLimits,
     overrides: Sequence[str],
 ) -> str:
     """Write table, numbers and figure; return the page."""
-    name = f"inference-{source.name}-{ratio:g}-{device.type}"
+    name = f"inference-{source.name}-{source.ratio:g}-{device.type}"
     tables, drawings = made(RESULTS / "tables"), made(RESULTS / "figures")
     write_text(tables / f"{name}.csv", frame.to_csv(index=False))
     published = pandas.read_csv(PUBLISHED)
@@ -38,20 +37,20 @@ def write_report(
         drawn.savefig(partial, dpi=120, format="png", metadata={"Software": None})
     shown = frame.copy()
     for column in shown.columns:
-        digits = 2 if "/ dense" in column or "share" in column else 1
+        digits = 2 if "/" in column and "tok" not in column else 1
         if shown[column].dtype == float:
             shown[column] = shown[column].map(lambda value, d=digits: f"{value:.{d}f}")
     table = shown.to_markdown(index=False, disable_numparse=True)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     page = (
-        f"# Generation, {source.name} at {ratio:g}\n\n{table}\n\n"
-        f"{source.about}. Decoding: median of all steps after two, every variant visited once in a"
-        " round; a static cache. / dense: how many times the dense model's, above 1 is better for"
-        " speed, below 1 for memory. The limit is the larger of the bytes of weights and cache over"
-        f" {ceiling.bytes_per_second / 1e9:.1f} GB/s and the operations over"
-        f" {ceiling.operations_per_second / 1e9:.0f} G/s, both measured here by a large"
-        " matrix-vector and a large matrix product. Peak: weights, cache and all else; on a CPU the"
-        " growth of the process and the weights.\n\n"
+        f"# Generation, {source.name} at {source.ratio:g}\n\n{table}\n\n"
+        f"{source.about}. Medians of all rounds: prefill after a warm-up, steps after two; a static"
+        " cache; every variant once in a round. / dense: times the dense model's tokens per second,"
+        " or its peak memory. / limit: share of what the device allows, the larger of the bytes"
+        f" (weights and cache) over {limits.bytes_per_second / 1e9:.1f} GB/s and the operations"
+        f" over {limits.operations_per_second / 1e9:.0f} G/s, both measured here with a large"
+        " matrix-vector and a large matrix product. Peak: weights and the growth of memory during"
+        " the generation, the largest of all rounds.\n\n"
         f"{machine}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, transformers"
         f" {transformers.__version__}; `python -m benchmarks.inference {' '.join(overrides)}`;"
         f" commit {commit()}, {time.strftime('%Y-%m-%d')}.\n"

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from iosvd.inference.cache import held_bytes
 from iosvd.inference.memory import weight_bytes
-from iosvd.system.machine import release_memory, resident_bytes
+from iosvd.system.machine import release_memory, taken_bytes
 from iosvd.system.timing import measured
 
 _WARM = 2  # Steps that are not timed.
@@ -65,6 +65,7 @@ def generation(model: PreTrainedModel, load: Workload, compiled: bool) -> Timed:
     step: Callable[..., Any] = model.forward
     if compiled:
         step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    model(input_ids=prompt[:, :8], logits_to_keep=1)  # Warm-up: libraries load, memory is mapped.
     release_memory()
     with _peak(device, weight_bytes(model)) as peak:
         cache = StaticCache(config=model.config, max_cache_len=load.length)
@@ -99,12 +100,12 @@ def _timed(device: torch.device, compute: Callable[[], Any]) -> tuple[Any, float
 
 @contextmanager
 def _peak(device: torch.device, weights: int) -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the peak of the block, with one model's weights.
+    """Yield a function that returns the growth during the block plus one model's weights.
 
-    Of main memory, what a process held before is taken off, since it holds other models too.
+    What the device held before is taken off, since it may hold other models too.
     """
-    before = resident_bytes()
+    peaks: list[int] = []
+    before = taken_bytes(device)
     with measured() as took:
-        yield lambda: found[0]
-    peak = took().peak_bytes
-    found = [peak if device.type == "cuda" else max(0, peak - before) + weights]
+        yield lambda: peaks[0]
+    peaks.append(max(0, took().peak_bytes - before) + weights)

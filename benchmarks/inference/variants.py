@@ -17,6 +17,7 @@ from iosvd.layers.replacement import densify_, low_rank_layers
 from iosvd.layers.rows import RowLayout, half_dtype, store_rows
 
 DENSE = "dense"
+_TIED_BELOW = 1024  # Small models share embeddings and head.
 # vocabulary, width, inner width, blocks, heads, heads of keys and values.
 SHAPES = {
     "llama2_7b": (32000, 4096, 11008, 32, 32, 32),
@@ -39,7 +40,8 @@ class Source:
     """A compressed model from which every variant is made."""
 
     name: str
-    about: str  # Where its ranks are from.
+    about: str  # Origin of the ranks.
+    ratio: float
     build: Callable[[], PreTrainedModel]  # A new copy.
 
     def variant(self, name: str) -> PreTrainedModel:
@@ -49,9 +51,11 @@ class Source:
         return model.eval().requires_grad_(False)
 
 
-def copies_of(name: str, about: str, model: PreTrainedModel) -> Source:
-    """Return a source that copies a model."""
-    return Source(name, about, lambda: copy.deepcopy(model))
+def copies_of(name: str, about: str, ratio: float, model: PreTrainedModel) -> Source:
+    """Return a source that copies a model to its device; the original waits in main memory."""
+    device = model.device
+    model.cpu()
+    return Source(name, about, ratio, lambda: copy.deepcopy(model).to(device))  # type: ignore[arg-type]
 
 
 def random_source(
@@ -75,7 +79,7 @@ def random_source(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=length,
-        tie_word_embeddings=hidden < 1024,
+        tie_word_embeddings=hidden < _TIED_BELOW,
     )
 
     def build() -> PreTrainedModel:
@@ -98,7 +102,17 @@ def random_source(
         model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)  # Empty as all else.
         return model
 
-    return Source(shape, f"random weights, uniform ranks at {ratio:g}", build)
+    return Source(shape, f"Random weights, uniform ranks at {ratio:g}", ratio, build)
+
+
+def dense_bytes(shape: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of a dense model of a shape, and of its cache for one token of one row."""
+    vocabulary, hidden, inner, blocks, heads, kv_heads = SHAPES[shape]
+    kept = kv_heads * (hidden // heads)
+    block = 2 * hidden * (hidden + kept) + 3 * hidden * inner
+    tables = vocabulary * hidden * (1 if hidden < _TIED_BELOW else 2)
+    size = torch.empty(0, dtype=dtype).element_size()
+    return size * (blocks * block + tables), size * 2 * blocks * kept
 
 
 def int8_(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """A plugin for vLLM that serves compressed checkpoints without densifying them.
 
-vLLM finds it by the entry point `vllm.general_plugins` once both are installed; nothing else is to
-be done. One GPU per model; factors in the model's dtype; latent caches are not vLLM's.
+vLLM finds it by the entry point `vllm.general_plugins` once both are installed; no further set-up.
+One GPU per model; factors in the model's dtype; vLLM keeps its own KV cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ def checked_ranks(config: dict[str, Any]) -> dict[str, int]:
             f"the checkpoint has {others[0]} beside factors, which are not served; export it with"
             " iosvd.export_dense, or compress with quantization=none and correction.bias=false"
         )
-    return dict(config["ranks"])
+    ranks = dict(config["ranks"])
+    if experts := [name for name in ranks if ".experts." in name]:
+        raise CheckpointError(
+            f"{experts[0]} is an expert, which the server keeps in another form; export the model"
+            " with iosvd.export_dense"
+        )
+    return ranks
 
 
 def ranks_of(name: str, ranks: dict[str, int], packed: dict[str, list[str]]) -> list[int | None]:
