@@ -16,20 +16,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iosvd.errors import ConfigError, exit_in_one_line
 from iosvd.inference.prepare import Inference, prepare_for_generation
 from iosvd.inference.session import Sampling, answer
-from iosvd.layers.description import is_compressed
-from iosvd.models.loading import folder_of, load_model, load_tokenizer
+from iosvd.models.loading import load_model
 from iosvd.options import typed_group
 from iosvd.runs.composition import compose
+from iosvd.runs.compressed import compressed_model
 from iosvd.runs.config import compose_run, group_of, own_option
-from iosvd.runs.measurement import compressed_again
 from iosvd.runs.run import Run
-from iosvd.runs.steps import device_for, loaded
+from iosvd.runs.steps import device_for
 from iosvd.system.commands import arguments
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
@@ -90,19 +88,14 @@ def _models(
 
     The dense one is loaded when it answers first, after the compressed one was measured.
     """
-    folder, compare = folder_of(run.model), options.compare
-    if is_compressed(folder):
-        model, tokenizer = loaded(run), load_tokenizer(run.model)
-        name = Path(folder or "").name
-    else:
-        compressed, tokenizer = compressed_again(run)
-        model, name = compressed.model, f"{run.label} at {compressed.plan.ratio_achieved:.3f}"
+    compare, compressed = options.compare, compressed_model(run)
+    model, tokenizer = compressed.model, compressed.tokenizer
     how = options.inference
     prepare_for_generation(model, how.v_cache, how.k_cache, how.packed)
-    models: dict[str, Callable[[], PreTrainedModel]] = {name: lambda: model}
+    models: dict[str, Callable[[], PreTrainedModel]] = {compressed.name: lambda: model}
     if compare == "false":
         return models, tokenizer
-    if compare == "true" and is_compressed(folder):
+    if compare == "true" and compressed.from_checkpoint:
         raise ConfigError(
             "a checkpoint does not hold the dense model; set compare=FOLDER of the dense one"
         )

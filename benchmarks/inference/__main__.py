@@ -36,8 +36,8 @@ from iosvd.budget import check_ratio
 from iosvd.errors import ConfigError, exit_in_one_line
 from iosvd.inference.memory import weight_bytes
 from iosvd.models.loading import Dtype
+from iosvd.runs.compressed import compressed_model
 from iosvd.runs.config import compose_run
-from iosvd.runs.measurement import compressed_again
 from iosvd.runs.steps import device_for
 from iosvd.system.commands import arguments
 from iosvd.system.machine import GIB, free_bytes, release_memory
@@ -111,7 +111,7 @@ def _source(given: dict[str, str], own: dict[str, str], options: Options) -> Sou
     overrides = [f"{key}={value}" for key, value in given.items()]
     overrides += [f"ratio={options.ratio:g}", f"runtime.device={options.device}"]
     run = compose_run(overrides)
-    compressed, _ = compressed_again(run)
+    compressed = compressed_model(run)
     config = compressed.model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", longest)
     if longest > context:
@@ -119,8 +119,8 @@ def _source(given: dict[str, str], own: dict[str, str], options: Options) -> Sou
             f"prompt and new take {longest} tokens (with the warm-up), but the context of"
             f" {run.model.name} is {context}; take fewer"
         )
-    ratio = round(compressed.plan.ratio_achieved, 4)
-    return copies_of(run.model.name, f"`{run.label}` at {ratio:g}", ratio, compressed.model)
+    ratio = options.ratio if compressed.ratio is None else round(compressed.ratio, 3)
+    return copies_of(run.model.name, f"`{compressed.name}`", ratio, compressed.model)
 
 
 def _check_shape_fits(shape: str, options: Options, dtype: torch.dtype) -> None:

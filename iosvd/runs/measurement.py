@@ -27,6 +27,7 @@ from iosvd.models.loading import gguf_of, hub_revision, load_config, load_tokeni
 from iosvd.models.sites import find_sites
 from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.plan import Plan
+from iosvd.runs.compressed import compressed_again
 from iosvd.runs.config import config_of
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.partial_results import PartialResults
@@ -105,14 +106,6 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "versions": library_versions(),
         "config": config_of(run),
     }
-
-
-def compressed_again(run: Run) -> tuple[Compressed, PreTrainedTokenizerBase]:
-    """Compress a run's model, from the cache if possible, and measure nothing."""
-    cache, tokenizer = cache_of(run), load_tokenizer(run.model)
-    tokens = calibration_tokens(run, tokenizer, cache, hub_revision(run.model))
-    calibration = calibration_of(run, loaded(run), tokens, cache)
-    return compress_to(run.goal, run.method, calibration), tokenizer
 
 
 def save_checkpoint_of(run: Run, folder: Path) -> None:
