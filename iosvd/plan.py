@@ -31,7 +31,6 @@ class SitePlan:
     rank: int
     dense: bool
     bits: int  # Stored for its weight or factors; an entry of the model's dtype counts as 16.
-    cache_bits: int  # Of the tokens whose cache counts, for keys and values; an entry counts as 16.
     rounded_rows: int  # Rows in int8 or less.
     rows: int  # All rows of its matrices; 0 where none is quantised.
     rounding_loss: float  # Predicted, in the units of half the dropped energy.
@@ -40,6 +39,8 @@ class SitePlan:
     damping_output: float  # Relative damping that the roots needed.
     damping_input: float
     added_bias: bool  # Whether a correction gave it one.
+    # Of the tokens whose cache counts, for keys and values; an entry counts as 16. Older plans lack it.
+    cache_bits: int = 0
 
     @property
     def entries(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from iosvd.errors import ConfigError
 from iosvd.inference.cache import held_bytes
 from iosvd.layers.replacement import stored_bytes
 from iosvd.runs.config import compose_run
+from iosvd.runs.records import read_plan
 from iosvd.sweeps.expansion import expand
 from iosvd.types import Spectrum
 
@@ -178,6 +181,16 @@ def test_rows_that_count_a_cache_say_so() -> None:
     )
     assert [run.label for run in plain] == ["io_svd", "svd"]
     assert [run.label for run in cached] == ["io_svd[cache_tokens=100]", "svd[cache_tokens=100]"]
+
+
+def test_plans_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    found = iosvd.compress(build("llama"), TOKENS, **divided({}), ratio=0.6, batch_size=4)
+    found.plan.write(tmp_path / "plan.json", {})
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    for site in plan["sites"].values():
+        assert site.pop("cache_bits") == 0
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert read_plan(tmp_path)["ratio_achieved"] == found.plan.ratio_achieved
 
 
 def test_options_that_do_not_go_together_are_refused() -> None:
