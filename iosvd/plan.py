@@ -39,7 +39,7 @@ class SitePlan:
     damping_output: float  # Relative damping that the roots needed.
     damping_input: float
     added_bias: bool  # Whether a correction gave it one.
-    # Of the tokens whose cache counts, for keys and values; an entry counts as 16. Older plans lack it.
+    # Of keys and values, for the tokens whose cache counts; 16 an entry. Earlier plans lack it.
     cache_bits: int = 0
 
     @property
