@@ -29,6 +29,7 @@ from iosvd.runs.config import compose_run, group_of, own_option
 from iosvd.runs.run import Run
 from iosvd.runs.steps import device_for
 from iosvd.system.commands import arguments
+from iosvd.system.logs import log_to_console
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,4 +107,5 @@ def _models(
 
 if __name__ == "__main__":
     with exit_in_one_line():
+        log_to_console()
         generate(arguments(__doc__))

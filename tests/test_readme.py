@@ -98,6 +98,28 @@ def test_the_table_of_corrections_is_the_measured_one() -> None:
             assert cells[columns.index((model, text))].strip() == f"{expected:.2f}", (name, model)
 
 
+def test_the_speed_of_generation_is_the_measured_one() -> None:
+    tables = {
+        ratio: pandas.read_csv(
+            ROOT / "results" / "tables" / f"inference-smollm2_135m-{ratio}-cpu.csv"
+        ).set_index(["batch", "model"])
+        for ratio in ("0.4", "0.6")
+    }
+    rows = rows_of(page("inference"))[1:]
+    assert len(rows) == 24
+    for ratio, batch, model, *cells in rows:
+        row = tables[ratio].loc[(int(batch), model)]
+        names = ("decode / dense", "decode / limit", "peak / dense")
+        assert cells == [*(f"{row[name]:.2f}" for name in names), f"{row['cache MiB']:.1f}"]
+    dense, v, kv = (
+        tables["0.4"].loc[(16, n), "cache MiB"] for n in ("dense", "+ V latent", "+ KV latent")
+    )
+    assert (
+        f"{2 * v / dense - 1:.2f} of the entries of V and {1 + 2 * (kv - v) / dense:.2f} of"
+        in page("inference")
+    )
+
+
 def test_the_losses_of_blocks_are_the_measured_ones() -> None:
     """The ranges and rank correlations of docs/beyond.md, against the rendered pages."""
     said = page("beyond").partition("## Is the loss of a block")[2].replace("−", "-")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from iosvd.errors import CheckpointError
-from iosvd.layers.description import METHOD
+from iosvd.layers.folder import METHOD
 from iosvd.layers.modules import LowRankLinear
 from iosvd.serving.fused import Fused, Part, shard_index
 from iosvd.serving.vllm_plugin import checked_ranks, ranks_of, register

@@ -40,6 +40,7 @@ from iosvd.runs.compressed import compressed_model
 from iosvd.runs.config import compose_run
 from iosvd.runs.steps import device_for
 from iosvd.system.commands import arguments
+from iosvd.system.logs import log_to_console
 from iosvd.system.machine import GIB, free_bytes, release_memory
 from iosvd.system.progress import track
 
@@ -188,4 +189,5 @@ def _figures(
 
 if __name__ == "__main__":
     with exit_in_one_line():
+        log_to_console()
         print(benchmark(arguments(__doc__)))

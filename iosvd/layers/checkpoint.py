@@ -20,7 +20,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from iosvd.errors import CheckpointError, StorageError, one_line
 from iosvd.layers.checkpoint_checks import check_tensors, check_values, tensors_in
-from iosvd.layers.description import METHOD, LowRankConfig
+from iosvd.layers.description import LowRankConfig
+from iosvd.layers.folder import METHOD
 from iosvd.layers.replacement import compressed_layers, densify_
 from iosvd.models.linear_form import from_linear_form_, to_linear_form_
 from iosvd.plan import Plan

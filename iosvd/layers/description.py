@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,13 +11,12 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from iosvd.errors import CheckpointError, one_line
+from iosvd.layers.folder import METHOD
 from iosvd.layers.four_bit import FourBitLinear
 from iosvd.layers.modules import StoredLinear, empty_layer
 from iosvd.layers.replacement import compressed_layers
 from iosvd.layers.rows import RowLayout
-from iosvd.system.json_files import DamagedError, read_json, typed
-
-METHOD = "iosvd"
+from iosvd.system.json_files import DamagedError, typed
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,6 @@ class _Description:
     four_bit: dict[str, int]
     biases: list[str]
     linear_form: bool
-
-
-def is_compressed(folder: Path | None) -> bool:
-    """Whether a folder holds a checkpoint of a compressed model."""
-    path = None if folder is None else folder / "config.json"
-    if path is None or not path.is_file():
-        return False
-    described = read_json(path).get("quantization_config")
-    return isinstance(described, dict) and described.get("quant_method") == METHOD
 
 
 @register_quantization_config(METHOD)

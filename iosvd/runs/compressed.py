@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from iosvd.layers.description import is_compressed
+from iosvd.layers.folder import is_compressed
 from iosvd.models.loading import folder_of, hub_revision, load_tokenizer
 from iosvd.pipeline import Compressed, compress_to
 from iosvd.runs.records import PLAN, read_plan

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from iosvd.errors import CheckpointError
-from iosvd.layers.description import METHOD
+from iosvd.layers.folder import METHOD
 from iosvd.serving.fused import Fused, Part, shard_index
 from iosvd.serving.vllm_plugin import checked_ranks, ranks_of
 

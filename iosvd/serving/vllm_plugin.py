@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from iosvd.errors import CheckpointError
-from iosvd.layers.description import METHOD
+from iosvd.layers.folder import METHOD
 
 
 def register() -> None:
