@@ -14,6 +14,7 @@ from benchmarks.inference.limits import DeviceLimits
 from benchmarks.inference.variants import Source
 from iosvd import figures
 from iosvd.system.files import made, write_text, written_whole
+from iosvd.system.machine import device_name
 from iosvd.system.versions import commit
 
 RESULTS = Path("results")
@@ -41,7 +42,6 @@ def write_report(
         if shown[column].dtype == float:
             shown[column] = shown[column].map(lambda value, d=digits: f"{value:.{d}f}")
     table = shown.to_markdown(index=False, disable_numparse=True)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     page = (
         f"# Generation, {source.name} at {source.ratio:g}\n\n{table}\n\n"
         f"{source.about}. Medians of all rounds: prefill after a warm-up, steps after two; a static"
@@ -51,7 +51,7 @@ def write_report(
         f" over {limits.operations_per_second / 1e9:.0f} G/s, both measured here with a large"
         " matrix-vector and a large matrix product. Peak: weights and the growth of memory during"
         " the generation, the largest of all rounds.\n\n"
-        f"{machine}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, transformers"
+        f"{device_name(device)}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, transformers"
         f" {transformers.__version__}; `python -m benchmarks.inference {' '.join(overrides)}`;"
         f" commit {commit()}, {time.strftime('%Y-%m-%d')}.\n"
     )

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import gc
 import os
+import platform
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -68,6 +69,16 @@ def release_memory() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # Another C library than glibc.
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model of a GPU, or of this machine's CPU as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "cpu"
 
 
 def cores() -> int:
