@@ -51,8 +51,8 @@ def write_report(
         f" over {limits.operations_per_second / 1e9:.0f} G/s, both measured here with a large"
         " matrix-vector and a large matrix product. Peak: weights and the growth of memory during"
         " the generation, the largest of all rounds.\n\n"
-        f"{device_name(device)}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, transformers"
-        f" {transformers.__version__}; `python -m benchmarks.inference {' '.join(overrides)}`;"
+        f"{device_name(device)}, {torch.get_num_threads()} thread(s), torch {torch.__version__},"
+        f" transformers {transformers.__version__}; `python -m benchmarks.inference {' '.join(overrides)}`;"
         f" commit {commit()}, {time.strftime('%Y-%m-%d')}.\n"
     )
     write_text(tables / f"{name}.md", page)
