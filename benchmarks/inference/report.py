@@ -52,7 +52,8 @@ def write_report(
         " matrix-vector and a large matrix product. Peak: weights and the growth of memory during"
         " the generation, the largest of all rounds.\n\n"
         f"{device_name(device)}, {torch.get_num_threads()} thread(s), torch {torch.__version__},"
-        f" transformers {transformers.__version__}; `python -m benchmarks.inference {' '.join(overrides)}`;"
+        f" transformers {transformers.__version__};"
+        f" `python -m benchmarks.inference {' '.join(overrides)}`;"
         f" commit {commit()}, {time.strftime('%Y-%m-%d')}.\n"
     )
     write_text(tables / f"{name}.md", page)
