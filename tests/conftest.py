@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import setuptools  # noqa: F401 (before distutils: torch.compile imports it, and refuses the other order)
 import torch
 from torch import Tensor
 from transformers import (

@@ -83,7 +83,10 @@ def test_an_unreachable_hub_says_which_option_to_set(monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> None:
         raise OSError("We couldn't connect\nto the hub")
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    # It would try the network several times.
+    monkeypatch.setattr("transformers.utils.peft_utils.find_adapter_config_file", refuse)
+    for loader in (transformers.AutoConfig, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(loader, "from_pretrained", refuse)
     with pytest.raises(ModelError, match=r"cannot load org/name.*model\.path=FOLDER") as error:
         load_model(Model("x", hub_id="org/name"))
     assert "\n" not in str(error.value)

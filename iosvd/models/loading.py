@@ -113,7 +113,7 @@ def _check_no_adapter(model: Model) -> None:
     """Raise ModelError if there is an adapter, which transformers loads where peft is installed."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    folder, found = folder_of(model), False
+    folder, found = _source_of(model), False
     if folder is not None:
         found = (folder / ADAPTER).is_file()
     else:
@@ -227,6 +227,14 @@ def holds_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
 
 
+def _source_of(model: Model) -> Path | None:
+    """Return the model's folder, None for the hub; raise ConfigError if it is from nowhere."""
+    folder = folder_of(model)
+    if folder is None and model.hub_id is None:
+        raise ConfigError(f"model {model.name} has no source; set model.path=FOLDER")
+    return folder
+
+
 def _hub_file(model: Model, name: str) -> Path:
     """Return a file of a hub's repository in the local cache, where it is put first."""
     from transformers.utils.hub import cached_file
@@ -249,9 +257,7 @@ def _not_on_hub(model: Model, error: BaseException) -> ModelError:
 def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
     import transformers
 
-    folder = folder_of(model)
-    if folder is None and model.hub_id is None:
-        raise ConfigError(f"model {model.name} has no source; set model.path=FOLDER")
+    folder = _source_of(model)
     needed = model.gguf_file or "config.json"
     if folder is not None and not (folder / needed).is_file():
         if (folder / ADAPTER).is_file():
