@@ -39,7 +39,7 @@ DEFAULTS = {"prompt": "", "new": "128", "temperature": "0", "compare": "false"}
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked, and how it is answered."""
+    """Prompts, and how to generate and compare the answers."""
 
     prompts: Sequence[str] | Iterator[str]
     new: int

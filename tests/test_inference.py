@@ -386,7 +386,7 @@ def test_what_a_prepared_model_cannot_do_is_refused() -> None:
 
 
 def test_large_scores_stay_finite_in_float16() -> None:
-    """As Qwen2's large biases of keys make them: only scaled scores fit into 16 bits."""
+    """Qwen2's key biases are large enough that only scaled scores fit into 16 bits."""
     model = low_rank_(small_model("qwen2"))
     for block in model.model.layers:
         for name in ("q_proj", "k_proj"):

@@ -64,7 +64,7 @@ def test_the_entry_point_is_the_plugin() -> None:
 
 
 class _Linear(nn.Module):
-    """What vLLM's layers do with their method: create, load, apply."""
+    """Imitates a layer of vLLM: it creates, loads and applies weights through its method."""
 
     def __init__(self, method: Any, inputs: int, outputs: list[int]) -> None:
         super().__init__()

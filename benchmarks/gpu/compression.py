@@ -154,7 +154,7 @@ def _notes(setting: Setting, step: Stage) -> str:
         f"{size.blocks} blocks, {size.windows} windows of {size.length} random tokens, one window"
         f" per batch, {str(setting.dtype).removeprefix('torch.')}, ratio {size.ratio:g}. Step:"
         f" forward and backward of a training step over the same tokens, {step.seconds:.2f} s, peak"
-        f" {step.peak_bytes / 2**30:.2f} GiB. DeviceLimits: the products of model and sums at the"
+        f" {step.peak_bytes / 2**30:.2f} GiB. Ceiling: the products of model and sums at the"
         " measured rates."
     )
 

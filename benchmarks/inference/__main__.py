@@ -52,7 +52,7 @@ OWN = {
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how often."""
+    """Workloads, rounds and device of a measurement."""
 
     loads: Sequence[Workload]
     rounds: int

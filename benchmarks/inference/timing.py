@@ -34,9 +34,6 @@ class Workload:
         """Length of the cache, including the warm-up steps."""
         return self.prompt + _WARM + self.new
 
-    def __str__(self) -> str:
-        return f"{self.batch} × ({self.prompt} + {self.new})"
-
 
 @dataclass(frozen=True)
 class Timed:

@@ -14,7 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import iosvd
 from iosvd.layers.modules import LowRankLinear
 from iosvd.layers.replacement import densify_, low_rank_layers
-from iosvd.layers.rows import RowLayout, half_dtype, store_rows
+from iosvd.layers.rows import half_dtype, store_rows
+from iosvd.quantization.stored import StoredRows
 
 DENSE = "dense"
 _TIED_BELOW = 1024  # Small models share embeddings and head.
@@ -118,23 +119,14 @@ def dense_bytes(shape: str, dtype: torch.dtype) -> tuple[int, int]:
 def int8_(model: PreTrainedModel) -> PreTrainedModel:
     """Store every second row of all factors in int8, where components are rows."""
     for name, layer in low_rank_layers(model).items():
-        rank = layer.rank
-        layouts = {
-            part: RowLayout(rank // 2, by_output=part == "weight", ordered=True)
-            for part in ("weight", "left")
-        }
-        if rank < 2:
+        if layer.rank < 2:
             continue
-        place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        n, m, biased = layer.in_features, layer.out_features, layer.bias is not None
-        new = LowRankLinear(n, m, rank, biased, layouts=layouts, **place)  # type: ignore[arg-type]
-        chosen = torch.arange(rank) % 2 == 1
-        for part, layout in layouts.items():
-            halves = half_dtype(layer.weight.dtype)
-            rows, _ = store_rows(layer.matrix(part), chosen, halves, layout.by_output, name)
-            with torch.no_grad():
-                for mine, theirs in zip(new.rows(part), rows, strict=True):
-                    if mine is not None and theirs is not None:
-                        mine.copy_(theirs)
-        model.set_submodule(name, new.replacing(layer))
+        chosen, halves = torch.arange(layer.rank) % 2 == 1, half_dtype(layer.weight.dtype)
+        stored = {
+            part: store_rows(layer.matrix(part), chosen, halves, part == "weight", name)
+            for part in layer.shapes
+        }
+        rows, layouts = ({part: pair[i] for part, pair in stored.items()} for i in (0, 1))
+        new = StoredRows(layer.rank, rows, layouts, rounding_loss=0.0).module(layer)  # type: ignore[arg-type]
+        model.set_submodule(name, new)
     return model

@@ -137,8 +137,8 @@ class GenerationAttention(PackedModule):
             cos, sin = (angle.unsqueeze(1) for angle in position_embeddings)
             key = self._heads(up_product(self.k_proj, key), "k_norm")
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        full_v = None if self.latent_v else self._heads(up_product(self.v_proj, value))
-        value = value.unsqueeze(1) if full_v is None else full_v
+        latent = self.latent_v
+        value = value.unsqueeze(1) if latent else self._heads(up_product(self.v_proj, value))
         if past_key_values is not None:
             allocate_static_layer_(past_key_values, self.layer_idx, key, value)
             key, value = past_key_values.update(key, value, self.layer_idx)

@@ -87,8 +87,8 @@ def prepare_for_generation(
     if not compressed_layers(model):
         raise ModelError("the model is dense; compress it first, or load a compressed checkpoint")
     modules = attentions(model)
-    _check_structure(model, modules, options)
-    table = rotary_table(model) if options.k_cache is Cached.latent else None
+    _check_structure(model, modules)
+    table = _table_for_keys(model) if options.k_cache is Cached.latent else None
     dtype = embeddings_of(model).dtype
     new_attention = partial(_attention, options=options, table=table, dtype=dtype)
     builders: dict[str, Builder] = dict.fromkeys(modules, new_attention)
@@ -141,15 +141,13 @@ def _attention(
     )
 
 
-def _check_structure(
-    model: PreTrainedModel, found: Mapping[str, nn.Module], options: Inference
-) -> None:
-    if not found:
+def _check_structure(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
+    if not modules:
         raise ModelError(
             f"no module of {type(model).__name__} has q_proj, k_proj, v_proj and o_proj; models"
             " with other attention generate as they are, without prepare_for_generation"
         )
-    for name, attention in found.items():
+    for name, attention in modules.items():
         if isinstance(attention, GenerationAttention):
             raise ModelError("the model is prepared for generation already; load it again")
         if reason := unsupported_reason(attention):
@@ -160,12 +158,10 @@ def _check_structure(
             f"attention is {implementation}, which needs keys and values of one width; load the"
             " model with attn_implementation='sdpa'"
         )
-    if options.k_cache is Cached.latent:
-        _check_places(model)
 
 
-def _check_places(model: PreTrainedModel) -> None:
-    """Raise ModelError unless keys can be rotated by their place in a cache."""
+def _table_for_keys(model: PreTrainedModel) -> RotaryTable:
+    """Return the angles of keys by index in the cache; raise ModelError if they do not allow it."""
     table, reason = rotary_table(model), ""
     if _slides(model):
         reason = "attention slides, so that places in its cache move"
@@ -176,8 +172,9 @@ def _check_places(model: PreTrainedModel) -> None:
         fixed = unless_refused(lambda: table.is_fixed(4 * context_of(model), like), "angles")
         if not fixed:
             reason = "rotary embeddings depend on more than one position per token"
-    if reason:
+    if reason or table is None:
         raise ModelError(f"the model's {reason}; use k_cache=full")
+    return table
 
 
 def _slides(model: PreTrainedModel) -> bool:
