@@ -45,6 +45,7 @@ from iosvd.system.versions import commit
 from iosvd.trials import TruncationTrials
 from iosvd.truncation import TruncatedSites, with_gradient
 from iosvd.types import Site
+from iosvd.windows import Windows
 
 METHOD = "io_svd_spectral"
 RATIOS = (0.8, 0.6, 0.4)
@@ -96,7 +97,7 @@ class Bench:
 def predictions(model: PreTrainedModel, text: Tensor, run: Run) -> Tensor:
     """Return the log-probabilities of all next tokens of a text, in main memory."""
     batches = text.split(batch_size(run, text))
-    found = [log_probabilities(model, b.to(model.device), torch.float32).cpu() for b in batches]
+    found = [log_probabilities(model, Windows(b), torch.float32).cpu() for b in batches]
     return torch.cat(found)
 
 

@@ -35,6 +35,7 @@ from iosvd.target import budget_for_kl
 from iosvd.trials import TruncationTrials
 from iosvd.truncation import TruncatedSites, best_ranks, with_gradient
 from iosvd.types import Spectrum, Stored
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -52,7 +53,7 @@ class Compressed:
 
 def compress(
     model: PreTrainedModel,
-    tokens: Tensor,
+    tokens: Tensor | Windows,
     *,
     method: Method | str,
     ratio: float | None = None,
@@ -60,7 +61,7 @@ def compress(
     cache_tokens: int = 0,
     factorized: Factorized | None = None,
     selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
-    gradient_tokens: Tensor | None = None,
+    gradient_tokens: Tensor | Windows | None = None,
     batch_size: int = 8,
     memory: MemoryUse = MemoryUse(),  # noqa: B008 (frozen)
     store: Store = NoStore(),  # noqa: B008 (frozen)
@@ -70,7 +71,7 @@ def compress(
 
     Args:
         model: changed in place.
-        tokens: calibration windows (windows, length).
+        tokens: calibration windows (windows, length), or those of images and text.
         method: its parts, or the name of a preset ("io_svd_plus"); see `preset_names`.
         ratio: bits kept / 16 bits for every parameter of the target sites, in (0, 1]; without
             quantisation that is the share of the parameters.
@@ -100,13 +101,13 @@ def compress(
 
 def factorize(
     model: PreTrainedModel,
-    tokens: Tensor,
+    tokens: Tensor | Windows,
     *,
     method: Method | str,
     ratio: float | None = None,
     cache_tokens: int = 0,
     selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
-    gradient_tokens: Tensor | None = None,
+    gradient_tokens: Tensor | Windows | None = None,
     batch_size: int = 8,
     memory: MemoryUse = MemoryUse(),  # noqa: B008 (frozen)
     store: Store = NoStore(),  # noqa: B008 (frozen)
@@ -180,7 +181,7 @@ def spectra_for(goal: Goal, method: Method, calibration: Calibration) -> Factori
     read = method.whitening.needs | method.allocation.needs
     if read != Needs():
         widths = {name: site.in_features for name, site in calibration.sites.items()}
-        warn_if_few(calibration.tokens, widths)
+        warn_if_few(calibration.windows, widths)
     elif goal.ratio is not None:
         budget = goal.budget(calibration.sites, method)
         if all(under.fits_dense for under in method.quantization.rank_budgets(budget)):

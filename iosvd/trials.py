@@ -27,6 +27,7 @@ from iosvd.models.losses import mean_loss, summed_loss
 from iosvd.models.predictions import summed_divergence
 from iosvd.models.prefixes import Prefixes, remember
 from iosvd.types import Spectrum
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -45,23 +46,21 @@ class TruncationTrials(CalibrationObjective):
 
     @property
     def tokens(self) -> int:
-        return self.calibration.tokens.numel()
+        return int(self.calibration.windows.real.sum())
 
     @property
     def windows(self) -> int:
-        return len(self.calibration.tokens)
+        return len(self.calibration.windows)
 
     @property
     def length(self) -> int:
-        return self.calibration.tokens.shape[1]
+        return self.calibration.windows.length
 
     def gated_loss(self, gates: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
-        model = self.calibration.model
-        batch = self.calibration.tokens[chosen].to(model.device)
+        batch = self.calibration.windows[chosen]
         with torch.enable_grad(), gated(self.calibration.sites, self.spectra, gates):
-            logits = model(input_ids=batch, use_cache=False).logits
-            labels = batch[:, 1:].to(logits.device)
-            return summed_loss(logits, labels).cpu() / labels.numel()
+            logits = batch.logits(self.calibration.model)
+            return summed_loss(logits, batch.labels).cpu() / int(batch.predictions.sum())
 
     def loss(self, ranks: Mapping[str, int], windows: int) -> float:
         """Return the calibration loss, nats per token, with these ranks; other sites stay dense.
@@ -85,27 +84,27 @@ class TruncationTrials(CalibrationObjective):
         Raises:
             NumericalError: it is not finite.
         """
-        own, chosen = self.calibration, self._first(windows)
+        own = self.calibration
         factorised = self.budget.factorised(ranks)
-        first = predictions.first_position
+        chosen = self._first(windows).from_position(predictions.first_position)
 
         def measure() -> float:
             prefixes, total = self._prefixes(windows), 0.0
             weights = truncated_products(own.sites, self.spectra, factorised)
             context = self._from_changed(factorised, windows)
             for start in range(0, len(chosen), own.batch_size):
-                batch = chosen[start : start + own.batch_size].to(own.model.device)
+                batch = chosen[start : start + own.batch_size]
                 with prefixes.from_block(len(prefixes.blocks), start):
-                    reference = _logits(own.model, batch, first)
+                    reference = _predictions(own.model, batch)
                 with replaced_weights(own.sites, weights.items()), context(start):
-                    found = _logits(own.model, batch, first)
+                    found = _predictions(own.model, batch)
                 total += float(summed_divergence(reference, found, predictions.temperature))
             if not math.isfinite(total):
                 raise NumericalError(
                     f"the divergence with {', '.join(factorised)} truncated is not finite; try"
                     " model.dtype=float32 or bfloat16"
                 )
-            return total / (len(chosen) * (self.length - first))
+            return total / int(chosen.positions.sum())
 
         return self._once(factorised, len(chosen), measure, predictions)
 
@@ -129,8 +128,8 @@ class TruncationTrials(CalibrationObjective):
             self._measured[asked] = found
         return self._measured[asked]
 
-    def _first(self, windows: int) -> Tensor:
-        return self.calibration.tokens[:windows] if windows else self.calibration.tokens
+    def _first(self, windows: int) -> Windows:
+        return self.calibration.windows[:windows] if windows else self.calibration.windows
 
     def _prefixes(self, windows: int) -> Prefixes:
         """Return the outputs of the dense model's blocks, computed at the first trial."""
@@ -141,7 +140,6 @@ class TruncationTrials(CalibrationObjective):
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, batch: Tensor, first: int) -> Tensor:
-    """Return the logits from a position on."""
-    logits: Tensor = model(input_ids=batch, use_cache=False).logits
-    return logits[:, first:]
+def _predictions(model: PreTrainedModel, batch: Windows) -> Tensor:
+    """Return the logits that count."""
+    return batch.chosen(batch.logits(model))

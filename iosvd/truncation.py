@@ -104,7 +104,7 @@ def collect_in_groups(
     for group in groups_within(own.shapes, needs, shared, own.memory.limit_bytes):
         found = collect(
             own.model,
-            own.tokens,
+            own.windows,
             {name: own.model.get_submodule(name) for name in group},
             needs,
             own.batch_size,

@@ -12,9 +12,11 @@ from torch.testing import assert_close
 import iosvd.models.blocks
 from experiments.small_models import small_model
 from iosvd.errors import ModelError
-from iosvd.models.blocks import calls_of, capture_input, hidden_states_of
+from iosvd.models.blocks import calls_of, hidden_states_of
+from iosvd.models.calls import capture_input
 from iosvd.models.layout import layout_of
 from iosvd.models.sites import decoder_blocks
+from iosvd.windows import Windows
 
 WINDOWS = torch.randint(0, 31, (5, 12), generator=torch.Generator().manual_seed(1))
 SITES = {
@@ -43,8 +45,10 @@ def test_what_is_carried_is_what_the_model_computes(family: str, limit: float | 
         )
     model(input_ids=WINDOWS, use_cache=False)
     expected = list(seen)
-    carried = hidden_states_of(model, WINDOWS, 2, limit)
-    for block, calls, states in zip(blocks, calls_of(model, WINDOWS, 2), expected, strict=True):
+    carried = hidden_states_of(model, Windows(WINDOWS), 2, limit)
+    for block, calls, states in zip(
+        blocks, calls_of(model, Windows(WINDOWS), 2), expected, strict=True
+    ):
         assert set(calls) == {1, 2}
         carried.pass_(block, calls)
         assert_close(carried.states, states)
@@ -54,8 +58,8 @@ def test_what_is_carried_is_what_the_model_computes(family: str, limit: float | 
 @torch.no_grad()
 def test_the_layout_of_a_block_is_found_by_running_it(family: str) -> None:
     model = build(family)
-    block, calls = decoder_blocks(model)[0], calls_of(model, WINDOWS, 5)[0]
-    hidden = hidden_states_of(model, WINDOWS, 5).states
+    block, calls = decoder_blocks(model)[0], calls_of(model, Windows(WINDOWS), 5)[0]
+    hidden = hidden_states_of(model, Windows(WINDOWS), 5).states
     sites = SITES[family].split()
     layout = layout_of(block, hidden, calls[5], sites)
     assert layout.writers == WRITERS[family]
@@ -70,8 +74,8 @@ def test_the_layout_of_a_block_is_found_by_running_it(family: str) -> None:
 @torch.no_grad()
 def test_stream_and_output_add_up_to_what_the_block_returns(family: str) -> None:
     model = build(family)
-    block, calls = decoder_blocks(model)[0], calls_of(model, WINDOWS, 5)[0]
-    hidden = hidden_states_of(model, WINDOWS, 5).states
+    block, calls = decoder_blocks(model)[0], calls_of(model, Windows(WINDOWS), 5)[0]
+    hidden = hidden_states_of(model, Windows(WINDOWS), 5).states
     *before, last = WRITERS[family]
     x, stream = capture_input(block, hidden, calls[5], last, before)
     assert_close(stream + block.get_submodule(last)(x).reshape_as(stream), calls[5](block, hidden))
@@ -82,7 +86,7 @@ def test_states_beyond_the_limit_lie_in_a_file_that_nobody_else_sees(
 ) -> None:
     monkeypatch.setattr(iosvd.models.blocks.tempfile, "tempdir", str(tmp_path))
     with torch.no_grad():
-        carried = hidden_states_of(build("llama"), WINDOWS, 2, limit_bytes=0)
+        carried = hidden_states_of(build("llama"), Windows(WINDOWS), 2, limit_bytes=0)
     assert not list(tmp_path.iterdir())
     carried.states.add_(1)  # Still there, and writable.
     assert torch.isfinite(carried.states).all()
@@ -95,7 +99,7 @@ def test_blocks_that_get_more_than_hidden_states_are_refused(layers: int) -> Non
     tokens = torch.randint(3, 500, (8, 24), generator=torch.Generator().manual_seed(0))
     for batch in (8, 4):
         with pytest.raises(ModelError, match=r"get more from each other or.*choose"):
-            calls_of(model, tokens, batch)
+            calls_of(model, Windows(tokens), batch)
 
 
 def test_blocks_that_share_layers_are_refused() -> None:
@@ -103,7 +107,7 @@ def test_blocks_that_share_layers_are_refused() -> None:
     first, second = decoder_blocks(model)
     second.mlp = first.mlp
     with pytest.raises(ModelError, match="blocks of LlamaForCausalLM share layers"):
-        calls_of(model, WINDOWS, 5)
+        calls_of(model, Windows(WINDOWS), 5)
 
 
 def test_the_blocks_are_the_list_with_most_weights() -> None:

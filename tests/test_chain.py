@@ -21,6 +21,7 @@ from iosvd.models.chain import chained_blocks, without_graph
 from iosvd.models.forward import activation_gradients
 from iosvd.models.sites import SiteSelection, decoder_blocks, find_sites
 from iosvd.statistics.needs import STATISTICS, Needs, SiteStatistics
+from iosvd.windows import Windows
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -37,7 +38,7 @@ def statistics(
 
 def chained(model: PreTrainedModel) -> list[torch.nn.Module]:
     with activation_gradients(model):
-        return chained_blocks(model, tokens())
+        return chained_blocks(model, Windows(tokens()))
 
 
 @families

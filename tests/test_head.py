@@ -19,6 +19,7 @@ from iosvd.models.sites import SiteSelection, find_sites
 from iosvd.statistics.fisher import FisherMetric, Labels
 from iosvd.statistics.kl_metric import Estimator, KLMetric
 from iosvd.statistics.needs import STATISTICS, Needs
+from iosvd.windows import Windows
 
 TOKENS = torch.randint(0, 31, (5, 11), generator=torch.Generator().manual_seed(4))
 INNER = torch.tensor([4])
@@ -39,7 +40,7 @@ def test_chunks_of_logits_give_the_same_statistics(
     """Against all logits at once, by the model's own forward pass."""
     model = build(family, torch.float64)
     sites = find_sites(model, SiteSelection())
-    assert separate_head(model, TOKENS) is model.get_output_embeddings()
+    assert separate_head(model, Windows(TOKENS)) is model.get_output_embeddings()
     monkeypatch.setattr(passing, "CHUNK_ENTRIES", 2 * 3 * 31)  # Three positions of two windows.
     chunked = collecting.collect(model, TOKENS, sites, NEEDS[name], batch_size=2)
     monkeypatch.setattr(passing, "separate_head", lambda *_: None)
@@ -70,7 +71,7 @@ def test_logits_that_change_after_the_head_are_taken_whole(
         return output
 
     model.forward = changed
-    assert separate_head(model, TOKENS) is None
+    assert separate_head(model, Windows(TOKENS)) is None
     found = collecting.collect(model, TOKENS, find_sites(model, SiteSelection()), NEEDS["io_svd"])
     assert all(statistics.kl_metric is not None for statistics in found.values())
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Each may import what stands on lines above its own; on one line, only its own package.
 ORDER = (
     ("errors",),
-    ("system", "metric", "options"),
+    ("system", "metric", "options", "windows"),
     ("data", "models", "linalg", "grams", "budget"),
     ("statistics", "evaluation"),
     ("types",),

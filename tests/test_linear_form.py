@@ -26,6 +26,7 @@ from iosvd.presets import preset
 from iosvd.statistics.collect import collect
 from iosvd.statistics.fisher import FisherMetric
 from iosvd.statistics.needs import Needs
+from iosvd.windows import Windows
 
 FUSED = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "phimoe"]
 MIXTURE = "mixtral"
@@ -117,7 +118,9 @@ def test_the_gradient_of_an_expert_is_that_of_autograd() -> None:
     model = small_model(MIXTURE)
     sites = find_sites(model, SiteSelection())
     name = "model.layers.0.mlp.experts.1.gate_up"
-    found = collect(model, tokens(), {name: sites[name]}, Needs(gradient_windows=5), batch_size=2)
+    found = collect(
+        model, Windows(tokens()), {name: sites[name]}, Needs(gradient_windows=5), batch_size=2
+    )
     few = tokens()[:5]
     loss = model(input_ids=few, labels=few, use_cache=False).loss
     (expected,) = torch.autograd.grad(loss, sites[name].weight)
@@ -145,12 +148,12 @@ def test_experts_with_few_tokens_stay_dense_and_are_named(
 ) -> None:
     model = small_model(MIXTURE)
     sites = find_sites(model, SiteSelection())
-    counts = routed_tokens(model, tokens(), sites, batch_size=3)
+    counts = routed_tokens(model, Windows(tokens()), sites, batch_size=3)
     experts = {n for n in sites if expert_of(model, n) is not None}
     assert all(counts[n] == tokens().numel() for n in sites if n not in experts)
     per_layer = sum(counts[f"model.layers.0.mlp.experts.{e}.down"] for e in range(4))
     assert per_layer == 2 * tokens().numel()  # Two experts a token.
-    kept = without_idle_experts(model, tokens(), sites, batch_size=3)
+    kept = without_idle_experts(model, Windows(tokens()), sites, batch_size=3)
     idle = {n for n in experts if counts[n] < sites[n].in_features}
     assert idle and set(sites) - set(kept) == idle
     assert f"{len(idle)} of {len(experts)} layers of experts stay dense" in caplog.text

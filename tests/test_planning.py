@@ -32,6 +32,7 @@ from iosvd.statistics.memory import Activations, sums_limit
 from iosvd.statistics.needs import Needs
 from iosvd.statistics.planning import outline, outline_of
 from iosvd.system.machine import GIB, release_memory, resident_bytes
+from iosvd.windows import as_windows
 
 IO_SVD = Needs(input_metric=True, kl_metric=KLMetric(5))
 
@@ -44,7 +45,7 @@ def test_the_outline_without_weights_is_that_of_the_model(family: str, tmp_path:
     assert found == outline_of(model, SiteSelection(), 16)
     sites = find_sites(model, SiteSelection())
     tokens = torch.zeros(1, 8, dtype=torch.long)
-    assert found.shared == shared_inputs(model, tokens, sites)
+    assert found.shared == shared_inputs(model, as_windows(tokens), sites)
     bytes_ = sum(p.numel() * p.element_size() for p in model.parameters())
     assert found.weight_bytes == bytes_
     assert len(decoder_blocks(model)) == 2
@@ -106,7 +107,7 @@ def test_a_run_passes_as_often_as_was_planned(source: Path) -> None:  # noqa: F8
     stated = (resident_bytes() + planned.activations + 20_000) / GIB
     little = run(source, f"runtime.memory_gib={stated}")
     model = loaded(little)
-    memory = memory_use(little, model, torch.zeros(8, 16, dtype=torch.long))
+    memory = memory_use(little, model, as_windows(torch.zeros(8, 16, dtype=torch.long)))
     assert memory.limit_bytes == pytest.approx(20_000, abs=2**25)
 
 
@@ -211,7 +212,7 @@ def test_architectures_are_planned_without_values(kind: str) -> None:
         n: tuple(site.weight.shape) for n, site in sites.items()
     }
     assert planned.covered_share == pytest.approx(covered_share(model, sites))
-    exact = shared_inputs(model, torch.zeros(1, 8, dtype=torch.long), sites)
+    exact = shared_inputs(model, as_windows(torch.zeros(1, 8, dtype=torch.long)), sites)
     assert len(set(planned.shared.values())) >= len(set(exact.values()))  # At most too much.
 
 

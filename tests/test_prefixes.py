@@ -13,6 +13,7 @@ from experiments.small_models import small_model
 from iosvd.models.losses import mean_loss
 from iosvd.models.prefixes import remember
 from iosvd.models.sites import SiteSelection, decoder_blocks, find_sites
+from iosvd.windows import Windows
 
 WINDOWS = torch.randint(0, 31, (5, 12), generator=torch.Generator().manual_seed(1))
 
@@ -20,7 +21,7 @@ WINDOWS = torch.randint(0, 31, (5, 12), generator=torch.Generator().manual_seed(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_is_that_of_the_whole_pass_to_the_bit(family: str) -> None:
     model = build(family)
-    prefixes = remember(model, WINDOWS, batch_size=2)
+    prefixes = remember(model, Windows(WINDOWS), batch_size=2)
     assert set(prefixes.outputs) == {0, 2, 4}
     for name, site in find_sites(model, SiteSelection()).items():
         first = prefixes.first_changed([site])
@@ -49,7 +50,7 @@ def _note(called: list[int], place: int, *_: object) -> None:
 
 def test_layers_outside_the_blocks_begin_at_the_beginning() -> None:
     model = build("llama")
-    prefixes = remember(model, WINDOWS, 2)
+    prefixes = remember(model, Windows(WINDOWS), 2)
     assert prefixes.first_changed([model.lm_head]) == 0
     assert prefixes.first_changed([]) == 2
 
@@ -57,7 +58,7 @@ def test_layers_outside_the_blocks_begin_at_the_beginning() -> None:
 def test_where_memory_is_short_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     monkeypatch.setattr(iosvd.models.prefixes, "free_bytes", lambda _: 1000)
-    prefixes = remember(model, WINDOWS, 2)
+    prefixes = remember(model, Windows(WINDOWS), 2)
     assert prefixes.outputs == {}
     context = prefixes.from_block(1, 0)
     with context:
@@ -69,6 +70,6 @@ def test_blocks_that_leave_something_behind_run_whole() -> None:
     kinds = ["sliding_attention", "full_attention"] * 2
     model = small_model("gemma4_text", num_kv_shared_layers=2, layer_types=kinds)
     windows = torch.randint(3, 500, (6, 24), generator=torch.Generator().manual_seed(0))
-    assert not remember(model, windows, 4).outputs
+    assert not remember(model, Windows(windows), 4).outputs
     plain = small_model("gemma2")
-    assert remember(plain, windows, 4).outputs.keys() == {0, 4}
+    assert remember(plain, Windows(windows), 4).outputs.keys() == {0, 4}

@@ -36,6 +36,7 @@ from iosvd.runs.records import run_folder
 from iosvd.runs.steps import cache_of
 from iosvd.statistics.memory import MemoryUse
 from iosvd.whitening import Input, InputOutput, Whitening
+from iosvd.windows import Windows
 
 TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
 ROOT = Path(__file__).parents[1]
@@ -185,7 +186,7 @@ def test_changed_code_or_another_model_makes_other_entries(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def digests() -> set[str]:
-        keys = CacheKeys.of("llama", TOKENS, None)
+        keys = CacheKeys.of("llama", Windows(TOKENS), None)
         needs = InputOutput().needs
         parts = [keys.statistic(name, part, "a") for name, part in needs.parts().items()]
         spectrum = SpectrumKeys(keys, InputOutput(), Factorization()).spectrum("a")

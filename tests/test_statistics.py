@@ -21,6 +21,7 @@ from iosvd.statistics.fisher import FisherMetric
 from iosvd.statistics.kl_metric import KLMetric
 from iosvd.statistics.memory import statistics_bytes
 from iosvd.statistics.needs import STATISTICS, Needs, SiteStatistics, statistics_for
+from iosvd.windows import Windows
 
 EVERYTHING = Needs(
     input_metric=True,
@@ -173,7 +174,7 @@ def test_stated_memory_is_what_is_kept(family: str) -> None:
     shapes = {name: Shape(*site.weight.shape) for name, site in sites.items()}
     # The running sum of the Kronecker factors is let go of at the end.
     sums = sum(4 * max(s.m, s.n) ** 2 for s in shapes.values())
-    shared = shared_inputs(model, tokens(), sites)
+    shared = shared_inputs(model, Windows(tokens()), sites)
     assert sum(kept.values()) == statistics_bytes(shapes, EVERYTHING, shared) - sums
 
 

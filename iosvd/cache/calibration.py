@@ -19,6 +19,7 @@ from iosvd.layers.replacement import compressed_layers
 from iosvd.models.routing import without_idle_experts
 from iosvd.models.sites import SiteSelection, covered_share, find_sites, shared_inputs
 from iosvd.statistics.memory import MemoryUse
+from iosvd.windows import Windows, as_windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -29,15 +30,15 @@ _MOST = 0.9  # Of the weights of the decoder blocks; a smaller share is worth a 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A dense model, its target layers, and the token windows that calibrate it.
+    """A dense model, its target layers, and the windows that calibrate it.
 
     Use `Calibration.of`, which checks the model.
     """
 
     model: PreTrainedModel
     sites: Mapping[str, nn.Linear]  # Target layers by qualified name.
-    tokens: Tensor  # (windows, length)
-    gradient_tokens: Tensor | None = None  # Windows of the loss gradient; None: the same.
+    windows: Windows
+    gradient_windows: Windows | None = None  # Of the loss gradient; None: the same.
     batch_size: int = 8  # Windows per forward pass.
     memory: MemoryUse = MemoryUse()  # noqa: RUF009 (frozen)
     store: Store = NoStore()  # noqa: RUF009 (frozen)
@@ -47,10 +48,10 @@ class Calibration:
     def of(
         cls,
         model: PreTrainedModel,
-        tokens: Tensor,
+        tokens: Tensor | Windows,
         *,
         selection: SiteSelection = SiteSelection(),  # noqa: B008 (frozen)
-        gradient_tokens: Tensor | None = None,
+        gradient_tokens: Tensor | Windows | None = None,
         batch_size: int = 8,
         memory: MemoryUse = MemoryUse(),  # noqa: B008 (frozen)
         store: Store = NoStore(),  # noqa: B008 (frozen)
@@ -60,7 +61,7 @@ class Calibration:
 
         Args:
             model: a causal language model.
-            tokens: calibration windows (windows, length).
+            tokens: calibration windows (windows, length), or those of images and text.
             selection: which layers are targets.
             gradient_tokens: windows of the loss gradient; None: the same windows.
             batch_size: windows per forward pass.
@@ -81,12 +82,13 @@ class Calibration:
             )
         check_dense(model)
         # For every method, so that ratios of all refer to the same layers.
-        sites = without_idle_experts(model, tokens, find_sites(model, selection), batch_size)
+        windows = as_windows(tokens)
+        sites = without_idle_experts(model, windows, find_sites(model, selection), batch_size)
         calibration = cls(
             model=model,
             sites=sites,
-            tokens=tokens,
-            gradient_tokens=gradient_tokens,
+            windows=windows,
+            gradient_windows=None if gradient_tokens is None else as_windows(gradient_tokens),
             batch_size=batch_size,
             memory=memory,
             store=store,
@@ -108,7 +110,7 @@ class Calibration:
     @cached_property
     def shared_inputs(self) -> Mapping[str, str]:
         """Each site, and the first site that reads the same tensor."""
-        return shared_inputs(self.model, self.tokens, self.sites)
+        return shared_inputs(self.model, self.windows, self.sites)
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
@@ -123,7 +125,7 @@ class Calibration:
     @cached_property
     def keys(self) -> CacheKeys:
         """The cache keys of this model and these windows."""
-        return CacheKeys.of(self.identity, self.tokens, self.gradient_tokens)
+        return CacheKeys.of(self.identity, self.windows, self.gradient_windows)
 
 
 def check_dense(model: PreTrainedModel) -> None:

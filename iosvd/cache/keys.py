@@ -17,6 +17,7 @@ from iosvd.statistics.kl_metric import KLMetric
 from iosvd.statistics.needs import Needs
 from iosvd.system.json_files import to_json
 from iosvd.whitening import Whitening
+from iosvd.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,15 @@ class CacheKeys:
     gradient_tokens: str  # Hash of the windows that score; often the same windows.
 
     @classmethod
-    def of(cls, model: str, tokens: Tensor, gradient_tokens: Tensor | None) -> CacheKeys:
+    def of(cls, model: str, windows: Windows, gradient_windows: Windows | None) -> CacheKeys:
         """Hash the calibration windows.
 
         Args:
             model: identifies the model's weights.
-            tokens, gradient_tokens: calibration windows (windows, length).
+            windows, gradient_windows: that calibrate.
         """
-        first = tensor_digest(tokens)
-        second = first if gradient_tokens is None else tensor_digest(gradient_tokens)
+        first = windows_digest(windows)
+        second = first if gradient_windows is None else windows_digest(gradient_windows)
         return cls(model, first, second)
 
     def statistic(self, name: str, part: Needs, site: str | None = None) -> Key:
@@ -155,6 +156,18 @@ def options_of(value: Any) -> dict[str, Any]:
     """Return the class and the options of a dataclass, as JSON."""
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     return {"class": name, **to_json(value)}
+
+
+def windows_digest(windows: Windows) -> str:
+    """Return a hash of windows; that of their tokens if these are all."""
+    digest = tensor_digest(windows.tokens)
+    masks = {"filled": windows.filled, "counted": windows.counted}
+    more = {name: tensor_digest(mask) for name, mask in masks.items() if mask is not None}
+    for number, one in enumerate(windows.beside):
+        more |= {f"{number} {name}": tensor_digest(value) for name, value in one.items()}
+    if not more:
+        return digest
+    return hashlib.sha256(f"{digest} {sorted(more.items())}".encode()).hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:

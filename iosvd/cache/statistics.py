@@ -112,21 +112,21 @@ class CachedStatistics:
     ) -> None:
         """Collect what is missing, and add it to `found`."""
         own = self.calibration
-        apart = {"gradient_windows"} & set(missing) if own.gradient_tokens is not None else set()
+        apart = {"gradient_windows"} & set(missing) if own.gradient_windows is not None else set()
         for chosen in (set(missing) - apart, apart):
             if not chosen:
                 continue
             needs = Needs()
             for part in chosen:
                 needs = needs | parts[part]
-            tokens = own.tokens if chosen != apart else own.gradient_tokens
-            assert tokens is not None
+            windows = own.windows if chosen != apart else own.gradient_windows
+            assert windows is not None
             sites = {s: own.sites[s] for s in own.sites if any(s in missing[p] for p in chosen)}
             with of_stage("statistics"):
                 with measured() as took:
                     collected = collect(
                         own.model,
-                        tokens,
+                        windows,
                         sites,
                         needs,
                         own.batch_size,

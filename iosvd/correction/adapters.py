@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from iosvd.layers.replacement import low_rank_layers
 from iosvd.models.blocks import checkpointed
 from iosvd.system.progress import track
 from iosvd.types import Site
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -25,8 +26,13 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 FACTORS = ("left", "right")
 _WARM_UP = 0.1  # Share of the steps; afterwards the learning rate falls along a cosine.
 
-# Of a model and a batch of windows (windows, length): a mean over tokens, to be minimised.
-Loss = Callable[[nn.Module, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Loss:
+    """A mean over tokens, to be minimised."""
+
+    summed: Callable[[PreTrainedModel, Windows], Tensor]
+    terms: Callable[[Windows], Tensor]  # The number of terms of the sum, by window.
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Training:
         model: PreTrainedModel,
         layers: Sequence[str],
         calibration: Calibration,
-        tokens: Tensor,
+        windows: Windows,
         loss: Loss,
         accept: Callable[[], bool] | None = None,
     ) -> None:
@@ -66,7 +72,7 @@ class Training:
             model: only the named layers are changed.
             layers: qualified names.
             calibration: batch size and memory limits.
-            tokens: training windows (windows, length).
+            windows: that are trained on.
             loss: to be minimised.
             accept: called after the merge; if it returns False, the layers are restored.
 
@@ -88,7 +94,7 @@ class Training:
         trained = False
         try:
             with checkpointed(model, calibration.memory.checkpoint_blocks):
-                self._steps(adapted, tokens, loss, calibration.batch_size)
+                self._steps(adapted, windows, loss, calibration.batch_size)
             trained = True
         finally:
             _ = adapted.merge_and_unload() if trained else adapted.unload()
@@ -99,7 +105,7 @@ class Training:
                 for name, weight in before.items():
                     _weight(model, name).copy_(weight)
 
-    def _steps(self, model: nn.Module, tokens: Tensor, loss: Loss, batch_size: int) -> None:
+    def _steps(self, model: Any, windows: Windows, loss: Loss, batch_size: int) -> None:
         from transformers import get_cosine_schedule_with_warmup
 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -107,24 +113,24 @@ class Training:
         batches = [
             batch
             for _ in range(self.epochs)
-            for batch in torch.randperm(len(tokens)).split(self.batch_windows)
+            for batch in torch.randperm(len(windows)).split(self.batch_windows)
         ]
         warm_up = min(math.ceil(_WARM_UP * len(batches)), len(batches) - 1)
         schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, len(batches))
-        device = next(model.parameters()).device
+        terms = loss.terms(windows)
         with torch.enable_grad():
             for batch in track(batches, len(batches), "adapters", "step"):
                 for part in batch.split(batch_size):
-                    found = loss(model, tokens[part].to(device))
+                    found = loss.summed(model, windows[part])
                     if not math.isfinite(found.item()):
                         raise NumericalError(
                             "the loss of the adapters is not finite; lower correction.learning_rate"
                         )
                     # Of the sum over tokens: those of the mean underflow in half precision.
-                    (found * tokens[part].numel()).backward()
+                    found.backward()
                 for parameter in trained:
                     if parameter.grad is not None:  # None: of an expert without a token.
-                        parameter.grad /= tokens[batch].numel()
+                        parameter.grad /= int(terms[batch].sum())
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()

@@ -27,7 +27,8 @@ from iosvd.correction.refinement import Refinement
 from iosvd.correction.refit_options import RefitOptions
 from iosvd.correction.stored_block import BlockUpdate, tensors_of, update_from
 from iosvd.layers.replacement import install_, set_parameters_, twin_of
-from iosvd.models.blocks import Call, HiddenStates, calls_of, hidden_states_of
+from iosvd.models.blocks import HiddenStates, calls_of, hidden_states_of
+from iosvd.models.calls import Call
 from iosvd.models.layout import Layout, layout_of
 from iosvd.models.linear_form import expert_of
 from iosvd.models.sites import named_blocks, names_within
@@ -56,16 +57,18 @@ def correct_blocks(inputs: CorrectionInputs, steps: BlockSteps) -> CorrectionRes
     blocks = named_blocks(model)
     names_by_block = [names_within(start, inputs.sites) for start in blocks]
     inside = {name for names in names_by_block for name in names.values()}
-    sizes = steps.refinement.part_sizes(len(own.tokens), own.batch_size) if steps.refinement else ()
-    calls = calls_of(model, own.tokens, own.batch_size, sizes)
+    sizes = (
+        steps.refinement.part_sizes(len(own.windows), own.batch_size) if steps.refinement else ()
+    )
+    calls = calls_of(model, own.windows, own.batch_size, sizes)
     costs: list[Stage] = []
     curvatures = _curvatures(own, steps.refinement, costs)  # Before states take their memory.
-    dense_states = hidden_states_of(model, own.tokens, own.batch_size)
+    dense_states = hidden_states_of(model, own.windows, own.batch_size)
     # Not by items(), which would truncate every site.
     sites = {name: inputs.sites[name] for name in inputs.sites if name not in inside}
     prefix = twin_of(model) if sites else model
     install_(prefix, sites)
-    states = hidden_states_of(prefix, own.tokens, own.batch_size)
+    states = hidden_states_of(prefix, own.windows, own.batch_size)
     parameters: dict[str, Tensor] = {}
     waiting = [
         _BlockWork(number, start, blocks[start], names, block_calls, curvatures.get(number))
@@ -157,7 +160,7 @@ def _curvatures(
 
     def compute() -> dict[str, Tensor]:
         on_cpu = own.memory.metrics_on_cpu
-        found = block_curvatures(own.model, own.tokens, metric, own.batch_size, on_cpu=on_cpu)
+        found = block_curvatures(own.model, own.windows, metric, own.batch_size, on_cpu=on_cpu)
         return {str(number): one for number, one in enumerate(found)}
 
     key = own.keys.curvature(metric)

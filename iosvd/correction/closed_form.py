@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -51,5 +52,8 @@ def _drifts(
         cut = min(max(first_held - where.start, 0), len(x_d))
         for sums, part in ((fitted, slice(cut)), (held, slice(cut, None))):
             if len(x_d[part]):
-                sums.add(x_d[part], x_c[part], None if lacking is None else lacking[part])
+                at = range(where.start, where.start + len(x_d))[part]
+                rows = partial(pair.states.rows, which=slice(at.start, at.stop))
+                lacks = None if lacking is None else rows(lacking[part])
+                sums.add(rows(x_d[part]), rows(x_c[part]), lacks)
     return fitted.means(), held.means() if held.tokens else None

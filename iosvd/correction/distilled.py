@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.cache.calibration import Calibration
-from iosvd.correction.adapters import FACTORS, Training, as_two_layers, sites_of
+from iosvd.correction.adapters import FACTORS, Loss, Training, as_two_layers, sites_of
 from iosvd.correction.anchored import Anchored
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.correction.seeding import seeded
@@ -21,6 +21,7 @@ from iosvd.evaluation.divergence import divergence
 from iosvd.layers.replacement import install_, twin_of
 from iosvd.models.predictions import log_probabilities, summed_kl
 from iosvd.types import Site
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -66,7 +67,7 @@ class Distilled(Training, Correction):
         return self.anchored.adds_bias
 
     def check(self, calibration: Calibration) -> None:
-        if len(calibration.tokens) < 2:
+        if len(calibration.windows) < 2:
             raise ConfigError("distillation holds out a window: calibration.windows must be 2")
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
@@ -76,7 +77,7 @@ class Distilled(Training, Correction):
         compressed = twin_of(dense)
         install_(compressed, sites)
         with seeded(self.seed, dense.device), as_two_layers(compressed) as pairs:
-            held_out, fitted = self._divided(calibration.tokens)
+            held_out, fitted = self._divided(calibration.windows)
             kl = partial(_divergence, dense, compressed, held_out, calibration.batch_size)
             before = kl()
             if before == 0:  # The dense model itself: there is nothing to lower.
@@ -97,16 +98,16 @@ class Distilled(Training, Correction):
                 [*factors, *stays_dense],
                 calibration,
                 fitted,
-                partial(kl_from, dense),
+                Loss(partial(kl_from, dense), lambda chosen: chosen.positions),
                 accept,
             )
         return replace(refitted, sites=sites_of(compressed, sites))
 
-    def _divided(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _divided(self, windows: Windows) -> tuple[Windows, Windows]:
         """Return the held-out windows and the training windows; at least one of each."""
-        order = torch.randperm(len(tokens))
-        count = min(max(1, round(self.held_out * len(tokens))), len(tokens) - 1)
-        return tokens[order[:count]], tokens[order[count:]]
+        order = torch.randperm(len(windows))
+        count = min(max(1, round(self.held_out * len(windows))), len(windows) - 1)
+        return windows[order[:count]], windows[order[count:]]
 
 
 def _without_weights_of(
@@ -122,14 +123,14 @@ def _without_weights_of(
 
 
 def _divergence(
-    dense: PreTrainedModel, compressed: PreTrainedModel, windows: Tensor, batch_size: int
+    dense: PreTrainedModel, compressed: PreTrainedModel, windows: Windows, batch_size: int
 ) -> float:
     return divergence(dense, compressed, windows, batch_size).kl
 
 
-def kl_from(dense: nn.Module, compressed: nn.Module, windows: Tensor) -> Tensor:
-    """Return KL(dense ‖ compressed), nats per token, of windows (windows, length)."""
+def kl_from(dense: PreTrainedModel, compressed: PreTrainedModel, windows: Windows) -> Tensor:
+    """Return KL(dense ‖ compressed) in nats, summed over the positions that count."""
     with torch.no_grad():
         reference = log_probabilities(dense, windows, torch.float32)
     found = log_probabilities(compressed, windows, torch.float32)
-    return summed_kl(reference, found) / windows.numel()
+    return summed_kl(reference, found)

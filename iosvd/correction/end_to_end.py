@@ -39,23 +39,21 @@ class EndToEnd(Optimization):
 
     def train(self, calibration: Calibration, start: CorrectionResult) -> CorrectionResult:
         """Return the result of a correction after the training; the dense model stays as it is."""
-        dense, tokens = calibration.model, calibration.tokens
+        dense, windows = calibration.model, calibration.windows
         twin = twin_of(dense)
         install_(twin, start.sites)
         set_parameters_(twin, start.parameters)
         trained = _of_blocks_(twin, start.sites, self)
 
-        def loss(windows: Tensor) -> Tensor:
-            chosen = tokens[windows].to(dense.device)
-            return kl_from(dense, twin, chosen) * chosen.numel()
+        def loss(chosen: Tensor) -> Tensor:
+            return kl_from(dense, twin, windows[chosen])
 
         with checkpointed(twin, calibration.memory.checkpoint_blocks):
             Fit(
                 options=self,
                 parameters=list(trained.values()),
                 loss=loss,
-                terms=tokens.shape[1],
-                windows=len(tokens),
+                terms=windows.positions,
                 batch_size=calibration.batch_size,
                 what="KL divergence, end to end",
             ).run_()

@@ -43,7 +43,7 @@ class Ladder(Correction):
     def check(self, calibration: Calibration) -> None:
         for training in (self.refinement, self.end_to_end):
             if training is not None:
-                training.trained_windows(len(calibration.tokens))
+                training.trained_windows(len(calibration.windows))
         if self.end_to_end is not None and not decoder_blocks(calibration.model):
             raise ConfigError(
                 "this model has no list of decoder blocks; set correction.end_to_end=null"

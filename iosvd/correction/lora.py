@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from iosvd.correction.adapters import FACTORS, Training, as_two_layers, sites_of
+from iosvd.correction.adapters import FACTORS, Loss, Training, as_two_layers, sites_of
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.correction.seeding import seeded
 from iosvd.layers.replacement import install_, twin_of
+from iosvd.models.losses import summed_loss
+from iosvd.windows import Windows
+
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -33,15 +39,15 @@ class Lora(Training, Correction):
         model = twin_of(inputs.calibration.model)
         install_(model, inputs.sites)
         with seeded(self.seed, inputs.calibration.model.device), as_two_layers(model) as pairs:
+            of_next_token = Loss(next_token_loss, lambda windows: windows.predictions)
             for factor in FACTORS:
                 layers = [f"{name}.{factor}" for name in pairs]
                 self.train_and_merge(
-                    model, layers, inputs.calibration, inputs.calibration.tokens, next_token_loss
+                    model, layers, inputs.calibration, inputs.calibration.windows, of_next_token
                 )
         return CorrectionResult(sites_of(model, inputs.sites), inputs.sites.ranks)
 
 
-def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Return the mean loss of the next token, nats, of windows (windows, length)."""
-    loss: Tensor = model(input_ids=windows, labels=windows, use_cache=False).loss
-    return loss
+def next_token_loss(model: PreTrainedModel, windows: Windows) -> Tensor:
+    """Return the summed loss of the next tokens, nats."""
+    return summed_loss(windows.logits(model), windows.labels)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iosvd.models.blocks import Call, HiddenStates, capture_input
+from iosvd.models.blocks import HiddenStates
+from iosvd.models.calls import Call, capture_input
 from iosvd.models.layout import Layout
 from iosvd.models.visiting import device_of
 

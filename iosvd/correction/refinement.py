@@ -62,7 +62,6 @@ class Refinement(Optimization):
             sites: as they are installed in the twin, by their names within the block.
         """
         trained = own_parameters_(pair.twin, sites, self)
-        window = pair.states.states[0]
         metric = pair.curvature
         if metric is not None:
             metric = shrunk(metric, self.shrinkage).to(device_of(pair.twin))
@@ -71,8 +70,7 @@ class Refinement(Optimization):
             parameters=list(trained.values()),
             loss=partial(_summed_error, pair, metric),
             # The mean is over the entries of hidden states, or over tokens: nats per token.
-            terms=window.numel() if metric is None else len(window),
-            windows=len(pair.states.states),
+            terms=pair.states.real * (pair.states.width if metric is None else 1),
             batch_size=pair.states.batch_size,
             what=f"block {pair.number}, {self.loss.value} error",
             number=pair.number,
@@ -86,7 +84,7 @@ def _summed_error(pair: BlockPair, metric: Tensor | None, windows: Tensor) -> Te
     hidden, target = (kept.states[windows].to(device) for kept in (pair.states, pair.target))
     output = pair.calls[len(windows)](pair.twin, hidden)
     precise = wide(output.dtype)
-    error = output.to(precise) - target.to(precise)
+    error = pair.states.rows(output.to(precise) - target.to(precise), windows)
     if metric is None:
         return error.square().sum()
     return ((error @ metric.to(error.dtype)) * error).sum() / 2

@@ -86,8 +86,7 @@ class Fit:
     options: Optimization
     parameters: Sequence[nn.Parameter]  # In the model's dtype.
     loss: Callable[[Tensor], Tensor]  # Of the indices of windows: the sum of their terms.
-    terms: int  # Of a window.
-    windows: int  # Of the calibration set.
+    terms: Tensor  # Their number, by window of the calibration set.
     batch_size: int
     what: str  # Is trained, for the log.
     number: int = 0  # Of the training, which draws its order with the seed.
@@ -127,7 +126,7 @@ class Fit:
         from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
 
         options = self.options
-        trained = options.trained_windows(self.windows)
+        trained = options.trained_windows(len(self.terms))
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.number)
         batches = [
             batch
@@ -159,7 +158,7 @@ class Fit:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         for master in self.masters:
             assert master.grad is not None
-            master.grad.div_(len(batch) * self.terms)
+            master.grad.div_(int(self.terms[batch].sum()))
 
     def _gradients(self, windows: Tensor) -> list[Tensor]:
         """Return the gradients of the summed loss, in the masters' dtype.
@@ -184,9 +183,9 @@ class Fit:
 
     def _judged(self) -> float:
         """Return the mean loss of the windows that choose the epoch."""
-        judged = self.options.judged_windows(self.windows)
+        judged = self.options.judged_windows(len(self.terms))
         total = sum(float(self.loss(part)) for part in judged.split(self.batch_size))
-        return total / (len(judged) * self.terms)
+        return total / int(self.terms[judged].sum())
 
 
 def own_parameters_(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iosvd.data.texts import Dataset, read_documents
 from iosvd.errors import ConfigError, DataError
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedTokenizerBase
@@ -84,14 +85,15 @@ def check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
         )
 
 
-def warn_if_few(tokens: Tensor, widths: Mapping[str, int]) -> None:
+def warn_if_few(windows: Windows, widths: Mapping[str, int]) -> None:
     """Warn where the calibration set has fewer than four tokens per input channel (METHODS 2.1)."""
     site, width = max(widths.items(), key=lambda item: item[1])
-    if tokens.numel() < 4 * width:
+    tokens = int(windows.real.sum())
+    if tokens < 4 * width:
         log.warning(
             "calibration gives %s tokens for inputs of width %s (%s); at least %s (4 × width) are"
             " advised, or raise whitening.damping_input",
-            f"{tokens.numel():,}",
+            f"{tokens:,}",
             f"{width:,}",
             site,
             f"{4 * width:,}",

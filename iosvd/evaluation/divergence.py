@@ -13,6 +13,7 @@ from torch import Tensor
 from iosvd.errors import NumericalError
 from iosvd.models.predictions import log_probabilities, summed_kl
 from iosvd.system.progress import track
+from iosvd.windows import IGNORED, Windows, as_windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -33,7 +34,7 @@ Context = Callable[[], AbstractContextManager[None]]
 def divergences(
     dense: PreTrainedModel,
     variants: Mapping[str, tuple[PreTrainedModel, Context]],
-    windows: Tensor,
+    windows: Tensor | Windows,
     batch_size: int,
 ) -> dict[str, Divergence]:
     """Measure several models against the dense one, which runs once.
@@ -48,20 +49,22 @@ def divergences(
     Raises:
         NumericalError: a divergence is not finite.
     """
+    windows = as_windows(windows)
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in variants}
     starts = range(0, len(windows), batch_size)
     for start in track(starts, len(starts), "divergence", "batch"):
         batch = windows[start : start + batch_size]
         # In float64: small divergences vanish in float32.
-        reference = log_probabilities(dense, batch.to(dense.device), torch.float64)
+        reference = log_probabilities(dense, batch, torch.float64)
         for name, (model, context) in variants.items():
             with context():
-                found = log_probabilities(model, batch.to(model.device), torch.float64)
+                found = log_probabilities(model, batch, torch.float64)
             kl = summed_kl(reference, found)
-            labels = batch[:, 1:, None].to(found.device)
-            change = (reference - found)[:, :-1].gather(-1, labels).sum()
+            labels = batch.chosen(batch.labels).to(found.device)
+            at_labels = (reference - found).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+            change = at_labels.where(labels != IGNORED, 0).sum()
             sums[name] += torch.stack([kl, change]).cpu()
-    count = torch.tensor([windows.numel(), windows[:, 1:].numel()])
+    count = torch.stack([windows.positions.sum(), windows.predictions.sum()])
     means = {name: (total / count).tolist() for name, total in sums.items()}
     for name, (kl, change) in means.items():
         if not torch.isfinite(torch.tensor([kl, change])).all():
@@ -70,7 +73,7 @@ def divergences(
 
 
 def divergence(
-    dense: PreTrainedModel, compressed: PreTrainedModel, windows: Tensor, batch_size: int
+    dense: PreTrainedModel, compressed: PreTrainedModel, windows: Tensor | Windows, batch_size: int
 ) -> Divergence:
     """Measure one model against the dense one."""
     variants = {"the compressed model": (compressed, nullcontext)}

@@ -10,6 +10,7 @@ from torch import Tensor
 from iosvd.errors import NumericalError
 from iosvd.models.losses import mean_loss
 from iosvd.system.progress import track
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 _LARGEST_LOSS = 700.0  # exp of 710 overflows.
 
 
-def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 8) -> float:
+def perplexity(model: PreTrainedModel, windows: Tensor | Windows, batch_size: int = 8) -> float:
     """Return exp of the mean negative log-likelihood of a token given those before it.
 
     Each window of length L stands alone and gives L − 1 predictions.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iosvd.errors import ModelError
+from iosvd.models.calls import Call, alike, arrival
 from iosvd.models.forward import output_of, replaced_forward, unless_refused
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import device_of
 from iosvd.system.machine import free_bytes
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -30,28 +32,6 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 _LARGEST_ERROR = 1e-2  # Relative, in half precision; another computation differs by far more.
 _INSTEAD = "choose correction=none, projected_gradient or lora"
 SHARE = 0.2  # Share of the free memory that one set of hidden states may take.
-
-
-class _ArrivedError(Exception):
-    """Ends a forward pass as soon as the wanted input is captured."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A block's arguments other than the hidden states; they depend only on the batch size."""
-
-    positional: tuple[Any, ...]
-    named: Mapping[str, Any]
-
-    @property
-    def carries_graph(self) -> bool:
-        """Whether one of them has a gradient."""
-        values = (*self.positional, *self.named.values())
-        return any(isinstance(value, Tensor) and value.requires_grad for value in values)
-
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Return the block's output."""
-        return output_of(block(hidden, *self.positional, **self.named))
 
 
 @dataclass(frozen=True)
@@ -62,6 +42,27 @@ class HiddenStates:
     batch_size: int
     device: torch.device  # The model's.
     limit_bytes: float | None = None
+    filled: Tensor | None = None  # (windows, length), False for padding; None: there is none.
+
+    @property
+    def width(self) -> int:
+        return self.states.shape[-1]
+
+    @property
+    def real(self) -> Tensor:
+        """The number of tokens that are no padding, by window."""
+        if self.filled is None:
+            return torch.full((len(self.states),), self.states.shape[1])
+        return self.filled.sum(1)
+
+    def rows(self, values: Tensor, which: slice | Tensor) -> Tensor:
+        """Return those of some windows' values that do not belong to padding.
+
+        Args:
+            values: (windows, length, width).
+            which: windows they belong to.
+        """
+        return values if self.filled is None else values[self.filled[which].to(values.device)]
 
     def batches(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
         """Yield the states batch by batch, on a device."""
@@ -108,52 +109,55 @@ class HiddenStates:
 
 
 def hidden_states_of(
-    model: PreTrainedModel, tokens: Tensor, batch_size: int, limit_bytes: float | None = None
+    model: PreTrainedModel, windows: Windows, batch_size: int, limit_bytes: float | None = None
 ) -> HiddenStates:
     """Return the inputs of the first block, on the device or wherever they fit.
 
     Args:
         model: a causal language model.
-        tokens: windows (windows, length).
+        windows: that pass, in batches.
         batch_size: windows per forward pass.
         limit_bytes: of the model's device, and then of main memory; larger states are mapped from
             a temporary file. None: a fifth of what is free.
     """
     first = decoder_blocks(model)[0]
     width = model.config.get_text_config().hidden_size
-    states = _room((*tokens.shape, width), model.dtype, model.device, limit_bytes)
-    for start in range(0, len(tokens), batch_size):
+    states = _room((*windows.tokens.shape, width), model.dtype, model.device, limit_bytes)
+    calls: dict[int, Call] = {}
+    for start in range(0, len(windows), batch_size):
         where = slice(start, start + batch_size)
-        with ExitStack() as stack:
-            seen: list[Tensor] = []
-            stack.callback(first.register_forward_pre_hook(_stopping(seen)).remove)
-            try:
-                model(input_ids=tokens[where].to(model.device), use_cache=False)
-            except _ArrivedError:
-                states[where] = seen[0]
-    return HiddenStates(states, batch_size, model.device, limit_bytes)
+        hidden, call = arrival(model, first, windows[where])
+        if not alike(call, calls.setdefault(len(hidden), call)):
+            raise ModelError(
+                f"the blocks of {type(model).__name__} get positions or masks that depend on where"
+                f" images stand in a window, so hidden states cannot be carried; {_INSTEAD}"
+            )
+        states[where] = hidden
+    return HiddenStates(states, batch_size, model.device, limit_bytes, windows.filled)
 
 
 def calls_of(
-    model: PreTrainedModel, tokens: Tensor, batch_size: int, sizes: Collection[int] = ()
+    model: PreTrainedModel, windows: Windows, batch_size: int, sizes: Collection[int] = ()
 ) -> list[dict[int, Call]]:
     """Return each block's other arguments, by the number of windows in a batch.
 
     Args:
         model: a causal language model.
-        tokens: windows (windows, length), which pass in order in batches.
+        windows: that pass in order, in batches.
         batch_size: windows of such a batch.
         sizes: of further batches.
 
     Raises:
         ModelError: hidden states cannot be carried from block to block with these.
     """
-    _check_carried(model, tokens[:2])
-    own = {min(batch_size, len(tokens)), len(tokens) % batch_size} - {0}
-    return _calls(model, tokens, own | set(sizes))
+    _check_carried(model, windows[:2])
+    own = {min(batch_size, len(windows)), len(windows) % batch_size} - {0}
+    return _calls(model, windows, own | set(sizes))
 
 
-def _calls(model: PreTrainedModel, tokens: Tensor, sizes: Collection[int]) -> list[dict[int, Call]]:
+def _calls(
+    model: PreTrainedModel, windows: Windows, sizes: Collection[int]
+) -> list[dict[int, Call]]:
     blocks = decoder_blocks(model)
     calls: list[dict[int, Call]] = [{} for _ in blocks]
     for size in sizes:
@@ -170,12 +174,12 @@ def _calls(model: PreTrainedModel, tokens: Tensor, sizes: Collection[int]) -> li
                     found[size] = Call(given[1:], named)
 
                 stack.callback(block.register_forward_pre_hook(see, with_kwargs=True).remove)
-            model(input_ids=tokens[:size].to(model.device), use_cache=False)
+            windows[:size].output(model)
     return calls
 
 
 @torch.no_grad()
-def _check_carried(model: PreTrainedModel, tokens: Tensor) -> None:
+def _check_carried(model: PreTrainedModel, windows: Windows) -> None:
     """Check on these windows that states carried from block to block are those of a forward pass.
 
     They are not where blocks read what earlier ones leave behind (shared keys and values), or have
@@ -190,8 +194,8 @@ def _check_carried(model: PreTrainedModel, tokens: Tensor) -> None:
     weights = [id(parameter) for block in blocks for parameter in block.parameters()]
     if len(set(weights)) < len(weights):
         raise ModelError(f"blocks of {type(model).__name__} share layers; {_INSTEAD}")
-    whole = _plain(model, blocks[-1], tokens)
-    carried = unless_refused(lambda: _carried(model, blocks, tokens), "carried hidden states")
+    whole = _plain(model, blocks[-1], windows)
+    carried = unless_refused(lambda: _carried(model, blocks, windows), "carried hidden states")
     if carried is None or not _same(carried.to(whole), whole):
         raise ModelError(
             f"the blocks of {type(model).__name__} get more from each other or from the tokens than"
@@ -206,7 +210,7 @@ def _same(carried: Tensor, whole: Tensor) -> bool:
     return bool(error <= _LARGEST_ERROR * torch.linalg.norm(whole))
 
 
-def _plain(model: PreTrainedModel, last: nn.Module, tokens: Tensor) -> Tensor:
+def _plain(model: PreTrainedModel, last: nn.Module, windows: Windows) -> Tensor:
     """Return the last block's outputs in forward passes of one window each."""
     seen: list[Tensor] = []
 
@@ -215,51 +219,19 @@ def _plain(model: PreTrainedModel, last: nn.Module, tokens: Tensor) -> Tensor:
 
     hook = last.register_forward_hook(see)
     try:
-        for window in tokens.split(1):
-            model(input_ids=window.to(model.device), use_cache=False)
+        for window in windows.split(1):
+            window.output(model)
     finally:
         hook.remove()
     return torch.cat(seen)
 
 
-def _carried(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> Tensor:
+def _carried(model: PreTrainedModel, blocks: Sequence[nn.Module], windows: Windows) -> Tensor:
     """Return the same, carried from block to block."""
-    carried = hidden_states_of(model, tokens, 1)
-    for block, calls in zip(blocks, _calls(model, tokens, [1]), strict=True):
+    carried = hidden_states_of(model, windows, 1)
+    for block, calls in zip(blocks, _calls(model, windows, [1]), strict=True):
         carried.pass_(block, calls)
     return carried.states
-
-
-def capture_input(
-    block: nn.Module, hidden: Tensor, call: Call, name: str, writers: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Run a block until one of its layers is reached.
-
-    Returns:
-        The layer's input, and the residual stream that its output would be added to: the block's
-        input plus the outputs of the layers named in `writers`.
-    """
-    stream, seen = [hidden], list[Tensor]()
-    with ExitStack() as stack:
-        for writer in writers:
-            layer = block.get_submodule(writer)
-            hook = layer.register_forward_hook(
-                lambda *call: stream.append(stream[-1] + call[-1].reshape_as(hidden))
-            )
-            stack.callback(hook.remove)
-        layer = block.get_submodule(name)
-        stack.callback(layer.register_forward_pre_hook(_stopping(seen)).remove)
-        with suppress(_ArrivedError):
-            call(block, hidden)
-    return seen[0], stream[-1]
-
-
-def _stopping(seen: list[Tensor]) -> Any:
-    def see(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        seen.append(given[0])
-        raise _ArrivedError
-
-    return see
 
 
 def _room(

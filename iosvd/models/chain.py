@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.errors import ModelError
-from iosvd.models.blocks import Call
+from iosvd.models.calls import Call
 from iosvd.models.forward import output_of, replaced_forward, unless_refused
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import present
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -112,7 +113,7 @@ def _forward(
     return found
 
 
-def chained_blocks(model: PreTrainedModel, tokens: Tensor) -> list[nn.Module]:
+def chained_blocks(model: PreTrainedModel, windows: Windows) -> list[nn.Module]:
     """Return the decoder blocks if earlier ones reach each only through its first argument.
 
     If they do not (keys and values that are shared among blocks, inputs for every block that are
@@ -121,9 +122,9 @@ def chained_blocks(model: PreTrainedModel, tokens: Tensor) -> list[nn.Module]:
 
     Args:
         model: in the state of `activation_gradients`.
-        tokens: windows (windows, length).
+        windows: of which a few tokens are used.
     """
-    blocks, few = decoder_blocks(model), tokens[:1, :8].to(model.device)
+    blocks, few = decoder_blocks(model), windows.few()
     if not blocks:
         return []
     whole = _gradient(model, [], few)
@@ -139,14 +140,14 @@ def _same(whole: Tensor, parts: Tensor | None) -> bool:
     return bool(torch.linalg.norm(parts - whole) <= tolerance * torch.linalg.norm(whole))
 
 
-def _gradient(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> Tensor:
+def _gradient(model: PreTrainedModel, blocks: Sequence[nn.Module], few: Windows) -> Tensor:
     """Return the gradient in the embeddings of some function of the logits."""
     leaves: list[Tensor] = []
     embeddings = model.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda *call: leaves.append(call[-1]))
     try:
         with without_graph(blocks) as chain:
-            logits = model(input_ids=tokens, use_cache=False).logits
+            logits = few.logits(model)
     finally:
         hook.remove()
     if any(visit.call.carries_graph for visit in chain.visits):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.models.forward import replaced_forward
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -25,14 +26,14 @@ _CHANGES = {
 
 
 @torch.no_grad()
-def separate_head(model: PreTrainedModel, tokens: Tensor) -> nn.Module | None:
+def separate_head(model: PreTrainedModel, windows: Windows) -> nn.Module | None:
     """Return the head if the logits are its output as it is, else None.
 
     Models that scale, cap or cast their logits afterwards have no separate head.
 
     Args:
         model: a causal language model.
-        tokens: windows (windows, length), of which a few tokens are used.
+        windows: of which a few tokens are used.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -40,7 +41,7 @@ def separate_head(model: PreTrainedModel, tokens: Tensor) -> nn.Module | None:
     seen: list[Tensor] = []
     hook = head.register_forward_hook(lambda *call: seen.append(call[-1]))
     try:
-        logits = model(input_ids=tokens[:1, :8].to(model.device), use_cache=False).logits
+        logits = windows.few().logits(model)
     finally:
         hook.remove()
     same = len(seen) == 1 and seen[0].dtype == logits.dtype and seen[0].shape == logits.shape
@@ -53,13 +54,13 @@ def has_plain_head(config: Any) -> bool:
     return all(getattr(config, name, None) in plain for name, plain in _CHANGES.items())
 
 
-def hidden_states(model: PreTrainedModel, head: nn.Module, batch: Tensor) -> Tensor:
+def hidden_states(model: PreTrainedModel, head: nn.Module, batch: Windows) -> Tensor:
     """Return the head's inputs (windows, length, d), attached to the graph of the model's body.
 
     Args:
         model: a causal language model.
         head: its separate head.
-        batch: tokens (windows, length), on the model's device.
+        batch: of windows.
     """
     seen: list[Tensor] = []
 
@@ -68,5 +69,5 @@ def hidden_states(model: PreTrainedModel, head: nn.Module, batch: Tensor) -> Ten
         return hidden
 
     with replaced_forward(head, keep):
-        model(input_ids=batch, use_cache=False)
+        batch.output(model)
     return seen[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iosvd.models.blocks import Call
+from iosvd.models.calls import Call
 
 
 @dataclass(frozen=True)

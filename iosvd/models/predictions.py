@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div
+
+from iosvd.windows import Windows
+
+if TYPE_CHECKING:  # Importing transformers' models takes seconds.
+    from transformers import PreTrainedModel
 
 _CHUNK_ENTRIES = 2**23  # Logits in float64 at a time.
 
 
-def log_probabilities(model: nn.Module, windows: Tensor, dtype: torch.dtype) -> Tensor:
+def log_probabilities(model: PreTrainedModel, windows: Windows, dtype: torch.dtype) -> Tensor:
     """Return the log-probabilities of all next tokens, (windows, length, vocabulary).
+
+    Those that count, if not all do: (1, positions, vocabulary).
 
     Args:
         model: a causal language model.
-        windows: (windows, length), on the model's device.
+        windows: of tokens.
         dtype: computed in this precision or the model's, whichever is better.
     """
-    logits: Tensor = model(input_ids=windows, use_cache=False).logits
+    logits = windows.chosen(windows.logits(model))
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, dtype))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from iosvd.models.forward import replaced_forward, unless_refused
 from iosvd.models.sites import decoder_blocks
 from iosvd.system.machine import free_bytes
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -52,16 +53,18 @@ class Prefixes:
 
 
 @torch.inference_mode()
-def remember(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Prefixes:
+def remember(model: PreTrainedModel, windows: Windows, batch_size: int) -> Prefixes:
     """Run the model once and keep the outputs of its blocks, unless memory is short.
 
     Args:
         model: dense.
-        windows: (windows, length).
+        windows: that pass, in batches.
         batch_size: windows per forward pass.
     """
     blocks, outputs = tuple(decoder_blocks(model)), dict[int, tuple[Any, ...]]()
-    size = windows.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    size = (
+        windows.tokens.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    )
     if size * len(blocks) > _SHARE * free_bytes(model.device):
         return Prefixes(blocks, {})
     for start in range(0, len(windows), batch_size):
@@ -70,24 +73,21 @@ def remember(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Prefix
             for block in blocks:
                 hook = block.register_forward_hook(lambda *call, seen=seen: seen.append(call[-1]))
                 stack.callback(hook.remove)
-            batch = windows[start : start + batch_size].to(model.device)
-            model(input_ids=batch, use_cache=False)
+            windows[start : start + batch_size].output(model)
         outputs[start] = tuple(seen)
     found = Prefixes(blocks, outputs)
     return found if _equal_whole(model, windows[:batch_size], found) else Prefixes(blocks, {})
 
 
-def _equal_whole(model: PreTrainedModel, batch: Tensor, prefixes: Prefixes) -> bool:
+def _equal_whole(model: PreTrainedModel, batch: Windows, prefixes: Prefixes) -> bool:
     """Whether forward passes of the first batch that start at a block equal whole ones.
 
     They do not if blocks leave something behind for later ones (shared keys and values).
     """
-    batch = batch.to(model.device)
 
     def logits(first: int) -> Tensor:
         with prefixes.from_block(first, 0):
-            found: Tensor = model(input_ids=batch, use_cache=False).logits
-        return found
+            return batch.logits(model)
 
     whole = logits(0)
     for first in {1, len(prefixes.blocks) - 1} - {0}:

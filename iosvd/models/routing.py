@@ -14,6 +14,7 @@ from iosvd.errors import ModelError
 from iosvd.models.forward import evaluation
 from iosvd.models.linear_form import expert_of
 from iosvd.system.progress import track
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def without_idle_experts(
-    model: PreTrainedModel, tokens: Tensor, sites: Mapping[str, nn.Linear], batch_size: int
+    model: PreTrainedModel, windows: Windows, sites: Mapping[str, nn.Linear], batch_size: int
 ) -> dict[str, nn.Linear]:
     """Return the sites without those of experts that too few tokens are routed to.
 
@@ -32,7 +33,7 @@ def without_idle_experts(
 
     Args:
         model: a causal language model.
-        tokens: calibration windows (windows, length).
+        windows: that calibrate.
         sites: target layers by qualified name.
         batch_size: windows per forward pass.
 
@@ -42,7 +43,7 @@ def without_idle_experts(
     routed = {name: site for name, site in sites.items() if expert_of(model, name) is not None}
     if not routed:
         return dict(sites)
-    seen = routed_tokens(model, tokens, routed, batch_size)
+    seen = routed_tokens(model, windows, routed, batch_size)
     few = [name for name, site in routed.items() if seen[name] < site.in_features]
     idle = dict.fromkeys(few)  # In order, of thousands.
     if len(idle) == len(sites):
@@ -74,7 +75,7 @@ def active_sites(model: PreTrainedModel, sites: Iterable[str]) -> list[str]:
 
 
 def routed_tokens(
-    model: PreTrainedModel, tokens: Tensor, sites: Mapping[str, nn.Module], batch_size: int
+    model: PreTrainedModel, windows: Windows, sites: Mapping[str, nn.Module], batch_size: int
 ) -> Counter[str]:
     """Return the number of tokens that reach each of these layers."""
     seen: Counter[str] = Counter()
@@ -85,8 +86,7 @@ def routed_tokens(
                 seen[name] += given[0].shape[:-1].numel()
 
             stack.callback(site.register_forward_pre_hook(see).remove)
-        starts = range(0, len(tokens), batch_size)
+        starts = range(0, len(windows), batch_size)
         for start in track(starts, len(starts), "routing", "batch"):
-            batch = tokens[start : start + batch_size].to(model.device)
-            model(input_ids=batch, use_cache=False)
+            windows[start : start + batch_size].output(model)
     return seen

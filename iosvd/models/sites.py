@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from iosvd.errors import ConfigError, ModelError, NumericalError
 from iosvd.models.linear_form import expert_of, to_linear_form_
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -154,6 +155,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return found if isinstance(found, nn.Module) else model
 
 
+def sees_tokens(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module reads one row per token, unlike those that read an image's patches."""
+    decoder = decoder_of(model)
+    if module is getattr(model, "get_output_embeddings", lambda: None)():
+        return True
+    return any(module is inner for inner in decoder.modules())
+
+
 def _weights_in(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
 
@@ -202,13 +211,13 @@ def _module_type(path: str) -> type[nn.Linear]:
 
 
 def shared_inputs(
-    model: PreTrainedModel, tokens: Tensor, sites: Mapping[str, nn.Module]
+    model: PreTrainedModel, windows: Windows, sites: Mapping[str, nn.Module]
 ) -> dict[str, str]:
     """Map each site to the first site that reads the same tensor (q, k, v; gate, up).
 
     Args:
         model: a causal language model, on any device, the meta device too.
-        tokens: windows (windows, length), of which a few tokens are used.
+        windows: of which a few tokens are used.
         sites: target layers by qualified name.
 
     Raises:
@@ -223,9 +232,9 @@ def shared_inputs(
     with ExitStack() as stack, torch.no_grad():
         for name, site in sites.items():
             stack.callback(site.register_forward_pre_hook(partial(see, name)).remove)
-        few = tokens[:1, :8].to(model.device)
+        few = windows.few().to(model.device)
         # With a mask, transformers does not look at values; meta tensors have none.
-        model(input_ids=few, attention_mask=torch.ones_like(few), use_cache=False)
+        few.output(model, attention_mask=torch.ones_like(few.tokens))
     for name in sites:
         if name not in shared and expert_of(model, name) is not None:
             shared[name] = name  # None of the few tokens was routed to it.

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from iosvd.cache.spectra import Factorized
 from iosvd.data.windows import check_vocabulary
@@ -39,6 +38,7 @@ from iosvd.system.files import remove, written_whole
 from iosvd.system.json_files import to_json, write_json
 from iosvd.system.timing import Stage, StageClock
 from iosvd.system.versions import commit, library_versions
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Both take seconds to import.
     from lm_eval.api.task import Task
@@ -66,7 +66,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     with clock.stage("load"):
         model = loaded(run)
         for windows in (tokens, *texts.values()):
-            check_vocabulary(windows, model.config.get_text_config().vocab_size)
+            check_vocabulary(windows.tokens, model.config.get_text_config().vocab_size)
     calibration = calibration_of(run, model, tokens, cache)
     # Before the work: an impossible budget should not cost a pass over the calibration set.
     run.goal.budget(calibration.sites, run.method)
@@ -95,7 +95,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "target_bytes": stored_bytes(model, compressed.plan.sites),
         **evaluated,
         **divergence,
-        "windows": {name: list(windows.shape) for name, windows in texts.items()},
+        "windows": {name: list(windows.tokens.shape) for name, windows in texts.items()},
         "compression_seconds": sum(stage.seconds for stage in compressed.stages.values()),
         # Cached stages keep the seconds that they took the run that computed them.
         "computed_here": sorted(factorized.computed),
@@ -136,7 +136,7 @@ def _evaluation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Mapping[str, Task],
-    texts: Mapping[str, Tensor],
+    texts: Mapping[str, Windows],
     parts: PartialResults,
 ) -> dict[str, Any]:
     """Measure perplexity on every text and accuracy on every task; keep each result at once."""
@@ -173,7 +173,7 @@ def _divergence(
     run: Run,
     compressed: Compressed,
     factorized: Factorized,
-    texts: Mapping[str, Tensor],
+    texts: Mapping[str, Windows],
     parts: PartialResults,
 ) -> dict[str, Any]:
     """Measure the exact divergence from the dense model, as `eval.kl` asks."""
@@ -212,7 +212,7 @@ def _divergence(
     return {"divergence": whole, "site_divergence": by_site}
 
 
-def _first(windows: Tensor, run: Run) -> Tensor:
+def _first(windows: Windows, run: Run) -> Windows:
     return windows[: run.eval.kl_windows] if run.eval.kl_windows else windows
 
 

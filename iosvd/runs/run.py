@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from torch import Tensor
-
 from iosvd.data.texts import Dataset
 from iosvd.evaluation.zero_shot import ZeroShot
 from iosvd.method import Goal, Method
 from iosvd.models.loading import Model
+from iosvd.windows import Windows
 
 
 class Halves(Enum):
@@ -36,11 +35,12 @@ class CalibrationOptions:
         """Number of windows that whiten, and of windows for the gradient."""
         return self.windows if self.halves is Halves.none else self.windows // 2
 
-    def divided(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def divided(self, windows: Windows) -> tuple[Windows, Windows | None]:
         """Return the windows that whiten, and the windows of the gradient if they differ."""
-        first, second = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+        middle = len(windows) // 2
+        first, second = windows[:middle], windows[middle:]
         if self.halves is Halves.none:
-            return tokens, None
+            return windows, None
         return first, (second if self.halves is Halves.other else None)
 
 

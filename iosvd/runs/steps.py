@@ -24,6 +24,7 @@ from iosvd.statistics.memory import MemoryUse, sums_limit
 from iosvd.statistics.needs import Needs
 from iosvd.statistics.planning import Outline, activations_of, outline
 from iosvd.system.machine import GIB, taken_bytes
+from iosvd.windows import Windows, as_windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ def cache_of(run: Run) -> Cache:
 def calibration_of(
     run: Run,
     model: PreTrainedModel,
-    tokens: Tensor,
+    tokens: Tensor | Windows,
     store: Store = NoStore(),  # noqa: B008 (frozen)
 ) -> Calibration:
     """Return a loaded model with its calibration windows, as the run divides them.
@@ -56,23 +57,24 @@ def calibration_of(
     Args:
         run: what is measured.
         model: dense.
-        tokens: calibration windows (windows, length).
+        tokens: calibration windows (windows, length), or those of images and text.
         store: where statistics, spectra and losses are cached.
     """
-    whitening_tokens, gradient_tokens = run.data.calibration.divided(tokens)
+    windows = as_windows(tokens)
+    whitening, gradient = run.data.calibration.divided(windows)
     return Calibration.of(
         model,
-        whitening_tokens,
+        whitening,
         selection=run.model.sites,
-        gradient_tokens=gradient_tokens,
-        batch_size=batch_size(run, tokens),
-        memory=memory_use(run, model, tokens),
+        gradient_tokens=gradient,
+        batch_size=batch_size(run, windows),
+        memory=memory_use(run, model, windows),
         store=store,
         identity=model_identity(run, hub_revision(run.model)),
     )
 
 
-def memory_use(run: Run, model: PreTrainedModel, tokens: Tensor) -> MemoryUse:
+def memory_use(run: Run, model: PreTrainedModel, windows: Windows) -> MemoryUse:
     """Return the memory limits of one pass, given the loaded model and its activations."""
     resources, needs = (
         run.runtime.resources,
@@ -82,21 +84,21 @@ def memory_use(run: Run, model: PreTrainedModel, tokens: Tensor) -> MemoryUse:
     where = {torch.device("cpu")} if resources.metrics_on_cpu else devices
     beside = 0
     if where == devices:
-        shapes = activations_of(model, run.model.sites, batch_size(run, tokens) * tokens.shape[1])
-        chained = not needs.backward or _is_chain(model, tokens)
+        shapes = activations_of(model, run.model.sites, batch_size(run, windows) * windows.length)
+        chained = not needs.backward or _is_chain(model, windows)
         beside = shapes.bytes(needs, chained=chained) + visitor_bytes(model)
     limit = sums_limit(resources.memory_gib, where, beside, run.runtime.parallel.workers)
     return MemoryUse(limit, resources.metrics_on_cpu, resources.checkpoint_blocks)
 
 
-def _is_chain(model: PreTrainedModel, tokens: Tensor) -> bool:
+def _is_chain(model: PreTrainedModel, windows: Windows) -> bool:
     with activation_gradients(model):
-        return bool(chained_blocks(model, tokens))
+        return bool(chained_blocks(model, windows))
 
 
-def batch_size(run: Run, windows: Tensor) -> int:
+def batch_size(run: Run, windows: Tensor | Windows) -> int:
     """Return the number of windows in `runtime.batch_tokens`, at least one."""
-    return max(1, run.runtime.resources.batch_tokens // windows.shape[1])
+    return max(1, run.runtime.resources.batch_tokens // as_windows(windows).length)
 
 
 def device_for(name: str) -> str:

@@ -12,6 +12,7 @@ from iosvd.cache.store import Key, Store, get_or_compute
 from iosvd.data.windows import calibration_windows, evaluation_windows
 from iosvd.runs.fingerprints import tokens_identity
 from iosvd.runs.run import Run
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedTokenizerBase
@@ -19,8 +20,8 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 
 def calibration_tokens(
     run: Run, tokenizer: PreTrainedTokenizerBase, store: Store, revision: str | None
-) -> Tensor:
-    """Return the windows that calibrate, (windows, length).
+) -> Windows:
+    """Return the windows that calibrate.
 
     Args:
         run: the run.
@@ -38,8 +39,8 @@ def calibration_tokens(
 
 def evaluation_tokens(
     run: Run, tokenizer: PreTrainedTokenizerBase, store: Store, revision: str | None
-) -> dict[str, Tensor]:
-    """Return the windows of each evaluation text, (windows, length)."""
+) -> dict[str, Windows]:
+    """Return the windows of each evaluation text."""
     found = {}
     for name, text in run.eval.texts.items():
         options: dict[str, Any] = {"windows": run.eval.windows, "length": run.eval.seq_len}
@@ -52,6 +53,6 @@ def evaluation_tokens(
     return found
 
 
-def _kept(store: Store, key: Key, compute: Callable[[], Tensor]) -> Tensor:
+def _kept(store: Store, key: Key, compute: Callable[[], Tensor]) -> Windows:
     entry, _ = get_or_compute(store, key, key, lambda: {"windows": compute()})
-    return entry.tensors["windows"]
+    return Windows(entry.tensors["windows"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -18,6 +18,7 @@ from iosvd.statistics.kl_metric import KLMetric
 from iosvd.statistics.kronecker import KroneckerSums
 from iosvd.statistics.needs import Needs, SiteStatistics
 from iosvd.statistics.output_tokens import OutputTokens
+from iosvd.windows import Windows
 
 
 class Phase(Enum):
@@ -35,11 +36,11 @@ class Sums:
 
     needs: Needs
     shared: Mapping[str, str]  # Site to the first site that reads the same tensor.
+    seeing: Collection[str] = ()  # Sites that read patches of images, not tokens.
     on_cpu: bool = False  # Rather than on the site's device.
     phase: Phase = Phase.INPUTS
     first_window: int = 0  # Of the batch that passes.
-    windows: int = 0  # In that batch.
-    length: int = 0  # Of a window.
+    batch: Windows = field(default_factory=lambda: Windows(torch.zeros(0, 0)))  # That passes.
     only_kronecker: bool = False  # In the passes after the first.
     tokens: int = 0  # That passed.
     inputs: Counter[str] = field(default_factory=Counter)  # Tokens that reached each site.
@@ -56,7 +57,7 @@ class Sums:
         x = inputs[0].detach()
         # Blocks run once more on the way back.
         if self.phase is Phase.INPUTS and self.shared[name] == name and not self.only_kronecker:
-            rows = flat(x)
+            rows = self._real(name, flat(x))
             self.inputs[name] += len(rows)
             if self.needs.input_metric:
                 self._add_gram(self.input_metric, name, rows)
@@ -65,6 +66,19 @@ class Sums:
         if y.requires_grad:  # There is a graph to go back through.
             weighs = self.needs.gradient_windows > 0 or self.needs.every_gradient
             y.register_hook(partial(self.see_cotangent, name, x if weighs else None))
+
+    def _real(self, name: str, rows: Tensor) -> Tensor:
+        """Return the rows of a site's input that do not belong to padding."""
+        filled = self.batch.filled
+        if filled is None or name in self.seeing or bool(filled.all()):
+            return rows
+        if len(rows) != filled.numel():
+            raise ConfigError(
+                f"{name} sees only some tokens of a window, as experts do, and so cannot leave out"
+                " padding; calibrate with windows of equal length, or exclude it"
+                " (model.sites.exclude)"
+            )
+        return rows[filled.flatten().to(rows.device)]
 
     def see_cotangent(self, name: str, x: Tensor | None, cotangent: Tensor) -> None:
         """Add the cotangents of a site's output."""
@@ -84,30 +98,31 @@ class Sums:
         rows = flat(cotangent)
         if not tokens.changes:
             return rows
-        if len(rows) != self.windows * self.length:
+        if len(rows) != self.batch.tokens.numel():
             raise ConfigError(
                 f"{name} sees only some tokens of a window, as experts do, so none can be chosen in"
                 " it; set whitening.clip_norms=null whitening.left_out=0"
             )
-        return tokens.rows(rows.reshape(self.windows, self.length, -1))
+        return tokens.rows(rows.reshape(*self.batch.tokens.shape, -1))
 
     def _see_loss(self, name: str, x: Tensor | None, rows: Tensor) -> None:
         if x is None:
             return
-        inputs, whole = flat(x), len(rows) == self.windows * self.length
-        scored = max(0, min(self.windows, self.needs.gradient_windows - self.first_window))
+        (windows, length), inputs = self.batch.tokens.shape, flat(x)
+        whole = len(rows) == windows * length
+        scored = max(0, min(windows, self.needs.gradient_windows - self.first_window))
         # The loss of windows that do not count is back-propagated if something else needs it.
-        some = self.needs.every_loss and 0 < scored < self.windows
-        if not whole and self.windows > 1 and (some or self.needs.every_gradient):
+        some = self.needs.every_loss and 0 < scored < windows
+        if not whole and windows > 1 and (some or self.needs.every_gradient):
             raise ConfigError(
                 f"{name} sees only some tokens of a window, so gradients of single windows need"
-                f" batches of one window; set runtime.batch_tokens={self.length}"
+                f" batches of one window; set runtime.batch_tokens={length}"
             )
         if scored and not self.only_kronecker:
-            kept = scored * self.length if whole else len(rows)
+            kept = scored * length if whole else len(rows)
             self._add_product(self.gradient, name, rows[:kept], inputs[:kept])
         if self.needs.every_gradient:
-            size = self.length if whole else len(rows)
+            size = length if whole else len(rows)
             for g, seen in zip(rows.split(size), inputs.split(size), strict=True):
                 gradient = g.new_zeros(g.shape[1], seen.shape[1], dtype=wide(g.dtype))
                 add_product_(gradient, g, seen)
@@ -165,7 +180,7 @@ class Sums:
             for wanted, sums in (*asked, (needs.gradient_windows > 0, self.gradient)):
                 if not wanted or name in sums:
                     continue
-                if self.inputs[self.shared[name]] < self.tokens:
+                if self.inputs[self.shared[name]] < self.tokens and name not in self.seeing:
                     m, n = int(site.out_features), int(site.in_features)  # type: ignore[arg-type]
                     shape = (m, n) if sums is self.gradient else (m, m)
                     sums[name] = self._zeros(next(site.parameters()), shape)
@@ -183,20 +198,29 @@ class Sums:
         yield "gradient", self.gradient
         yield "Kronecker factor", self.kronecker.sums
 
-    def finish(self, windows: int, length: int) -> None:
+    def check_windows(self, windows: Windows) -> None:
+        """Raise ConfigError if tokens are chosen by their places in windows of unequal length."""
+        for metric in (self.needs.kl_metric, self.needs.fisher_metric):
+            if metric is not None and metric.tokens.changes and windows.counted is not None:
+                raise ConfigError(
+                    "clip_norms and left_out choose tokens of whole windows of text, and here only"
+                    " some positions count; set whitening.clip_norms=null whitening.left_out=0"
+                )
+
+    def finish(self, windows: Windows) -> None:
         """Turn the sums into means in place; sites that share a metric share its memory."""
         kl, fisher = self.needs.kl_metric or KLMetric(), self.needs.fisher_metric or FisherMetric()
-        predictions = length - 1  # In a window; its loss is their mean.
+        terms = windows.predictions  # By window, whose loss is their mean.
         # Of the tokens that reach the site: fewer than all for an expert. So σ² weighs a component
         # by how often it is used: C and the gradients are means over all tokens.
         for inputs in (self.input_metric, self.input_magnitude):
             for name, total in inputs.items():
                 total.div_(self.inputs[name])
         for sums, count in (
-            (self.kl_metric, windows * kl.tokens.count(length, length) * kl.estimates),
-            (self.fisher_metric, windows * fisher.tokens.count(length, predictions)),
-            (self.fisher_rows, windows * predictions**2),
-            (self.gradient, min(self.needs.gradient_windows, windows) * predictions),
+            (self.kl_metric, _count(kl.tokens, windows, windows.positions) * kl.estimates),
+            (self.fisher_metric, _count(fisher.tokens, windows, terms)),
+            (self.fisher_rows, float(terms.sum()) ** 2 / len(windows)),
+            (self.gradient, int(terms[: self.needs.gradient_windows].sum())),
         ):
             for total in sums.values():
                 total.div_(count)
@@ -218,3 +242,10 @@ class Sums:
             kronecker_right=self.kronecker.right.get(name),
             gradient=self.gradient.get(name),
         )
+
+
+def _count(tokens: OutputTokens, windows: Windows, terms: Tensor) -> int:
+    """Return how many of the terms of all windows enter an output metric."""
+    if tokens.changes:
+        return len(windows) * tokens.count(windows.length, int(terms[0]))
+    return int(terms.sum())

@@ -24,6 +24,7 @@ from iosvd.statistics.needs import Needs
 from iosvd.statistics.passes import body_of, check_logits, head_gradients
 from iosvd.statistics.signals import Signals
 from iosvd.system.progress import track
+from iosvd.windows import Windows, as_windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 
 def block_curvatures(
     model: PreTrainedModel,
-    tokens: Tensor,
+    tokens: Tensor | Windows,
     metric: KLMetric,
     batch_size: int,
     *,
@@ -43,8 +44,8 @@ def block_curvatures(
 
     Args:
         model: a causal language model.
-        tokens: calibration windows (windows, length).
-        metric: of the logits; all tokens count.
+        tokens: calibration windows (windows, length), or those of images and text.
+        metric: of the logits.
         batch_size: windows per forward pass.
         on_cpu: keep the sums in main memory, wherever the model is.
 
@@ -52,7 +53,7 @@ def block_curvatures(
         ModelError: gradients cannot go back block by block.
         NumericalError: logits or gradients are not finite.
     """
-    sums: dict[nn.Module, Tensor] = {}
+    windows, sums = as_windows(tokens), dict[nn.Module, Tensor]()
 
     def see(block: nn.Module, gradients: Sequence[Tensor]) -> None:
         for gradient in gradients:
@@ -64,18 +65,18 @@ def block_curvatures(
             add_lower_gram_(sums[block], rows)
 
     with activation_gradients(model):
-        body = body_of(model, tokens, [], backward=True)
+        body = body_of(model, windows, [], backward=True)
         if not body.blocks:
             raise ModelError(
                 f"gradients of {type(model).__name__} cannot go back block by block (or are not"
                 " finite), so there is no curvature behind each; set"
                 " correction.refinement.loss=squared"
             )
-        starts = range(0, len(tokens), batch_size)
+        starts = range(0, len(windows), batch_size)
         for start in track(starts, len(starts), "curvature of blocks", "batch"):
             signals = Signals(
                 needs=Needs(kl_metric=metric),
-                batch=tokens[start : start + batch_size].to(model.device),
+                batch=windows[start : start + batch_size],
                 first_window=start,
                 vocabulary=model.config.get_text_config().vocab_size,
             )
@@ -84,7 +85,7 @@ def block_curvatures(
             check = partial(check_logits, signals=signals)
             gradients = head_gradients(body.head, hidden.detach(), signals, check)
             chain.back(hidden, gradients, begin=lambda _: None, see=see)
-    count = tokens.numel() * metric.estimates
+    count = int(windows.positions.sum()) * metric.estimates
     return [_finished(sums[block], count, n) for n, block in enumerate(decoder_blocks(model))]
 
 

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from iosvd.models.chain import without_graph
 from iosvd.models.forward import activation_gradients, evaluation
-from iosvd.models.sites import shared_inputs
+from iosvd.models.sites import sees_tokens, shared_inputs
 from iosvd.statistics.accumulators import Phase, Sums
 from iosvd.statistics.needs import Needs, SiteStatistics
 from iosvd.statistics.passes import Body, body_of, check_logits, head_gradients
 from iosvd.statistics.signals import Signals
 from iosvd.system.progress import track
+from iosvd.windows import Windows, as_windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ if TYPE_CHECKING:  # Importing transformers' models takes seconds.
 
 def collect(
     model: PreTrainedModel,
-    tokens: Tensor,
+    tokens: Tensor | Windows,
     sites: Mapping[str, nn.Module],
     needs: Needs,
     batch_size: int = 8,
@@ -45,7 +46,7 @@ def collect(
 
     Args:
         model: a causal language model; its weights and their `requires_grad` are left as they were.
-        tokens: calibration windows (windows, length), without padding.
+        tokens: calibration windows (windows, length), or those of images and text.
         sites: target layers by qualified name; linear or compressed.
         needs: which statistics; asking for none costs nothing.
         batch_size: windows per forward pass; it changes results only by rounding.
@@ -56,26 +57,29 @@ def collect(
     """
     if needs == Needs():
         return {name: SiteStatistics(name) for name in sites}
-    sums = Sums(needs, shared_inputs(model, tokens, sites), on_cpu)
+    windows = as_windows(tokens)
+    seeing = {name for name, site in sites.items() if not sees_tokens(model, site)}
+    sums = Sums(needs, shared_inputs(model, windows, sites), seeing, on_cpu)
+    sums.check_windows(windows)
     with activation_gradients(model) if needs.backward else evaluation(model):
-        body = body_of(model, tokens, sites.values(), backward=needs.backward)
+        body = body_of(model, windows, sites.values(), backward=needs.backward)
         with _observed(sites, sums):
             for number in range(max(1, needs.kronecker_passes)):
                 sums.only_kronecker = number > 0
-                _pass_over(body, tokens, batch_size, sums)
-                sums.kronecker.finish_pass(len(tokens), number == needs.kronecker_passes - 1)
+                _pass_over(body, windows, batch_size, sums)
+                sums.kronecker.finish_pass(len(windows), number == needs.kronecker_passes - 1)
     sums.check()
     sums.check_reached(sites)
-    sums.finish(*tokens.shape)
+    sums.finish(windows)
     return {name: sums.statistics(name) for name in sites}
 
 
-def _pass_over(body: Body, tokens: Tensor, batch_size: int, sums: Sums) -> None:
+def _pass_over(body: Body, windows: Windows, batch_size: int, sums: Sums) -> None:
     model = body.model
-    ends = _ends(len(tokens), batch_size, sums.needs.gradient_windows)
+    ends = _ends(len(windows), batch_size, sums.needs.gradient_windows)
     pairs = list(pairwise([0, *ends]))
     for start, end in track(pairs, len(pairs), "statistics", "batch"):
-        batch = tokens[start:end].to(model.device)
+        batch = windows[start:end]
         signals = Signals(
             needs=sums.needs,
             batch=batch,
@@ -86,8 +90,8 @@ def _pass_over(body: Body, tokens: Tensor, batch_size: int, sums: Sums) -> None:
         if not (signals.phases or (sums.needs.of_inputs and not sums.only_kronecker)):
             continue  # Beyond the windows of the gradient there is nothing to see.
         sums.phase, sums.first_window = Phase.INPUTS, start
-        sums.windows, sums.length = batch.shape
-        sums.tokens += 0 if sums.only_kronecker else batch.numel()
+        sums.batch = batch
+        sums.tokens += 0 if sums.only_kronecker else int(batch.real.sum())
         _pass_batch(body, signals, sums)
         if start == 0:
             sums.check()  # A broken model fails now, not after the whole pass.

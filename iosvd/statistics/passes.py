@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from iosvd.errors import NumericalError
 from iosvd.models.chain import chained_blocks
 from iosvd.models.head import hidden_states, separate_head
+from iosvd.models.sites import sees_tokens
 from iosvd.statistics.memory import CHUNK_ENTRIES
 from iosvd.statistics.signals import Signals
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -29,33 +31,37 @@ class Body:
     model: PreTrainedModel
     head: nn.Module  # Logits are its output.
     blocks: list[nn.Module]  # That keep no graph.
+    through_images: bool = False  # Whether gradients go on into what makes features of images.
 
-    def __call__(self, batch: Tensor) -> Tensor:
+    def __call__(self, batch: Windows) -> Tensor:
         """Return the head's inputs (windows, length, d)."""
+        if self.through_images:
+            batch = batch.with_image_gradients()
         if isinstance(self.head, nn.Identity):
-            logits: Tensor = self.model(input_ids=batch, use_cache=False).logits
-            return logits
+            return batch.logits(self.model)
         return hidden_states(self.model, self.head, batch)
 
 
 def body_of(
-    model: PreTrainedModel, tokens: Tensor, observed: Iterable[nn.Module], *, backward: bool
+    model: PreTrainedModel, windows: Windows, observed: Iterable[nn.Module], *, backward: bool
 ) -> Body:
     """Return the body of a model.
 
     Args:
         model: in the state of `activation_gradients` if there is a backward pass.
-        tokens: windows (windows, length), of which a few tokens are used.
+        windows: of which a few tokens are used.
         observed: modules whose hooks must see whole batches.
         backward: whether there is a backward pass.
     """
-    head = separate_head(model, tokens)
-    if head is None or any(head is module for module in observed):
+    head = separate_head(model, windows)
+    watched = list(observed)
+    if head is None or any(head is module for module in watched):
         head = nn.Identity()
-    blocks = chained_blocks(model, tokens) if backward else []
+    blocks = chained_blocks(model, windows) if backward else []
     if backward and not blocks:
         log.info("blocks cannot run again one by one; the activations of all of them are kept")
-    return Body(model, head, blocks)
+    seeing = backward and any(not sees_tokens(model, module) for module in watched)
+    return Body(model, head, blocks, seeing)
 
 
 def head_gradients(

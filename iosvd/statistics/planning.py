@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from iosvd.budget import Shape
 from iosvd.errors import IosvdError, one_line
@@ -27,6 +27,7 @@ from iosvd.models.sites import (
 from iosvd.statistics.kl_metric import Estimator
 from iosvd.statistics.memory import Activations, groups_within, statistics_bytes
 from iosvd.statistics.needs import Needs
+from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -137,7 +138,7 @@ def outline(model: Model, tokens: int) -> Outline:
 def outline_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) -> Outline:
     """Return the shapes of a loaded model, also on the meta device."""
     sites = find_linears(model, selection)
-    few = torch.zeros(1, 8, dtype=torch.long)
+    few = Windows(torch.zeros(1, 8, dtype=torch.long))
     return Outline(
         sites={name: Shape(*site.weight.shape) for name, site in sites.items()},
         shared=_shared_inputs(model, few, sites),
@@ -150,11 +151,11 @@ def outline_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) ->
 
 
 def _shared_inputs(
-    model: PreTrainedModel, tokens: Tensor, sites: Mapping[str, nn.Linear]
+    model: PreTrainedModel, windows: Windows, sites: Mapping[str, nn.Linear]
 ) -> dict[str, str]:
     """Return `shared_inputs`; each site alone if the model cannot run without values."""
     try:
-        return shared_inputs(model, tokens, sites)
+        return shared_inputs(model, windows, sites)
     except IosvdError:
         raise
     # Whatever a model's own code raises when it looks at values of the meta device.

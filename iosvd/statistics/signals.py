@@ -9,10 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from iosvd.models.losses import summed_cross_entropy
+from iosvd.models.losses import summed_loss
 from iosvd.statistics.accumulators import Phase
 from iosvd.statistics.kl_metric import cotangents
 from iosvd.statistics.needs import Needs
+from iosvd.windows import IGNORED, Windows
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Signals:
     """The signals that the statistics need from the logits of one batch of windows."""
 
     needs: Needs
-    batch: Tensor  # Tokens (windows, length).
+    batch: Windows
     first_window: int  # Index of the batch's first window in the calibration set.
     vocabulary: int
     only_losses: bool = False  # In the passes of the Kronecker factors after the first.
@@ -47,14 +48,13 @@ class Signals:
         stop = start + logits.shape[1]
         if Phase.KL in self.phases and self.needs.kl_metric is not None:
             yield from cotangents(logits, self.needs.kl_metric, self._signs[:, :, start:stop])
-        labels = self.batch[:, start + 1 : stop + 1].to(logits.device)  # None after the last.
+        labels = self.batch.labels[:, start:stop].to(logits.device)
         if self._samples and self.needs.fisher_metric is not None:
             uniform = self._uniform[:, start:stop]
-            drawn = self.needs.fisher_metric.draw(logits, uniform)[:, : labels.shape[1]]
-            yield summed_cross_entropy(logits[:, : labels.shape[1]], drawn)
+            drawn = self.needs.fisher_metric.draw(logits, uniform)
+            yield summed_loss(logits, drawn.masked_fill(labels == IGNORED, IGNORED))
         if self._scored > 0:
-            chosen = logits[: self._scored, : labels.shape[1]]
-            yield summed_cross_entropy(chosen, labels[: self._scored])
+            yield summed_loss(logits[: self._scored], labels[: self._scored])
 
     @property
     def _samples(self) -> bool:
@@ -70,17 +70,19 @@ class Signals:
 
     @cached_property
     def _signs(self) -> Tensor:
-        """Random signs (passes, windows, length, columns) of the KL metric."""
-        metric, (windows, length) = self.needs.kl_metric, self.batch.shape
+        """Random signs (passes, windows, length, columns) of the KL metric; 0 does not count."""
+        metric, (windows, length) = self.needs.kl_metric, self.batch.tokens.shape
         assert metric is not None
         columns = metric.columns(self.vocabulary)
-        return torch.stack(
+        signs = torch.stack(
             [metric.signs(self.first_window + i, length, columns) for i in range(windows)], dim=1
         )
+        counted = self.batch.counted
+        return signs if counted is None else signs * counted.cpu()[..., None]
 
     @cached_property
     def _uniform(self) -> Tensor:
         """Uniform numbers (windows, length, 1) that draw the labels."""
-        metric, (windows, length) = self.needs.fisher_metric, self.batch.shape
+        metric, (windows, length) = self.needs.fisher_metric, self.batch.tokens.shape
         assert metric is not None
         return torch.stack([metric.uniform(self.first_window + i, length) for i in range(windows)])
