@@ -51,7 +51,7 @@ def benchmark(overrides: list[str]) -> str:
     """Predict, measure, write and return the page."""
     run = compose_run([METHOD, *overrides])
     tokenizer, c = load_tokenizer(run.model), run.data.calibration
-    tokens = calibration_windows(tokenizer, run.data.dataset, c.windows, c.seq_len, c.seed)
+    tokens = calibration_windows(tokenizer, run.data.text, c.windows, c.seq_len, c.seed)
     text = next(iter(run.eval.texts.values()))
     windows = evaluation_windows(tokenizer, text, run.eval.seq_len, WINDOWS)
     model = loaded(run)

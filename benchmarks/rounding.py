@@ -70,8 +70,8 @@ class Bench:
     def of(cls, run: Run) -> Bench:
         """Load the model and collect its statistics once."""
         tokenizer, c = load_tokenizer(run.model), run.data.calibration
-        tokens = calibration_windows(tokenizer, run.data.dataset, c.windows, c.seq_len, c.seed)
-        text = evaluation_windows(tokenizer, run.data.dataset, run.eval.seq_len, run.eval.windows)
+        tokens = calibration_windows(tokenizer, run.data.text, c.windows, c.seq_len, c.seed)
+        text = evaluation_windows(tokenizer, run.data.text, run.eval.seq_len, run.eval.windows)
         model = loaded(run)
         # Remapping plans the highest ranks, so its spectra serve every scheme.
         remapped = replace(run.method, quantization=Remap())

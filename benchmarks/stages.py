@@ -88,7 +88,7 @@ def benchmark(overrides: list[str]) -> None:
     check_at_least(1, repetitions=repetitions)
     runs = {method: compose_run([*overrides, f"method={method}"]) for method in METHODS}
     base = runs[METHODS[0]]
-    data, c = base.data.dataset, base.data.calibration
+    data, c = base.data.text, base.data.calibration
     tokens = calibration_windows(load_tokenizer(base.model), data, c.windows, c.seq_len, c.seed)
     references: list[Stage] = []
     stages: dict[str, list[dict[str, Stage]]] = {method: [] for method in METHODS}

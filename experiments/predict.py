@@ -60,7 +60,7 @@ def predict(overrides: list[str]) -> str:
     default = MEASURED if run.model.embedded else ()
     measured = list(default) if asked is None else _ratios(asked)
     tokenizer, c = load_tokenizer(run.model), run.data.calibration
-    tokens = calibration_windows(tokenizer, run.data.dataset, c.windows, c.seq_len, c.seed)
+    tokens = calibration_windows(tokenizer, run.data.text, c.windows, c.seq_len, c.seed)
     text = next(iter(run.eval.texts.values()))
     windows = evaluation_windows(tokenizer, text, run.eval.seq_len, run.eval.windows)
     model = loaded(run)

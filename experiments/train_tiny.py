@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from iosvd.data.pydoc import pydoc_documents
 from iosvd.system.commands import arguments
@@ -27,7 +27,19 @@ POINT_STEPS = 100  # Between two points of the loss curve.
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Schedule:
+    """Options of the optimiser, and its learning rate over the steps."""
+
+    steps: int = 1500
+    warmup_steps: int = 100
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.3
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe(Schedule):
     """Everything the weights depend on, besides the text and the versions."""
 
     vocabulary: int = 1024
@@ -38,12 +50,6 @@ class Recipe:
     mlp_width: int = 512
     context: int = 256
     batch: int = 16
-    steps: int = 1500
-    warmup_steps: int = 100
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.3
-    betas: tuple[float, float] = (0.9, 0.95)
-    gradient_norm: float = 1.0
     seed: int = 0
     threads: int = 1
 
@@ -85,7 +91,7 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
+def learning_rate(step: int, recipe: Schedule) -> float:
     """Linear warm-up, then a cosine to zero."""
     warm = min(1.0, (step + 1) / recipe.warmup_steps)
     return recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
@@ -103,7 +109,7 @@ def tokens_of(split: str, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
 
 
-def optimizer_of(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
+def optimizer_of(model: PreTrainedModel, recipe: Schedule) -> torch.optim.Optimizer:
     """Return AdamW, whose decay spares the norms."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.dim() > 1]},

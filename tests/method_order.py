@@ -34,6 +34,7 @@ class Bench:
     windows: int
     seeds: tuple[int, ...]  # Calibration seeds of the comparison at 0.4.
     length: int = 256
+    evaluated: int = 100  # Windows.
     # Of what is computed once and serves every method; it goes when the bench does.
     folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
@@ -43,7 +44,7 @@ class Bench:
     @functools.cache  # noqa: B019 (an instance lives as long as its module)
     def evaluation(self) -> torch.Tensor:
         tokenizer = load_tokenizer(self.model)
-        return evaluation_windows(tokenizer, self.dataset, self.length, windows=100)
+        return evaluation_windows(tokenizer, self.dataset, self.length, windows=self.evaluated)
 
     @functools.cache  # noqa: B019
     def dense(self) -> float:

@@ -14,7 +14,7 @@ from iosvd.runs.config import compose_run
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     run = compose_run([])
-    return Bench(run.model, run.data.dataset, run.data.calibration.windows, seeds=(0,))
+    return Bench(run.model, run.data.dataset, windows=96, seeds=(0,), evaluated=50)
 
 
 def test_int8_is_better_at_the_same_bytes_after_a_refit_too(bench: Bench) -> None:

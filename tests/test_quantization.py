@@ -87,7 +87,7 @@ def test_bytes_are_what_the_plan_says_and_within_the_budget(
     ],
 )
 @pytest.mark.parametrize("axis", Axis)
-@pytest.mark.parametrize("ratio", [0.5, 0.6, 0.7, 0.8, 0.9])
+@pytest.mark.parametrize("ratio", [0.5, 0.7, 0.9])
 def test_loss_aware_uses_its_budget_up_to_one_row(
     score: Score, axis: Axis, ratio: float, family: str
 ) -> None:

@@ -29,7 +29,7 @@ from iosvd.system.files import remove_abandoned, written_whole
 from iosvd.system.versions import library_versions
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 _ALIGNMENT = 64  # Bytes, of what torch allocates on a CPU.
@@ -133,7 +133,7 @@ def save(
     model: PreTrainedModel,
     folder: str | Path,
     plan: Plan | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
 ) -> None:
     """Write a checkpoint folder, completely or not at all.
 
@@ -151,7 +151,7 @@ def save(
 def export_dense(
     model: PreTrainedModel,
     folder: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
 ) -> None:
     """Write an ordinary dense checkpoint for servers without low-rank layers; changes the model.
 

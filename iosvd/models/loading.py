@@ -24,7 +24,7 @@ from iosvd.system.machine import out_of_memory
 from iosvd.system.progress import bars_for_people
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 # Names of the context's length in the configurations of various architectures.
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
@@ -164,6 +164,23 @@ def _auto_class(model: Model) -> str:
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer."""
     return _load("AutoTokenizer", model, {})
+
+
+def load_processor(model: Model) -> ProcessorMixin | None:
+    """Load what turns text and images into a model's inputs; None if the model reads only text.
+
+    Raises:
+        ModelError: a vision-language model without a processor that works here.
+    """
+    if _auto_class(model) == LANGUAGE:
+        return None
+    found = _load("AutoProcessor", model, {})
+    if getattr(found, "image_processor", None) is None:
+        raise ModelError(
+            f"{folder_of(model) or model.hub_id} has no processor of images beside the model; its"
+            " folder must hold preprocessor_config.json or processor_config.json"
+        )
+    return found
 
 
 def load_config(model: Model) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from iosvd.layers.folder import is_compressed
 from iosvd.models.loading import folder_of, hub_revision, load_tokenizer
 from iosvd.pipeline import Compressed, compress_to
+from iosvd.runs.reader import Reader
 from iosvd.runs.records import PLAN, read_plan
 from iosvd.runs.run import Run
 from iosvd.runs.steps import cache_of, calibration_of, loaded
@@ -36,14 +37,14 @@ def compressed_model(run: Run) -> CompressedModel:
         ratio = float(read_plan(folder)["ratio_achieved"]) if known else None
         tokenizer = load_tokenizer(run.model)
         return CompressedModel(loaded(run), tokenizer, folder.resolve().name, ratio, True)
-    compressed, tokenizer = compressed_again(run)
-    ratio = compressed.plan.ratio_achieved
+    compressed, reader = compressed_again(run)
+    ratio, tokenizer = compressed.plan.ratio_achieved, reader.tokenizer
     return CompressedModel(compressed.model, tokenizer, f"{run.label} at {ratio:.3f}", ratio, False)
 
 
-def compressed_again(run: Run) -> tuple[Compressed, PreTrainedTokenizerBase]:
+def compressed_again(run: Run) -> tuple[Compressed, Reader]:
     """Compress a run's model, from the cache if possible, and measure nothing."""
-    cache, tokenizer = cache_of(run), load_tokenizer(run.model)
-    tokens = calibration_tokens(run, tokenizer, cache, hub_revision(run.model))
+    cache, reader = cache_of(run), Reader.of(run)
+    tokens = calibration_tokens(run, reader, cache, hub_revision(run.model))
     calibration = calibration_of(run, loaded(run), tokens, cache)
-    return compress_to(run.goal, run.method, calibration), tokenizer
+    return compress_to(run.goal, run.method, calibration), reader

@@ -17,11 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from iosvd.data.texts import Dataset
+from iosvd.data.visual import VisualDataset
 from iosvd.errors import ConfigError, check_at_least, check_name, one_line
 from iosvd.method import Goal
 from iosvd.models.gguf import gguf_in
 from iosvd.models.loading import Model, context_of, holds_model
-from iosvd.options import number, own_error, typed_group, whole_number
+from iosvd.options import number, own_error, typed_group, variant, whole_number
 from iosvd.presets import method_of
 from iosvd.runs.composition import compose
 from iosvd.runs.run import (
@@ -141,7 +142,7 @@ def to_run(composed: DictConfig, label: str) -> Run:
         label=label,
         model=typed_group(Model, composed, "model"),
         data=Data(
-            dataset=typed_group(Dataset, composed, "dataset"),
+            dataset=_dataset(composed),
             calibration=typed_group(CalibrationOptions, composed, "calibration"),
         ),
         method=method_of(composed),
@@ -176,6 +177,10 @@ def config_of(run: Run) -> dict[str, Any]:
     parts = (getattr(runtime, name) for name in _RUNTIME)
     config = {name: to_json(value) for name, value in values.items()}
     config["runtime"] = {key: value for part in parts for key, value in to_json(part).items()}
+    visual = {"_target_": _public_name(VisualDataset)}
+    if isinstance(run.data.dataset, VisualDataset):
+        config["dataset"] |= visual
+    config["eval"]["questions"] = {k: v | visual for k, v in config["eval"]["questions"].items()}
     for name in set(METHOD_GROUPS) - {"factorization"}:
         config[name] = {"_target_": _public_name(type(variants[name])), **config[name]}
     return config
@@ -218,21 +223,45 @@ def _check(run: Run) -> None:
         "runtime.memory_gib": run.runtime.resources.memory_gib or 0.0,
     }
     check_at_least(0, **at_least_zero)
-    if not run.eval.texts:
-        raise ConfigError("eval.texts is empty; choose eval=own, eval=pydoc or eval=paper")
+    for key, questions in run.eval.questions.items():
+        check_name(f"eval.questions.{key}.name", questions.name)
+    if not run.eval.texts and not run.eval.questions:
+        raise ConfigError(
+            "eval.texts and eval.questions are empty; choose eval=own, pydoc, paper, drawn or vlm"
+        )
     if run.runtime.tracking.checkpoint and not run.runtime.output.save_checkpoint:
         raise ConfigError("wandb.checkpoint=true needs runtime.save_checkpoint=true")
     check_combination(run)
 
 
 def _evaluation(composed: DictConfig) -> Evaluation:
+    own = [name for name, text in (composed.eval.get("texts") or {}).items() if "_target_" in text]
+    if own:
+        raise ConfigError(
+            f"eval.texts.{own[0]} holds questions about images; choose eval=drawn or eval=vlm"
+        )
     evaluation = typed_group(Evaluation, composed, "eval")
     # One by one: a frozen dataclass inside a dict cannot be filled by a merge.
     texts = {
         name: typed_group(Dataset, composed.eval.texts, name, f"eval.texts.{name}")
         for name in evaluation.texts
     }
-    return dataclasses.replace(evaluation, texts=texts)
+    questions = {name: _visual(composed.eval.questions, name) for name in evaluation.questions}
+    return dataclasses.replace(evaluation, texts=texts, questions=questions)
+
+
+def _dataset(composed: DictConfig) -> Dataset | VisualDataset:
+    """Return the calibration data set: a text, unless its `_target_` says otherwise."""
+    if "_target_" not in composed.dataset:
+        return typed_group(Dataset, composed, "dataset")
+    return _visual(composed, "dataset")
+
+
+def _visual(composed: DictConfig, name: str) -> VisualDataset:
+    found = variant(composed, name)
+    if not isinstance(found, VisualDataset):
+        raise ConfigError(f"{name}._target_={composed[name]._target_} is no data set")
+    return found
 
 
 def _runtime(composed: DictConfig) -> Runtime:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from iosvd.cache.disk import HASHES, Cache
+from iosvd.data import drawn
 from iosvd.data.texts import Dataset, Split, local_file
+from iosvd.data.visual import VisualDataset, local_items
 from iosvd.errors import DataError, ModelError
 from iosvd.evaluation import pydoc_task
 from iosvd.evaluation.zero_shot import ZeroShot, task_folder
@@ -41,13 +43,20 @@ def digest(run: Run) -> str:
     if run.model.gguf_file is None:  # Earlier versions did not have the option.
         del model["gguf_file"]
     identity["model"] = model | {"content": _model_content(run)}
-    identity["dataset"] = _dataset(config["dataset"], dataset, dataset.calibration)
+    identity["dataset"] = _dataset(run, config["dataset"], dataset, dataset.calibration)
     tasks = _tasks(config["eval"]["zero_shot"], run.eval.zero_shot)
     texts = {
-        name: _dataset(config["eval"]["texts"][name], text, text.evaluation)
+        name: _dataset(run, config["eval"]["texts"][name], text, text.evaluation)
         for name, text in run.eval.texts.items()
     }
+    questions = {
+        name: _dataset(run, config["eval"]["questions"][name], asked, asked.evaluation)
+        for name, asked in run.eval.questions.items()
+    }
     identity["eval"] = {**config["eval"], "texts": texts, "zero_shot": tasks}
+    identity["eval"]["questions"] = questions
+    if not questions:  # Earlier versions did not have them.
+        del identity["eval"]["questions"]
     return _hash_of(identity)[:12]
 
 
@@ -79,7 +88,7 @@ def tokens_identity(
     """
     return {
         "model": model_identity(run, revision),
-        "dataset": _dataset(to_json(dataset), dataset, split),
+        "dataset": _dataset(run, to_json(dataset), dataset, split),
         "split": to_json(split),
         **options,
     }
@@ -110,9 +119,18 @@ def _model_content(run: Run) -> str | None:
         ) from error
 
 
-def _dataset(options: dict[str, Any], dataset: Dataset, split: Split) -> dict[str, Any]:
+def _dataset(
+    run: Run, options: dict[str, Any], dataset: Dataset | VisualDataset, split: Split
+) -> dict[str, Any]:
     content = None
-    if dataset.path is not None:
+    if isinstance(dataset, VisualDataset):
+        if dataset.path is not None:
+            listed, folder = local_items(dataset, split), Path(dataset.path)
+            images = (p for p in folder.rglob("*") if p.is_file() and p.suffix != listed.suffix)
+            content = _hash_text(listed, *sorted(images), cache=Path(run.runtime.output.cache))
+        elif dataset.drawn:
+            content = _hash_text(Path(drawn.__file__))  # What draws them.
+    elif dataset.path is not None:
         content = _hash_text(local_file(dataset, split))
     elif dataset.builtin:
         content = platform.python_version()  # The text depends on the Python version.
@@ -129,9 +147,9 @@ def _tasks(options: dict[str, Any], zero_shot: ZeroShot) -> dict[str, Any]:
     return _without_place(options) | {"content": content}
 
 
-def _hash_text(*paths: Path) -> str:
+def _hash_text(*paths: Path, cache: Path | None = None) -> str:
     try:
-        return _hash_files(*paths)
+        return _hash_files(*paths, cache=cache)
     except OSError as error:
         raise DataError(
             f"cannot read {error.filename}: {error.strerror}; ask its owner for permission, or set"

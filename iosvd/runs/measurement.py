@@ -14,22 +14,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from iosvd.budget import ENTRY_BITS
 from iosvd.cache.spectra import Factorized
+from iosvd.data.visual import read_items
 from iosvd.data.windows import check_vocabulary
 from iosvd.errors import ModelError, RecordError
 from iosvd.evaluation.divergence import Context, divergences
-from iosvd.evaluation.perplexity import perplexity
-from iosvd.evaluation.zero_shot import TaskScore, ZeroShotResult, load_tasks, zero_shot
+from iosvd.evaluation.zero_shot import load_tasks
 from iosvd.layers.reloading import check_reloads
 from iosvd.layers.replacement import stored_bytes, truncated_weights
-from iosvd.models.loading import gguf_of, hub_revision, load_config, load_tokenizer
-from iosvd.models.sites import find_sites
+from iosvd.models.loading import gguf_of, hub_revision, load_config
+from iosvd.models.sites import find_sites, is_key_or_value
 from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.plan import Plan
 from iosvd.runs.compressed import compressed_again
 from iosvd.runs.config import config_of
+from iosvd.runs.evaluation import asked_questions, evaluation
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.partial_results import PartialResults
+from iosvd.runs.reader import Reader
 from iosvd.runs.records import ANSWERS, CHECKPOINT, PLAN, SPECTRA, read_plan
 from iosvd.runs.run import KL, Run
 from iosvd.runs.steps import batch_size, cache_of, calibration_of, loaded
@@ -41,8 +44,7 @@ from iosvd.system.versions import commit, library_versions
 from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Both take seconds to import.
-    from lm_eval.api.task import Task
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 WHOLE = "the compressed model"  # A key among the names of sites.
 
@@ -58,10 +60,11 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     parts = PartialResults(folder, f"{digest(run)} {commit()}", clock)
     with clock.stage("data"):
         _check_context(run)
-        tokenizer = load_tokenizer(run.model)
+        reader = Reader.of(run)
         revision, file = hub_revision(run.model), gguf_of(run.model)
-        tokens = calibration_tokens(run, tokenizer, cache, revision)
-        texts = evaluation_tokens(run, tokenizer, cache, revision)
+        tokens = calibration_tokens(run, reader, cache, revision)
+        texts = evaluation_tokens(run, reader, cache, revision)
+        questions = {n: read_items(q, q.evaluation) for n, q in run.eval.questions.items()}
         tasks = dict(zip(run.eval.zero_shot.tasks, load_tasks(run.eval.zero_shot), strict=True))
     with clock.stage("load"):
         model = loaded(run)
@@ -78,9 +81,10 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         cache.evict(used_before=started.timestamp())
     _write_plan(compressed, folder)
     if run.runtime.output.save_checkpoint:
-        _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, tokenizer)
-    evaluated = _evaluation(run, model, tokenizer, tasks, texts, parts)
-    write_json(folder / ANSWERS, evaluated.pop("answers"))
+        _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, reader)
+    evaluated = evaluation(run, model, reader, tasks, texts, parts)
+    asked = asked_questions(run, model, reader, questions, parts)
+    write_json(folder / ANSWERS, {**evaluated.pop("answers"), **asked.pop("answers")})
     divergence = _divergence(run, compressed, factorized, texts, parts)
     stages = {**clock.stages, **compressed.stages}
     return {
@@ -93,7 +97,9 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         **_plan_summary(compressed.plan),
         "covered_share": share,
         "target_bytes": stored_bytes(model, compressed.plan.sites),
+        **_other_ratios(model, compressed.plan),
         **evaluated,
+        **asked,
         **divergence,
         "windows": {name: list(windows.tokens.shape) for name, windows in texts.items()},
         "compression_seconds": sum(stage.seconds for stage in compressed.stages.values()),
@@ -118,7 +124,7 @@ def save_checkpoint_of(run: Run, folder: Path) -> None:
     Raises:
         RecordError: this version would choose other ranks than the measured ones.
     """
-    compressed, tokenizer = compressed_again(run)
+    compressed, reader = compressed_again(run)
     measured = read_plan(folder)["sites"]
     now = {name: asdict(site) for name, site in compressed.plan.sites.items()}
     stored = ("rank", "dense", "bits", "rounded_rows")
@@ -128,38 +134,7 @@ def save_checkpoint_of(run: Run, folder: Path) -> None:
                 f"{name} would not be stored as it was when {folder} was measured, by another"
                 " version or device; measure it anew with runtime.force=true"
             )
-    _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, tokenizer)
-
-
-def _evaluation(
-    run: Run,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Mapping[str, Task],
-    texts: Mapping[str, Windows],
-    parts: PartialResults,
-) -> dict[str, Any]:
-    """Measure perplexity on every text and accuracy on every task; keep each result at once."""
-
-    def text_perplexity(name: str) -> float:
-        return perplexity(model, texts[name], batch_size(run, texts[name]))
-
-    def task_scores(name: str) -> dict[str, Any]:
-        limit, requests = run.eval.zero_shot.limit, run.runtime.resources.batch_requests
-        found = zero_shot(model, tokenizer, [tasks[name]], limit, requests)
-        return {"score": asdict(found.scores[name]), "correct": list(found.correct[name])}
-
-    perplexities = parts.of("evaluation", texts, text_perplexity)
-    answered = parts.of("zero_shot", tasks, task_scores)
-    scores = {name: found["score"] for name, found in answered.items()}
-    answers = {name: found["correct"] for name, found in answered.items()}
-    typed = {name: TaskScore(**score) for name, score in scores.items()}
-    return {
-        "perplexity": perplexities,
-        "zero_shot": scores,
-        "average_acc": ZeroShotResult(typed, answers).average,
-        "answers": answers,
-    }
+    _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, reader)
 
 
 def _write_plan(compressed: Compressed, folder: Path) -> None:
@@ -229,17 +204,30 @@ def _plan_summary(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _other_ratios(model: PreTrainedModel, plan: Plan) -> dict[str, float]:
+    """Return what is kept of the cache of keys and values, and of the whole model's bits."""
+    rest = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in plan.sites or name.endswith(".bias")
+    )
+    kept = sum(site.bits for site in plan.sites.values()) / ENTRY_BITS
+    whole = (kept + rest) / (plan.parameters_total + rest)
+    cached = {name: site for name, site in plan.sites.items() if is_key_or_value(name)}
+    entries = sum(site.out_features for site in cached.values())
+    latent = sum(s.out_features if s.dense else s.rank for s in cached.values())
+    return {"whole_ratio": whole, **({"cache_ratio": latent / entries} if entries else {})}
+
+
 def _stage_summary(stage: Stage) -> dict[str, float]:
     return {"seconds": round(stage.seconds, 3), "peak_bytes": stage.peak_bytes}
 
 
-def _save_checkpoint(
-    model: PreTrainedModel, folder: Path, plan: Plan, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _save_checkpoint(model: PreTrainedModel, folder: Path, plan: Plan, reader: Reader) -> None:
     from iosvd.layers.checkpoint import save  # Imports much of transformers.
 
     remove(folder)  # Left by a run that ended before its metrics were written.
-    save(model, folder, plan, tokenizer)
+    save(model, folder, plan, reader.saved)
     try:
         check_reloads(model, folder)
     except BaseException:

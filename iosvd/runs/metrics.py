@@ -45,6 +45,7 @@ class _Evaluation:
     seq_len: int
     windows: int
     zero_shot: _Tasks
+    questions: dict[str, _Named] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ class Config:
 @dataclass(frozen=True)
 class _Accuracy:
     acc: float
+
+
+@dataclass(frozen=True)
+class _Questions:
+    acc: float
+    acc_likeliest: float
+    unanswered: int
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,9 @@ class Metrics:
     commit: str
     config: Config
     model_file: GgufFile | None = None
+    questions: dict[str, _Questions] = field(default_factory=dict)
+    cache_ratio: float | None = None  # Earlier records have neither.
+    whole_ratio: float | None = None
     divergence: dict[str, Divergence] = field(default_factory=dict)
     site_divergence: dict[str, dict[str, SiteDivergence]] = field(default_factory=dict)
 

@@ -191,6 +191,14 @@ def _values(metrics: Metrics, names: Mapping[str, str]) -> Iterator[tuple[Metric
         yield perplexity_on(names[text]), value
     for task, score in metrics.zero_shot.items():
         yield accuracy_on(task), score.acc
+    asked = {key: named.name for key, named in metrics.config.eval.questions.items()}
+    for key, found in metrics.questions.items():
+        yield accuracy_on(asked[key]), found.acc
+        yield accuracy_on(f"{asked[key]}_likeliest"), found.acc_likeliest
+        yield other(f"{asked[key]}_unanswered"), found.unanswered
+    for name, share in (("cache_ratio", metrics.cache_ratio), ("whole_ratio", metrics.whole_ratio)):
+        if share is not None:
+            yield other(name), share
     if metrics.average_acc is not None:
         yield AVERAGE, metrics.average_acc
     if metrics.predicted_kl is not None:

@@ -7,6 +7,8 @@ from enum import Enum
 from typing import Any
 
 from iosvd.data.texts import Dataset
+from iosvd.data.visual import VisualDataset
+from iosvd.errors import ConfigError
 from iosvd.evaluation.zero_shot import ZeroShot
 from iosvd.method import Goal, Method
 from iosvd.models.loading import Model
@@ -54,9 +56,10 @@ class KL(Enum):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Texts and windows of perplexity, and tasks of accuracy."""
+    """Texts and windows of perplexity, and tasks and questions of accuracy."""
 
     texts: dict[str, Any] = field(default_factory=dict)  # Data sets by key.
+    questions: dict[str, Any] = field(default_factory=dict)  # Visual data sets by key.
     seq_len: int = 2048
     windows: int = 0
     kl: KL = KL.none
@@ -129,10 +132,24 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Data:
-    """The calibration text, and the windows that are drawn from it."""
+    """The text or the questions about images that calibrate, and the windows drawn from them."""
 
-    dataset: Dataset
+    dataset: Dataset | VisualDataset
     calibration: CalibrationOptions
+
+    @property
+    def text(self) -> Dataset:
+        """The data set, where only a text will do.
+
+        Raises:
+            ConfigError: it holds questions about images.
+        """
+        if isinstance(self.dataset, VisualDataset):
+            raise ConfigError(
+                f"this command needs a text, and dataset={self.dataset.name} holds questions about"
+                " images; choose another dataset"
+            )
+        return self.dataset
 
 
 @dataclass(frozen=True)
@@ -146,3 +163,8 @@ class Run:
     goal: Goal
     eval: Evaluation
     runtime: Runtime
+
+    @property
+    def sees(self) -> bool:
+        """Whether it shows images to its model, or questions that are about images."""
+        return isinstance(self.data.dataset, VisualDataset) or bool(self.eval.questions)

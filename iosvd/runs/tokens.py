@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from iosvd.cache.keys import tokens_key
 from iosvd.cache.store import Key, Store, get_or_compute
+from iosvd.data.image_text import image_windows
+from iosvd.data.visual import VisualDataset, chosen_items
 from iosvd.data.windows import calibration_windows, evaluation_windows
 from iosvd.runs.fingerprints import tokens_identity
+from iosvd.runs.reader import Reader
 from iosvd.runs.run import Run
 from iosvd.windows import Windows
 
-if TYPE_CHECKING:  # Importing transformers' models takes seconds.
-    from transformers import PreTrainedTokenizerBase
 
-
-def calibration_tokens(
-    run: Run, tokenizer: PreTrainedTokenizerBase, store: Store, revision: str | None
-) -> Windows:
+def calibration_tokens(run: Run, reader: Reader, store: Store, revision: str | None) -> Windows:
     """Return the windows that calibrate.
 
     Args:
         run: the run.
-        tokenizer: the run's.
+        reader: the run's.
         store: holds them.
         revision: the hub's commit of the tokenizer.
     """
     c, text = run.data.calibration, run.data.dataset
+    if isinstance(text, VisualDataset):
+        items = chosen_items(text, c.windows, c.seed)
+        return image_windows(reader.processor, items, text.prompt, text.counted, images=text.images)
+    tokenizer = reader.tokenizer
     options = {"windows": c.windows, "length": c.seq_len, "seed": c.seed, "use": "calibration"}
     key = tokens_key(tokens_identity(run, text, text.calibration, options, revision))
     return _kept(
@@ -38,7 +40,7 @@ def calibration_tokens(
 
 
 def evaluation_tokens(
-    run: Run, tokenizer: PreTrainedTokenizerBase, store: Store, revision: str | None
+    run: Run, reader: Reader, store: Store, revision: str | None
 ) -> dict[str, Windows]:
     """Return the windows of each evaluation text."""
     found = {}
@@ -47,7 +49,7 @@ def evaluation_tokens(
         key = tokens_key(tokens_identity(run, text, text.evaluation, options, revision))
 
         def compute(text: Any = text) -> Tensor:
-            return evaluation_windows(tokenizer, text, run.eval.seq_len, run.eval.windows)
+            return evaluation_windows(reader.tokenizer, text, run.eval.seq_len, run.eval.windows)
 
         found[name] = _kept(store, key, compute)
     return found

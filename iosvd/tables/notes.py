@@ -124,8 +124,14 @@ def _protocol(runs: Sequence[Run]) -> str:
     parts = [
         f"Model {source}, {model.dtype.value}",
         f"calibration {windows} × {lengths} tokens of {sources}, seed {seeds}",
-        f"perplexity in windows of {evaluation.seq_len} tokens ({', '.join(joins)})",
     ]
+    if joins:
+        parts.append(f"perplexity in windows of {evaluation.seq_len} tokens ({', '.join(joins)})")
+    if evaluation.questions:
+        parts.append(
+            "accuracy of generated answers (16 tokens, greedy; one that names no choice is wrong)"
+            " and of the likeliest letter"
+        )
     if evaluation.zero_shot.tasks:
         parts.append("zero-shot accuracy `acc` with lm-eval's prompts")
     if evaluation.kl is not KL.none:
@@ -157,6 +163,8 @@ def _spread(spec: TableSpec) -> str:
 _MEANINGS = {
     "predicted_kl": "predicted KL: ½ Σ σ² of dropped components, nats per token, a top-K metric's"
     " share of them",
+    "cache_ratio": "R2: entries of keys and values (or of their latents) kept in the cache",
+    "whole_ratio": "whole model: bits of all its parameters kept",
     "predicted_loss_change": "predicted Δloss: −Σ g σ of dropped components, nats per token, on"
     " calibration windows",
     "kl": "KL: exact KL(dense ‖ compressed) on held-out text, nats per token",

@@ -13,7 +13,7 @@ from iosvd.presets import conf_folder
 # Columns besides the metrics; those of BY_TEXT have one for each text.
 BY_TEXT = ("kl", "loss_change", "site_median", "sites_within_two")
 EXTRA = (
-    *("ratio_achieved", "seconds", "target_bytes"),
+    *("ratio_achieved", "cache_ratio", "whole_ratio", "seconds", "target_bytes"),
     *("predicted_kl", "predicted_loss_change", "rank_agreement"),
     *BY_TEXT,
 )

@@ -173,6 +173,11 @@ def _columns(spec: TableSpec, found: Sequence[Found]) -> tuple[Column, ...]:
     tasks = dict.fromkeys(task for run in runs for task in run.eval.zero_shot.tasks)
     columns = [Column(perplexity_on(text), f"{text} ppl ↓", 2, -1) for text in texts]
     columns += [Column(accuracy_on(task), f"{task} ↑", 3, 1) for task in tasks]
+    asked = dict.fromkeys(q.name for run in runs for q in run.eval.questions.values())
+    for name in asked:
+        columns.append(Column(accuracy_on(name), f"{name} ↑", 3, 1))
+        columns.append(Column(accuracy_on(f"{name}_likeliest"), f"{name}, likeliest ↑", 3, 1))
+        columns.append(Column(other(f"{name}_unanswered"), f"{name}, unanswered", 0, 0))
     if len(tasks) > 1:
         columns.append(Column(AVERAGE, "average ↑", 3, 1))
     for name in spec.extra:
@@ -184,6 +189,8 @@ def _columns(spec: TableSpec, found: Sequence[Found]) -> tuple[Column, ...]:
 
 _EXTRA = {
     "ratio_achieved": Column(other("ratio_achieved"), "achieved", 4, 0),
+    "cache_ratio": Column(other("cache_ratio"), "R2, cache", 3, 0),
+    "whole_ratio": Column(other("whole_ratio"), "whole model", 3, 0),
     "seconds": Column(other("seconds"), "seconds", 1, 0),
     "target_bytes": Column(other("target_bytes"), "bytes", 0, 0),
     "predicted_kl": Column(other("predicted_kl"), "predicted KL", 4, 0),
