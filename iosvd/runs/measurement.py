@@ -16,11 +16,9 @@ from safetensors.torch import save_file
 
 from iosvd.budget import ENTRY_BITS
 from iosvd.cache.spectra import Factorized
-from iosvd.data.visual import read_items
 from iosvd.data.windows import check_vocabulary
 from iosvd.errors import ModelError, RecordError
 from iosvd.evaluation.divergence import Context, divergences
-from iosvd.evaluation.zero_shot import load_tasks
 from iosvd.layers.reloading import check_reloads
 from iosvd.layers.replacement import stored_bytes, truncated_weights
 from iosvd.models.loading import gguf_of, hub_revision, load_config
@@ -29,14 +27,14 @@ from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.plan import Plan
 from iosvd.runs.compressed import compressed_again
 from iosvd.runs.config import config_of
-from iosvd.runs.evaluation import asked_questions, evaluation
+from iosvd.runs.evaluation import Material, evaluation
 from iosvd.runs.fingerprints import digest
 from iosvd.runs.partial_results import PartialResults
 from iosvd.runs.reader import Reader
 from iosvd.runs.records import ANSWERS, CHECKPOINT, PLAN, SPECTRA, read_plan
 from iosvd.runs.run import KL, Run
 from iosvd.runs.steps import batch_size, cache_of, calibration_of, loaded
-from iosvd.runs.tokens import calibration_tokens, evaluation_tokens
+from iosvd.runs.tokens import calibration_tokens
 from iosvd.system.files import remove, written_whole
 from iosvd.system.json_files import to_json, write_json
 from iosvd.system.timing import Stage, StageClock
@@ -63,12 +61,10 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         reader = Reader.of(run)
         revision, file = hub_revision(run.model), gguf_of(run.model)
         tokens = calibration_tokens(run, reader, cache, revision)
-        texts = evaluation_tokens(run, reader, cache, revision)
-        questions = {n: read_items(q, q.evaluation) for n, q in run.eval.questions.items()}
-        tasks = dict(zip(run.eval.zero_shot.tasks, load_tasks(run.eval.zero_shot), strict=True))
+        material = Material.of(run, reader, cache, revision)
     with clock.stage("load"):
         model = loaded(run)
-        for windows in (tokens, *texts.values()):
+        for windows in (tokens, *material.texts.values()):
             check_vocabulary(windows.tokens, model.config.get_text_config().vocab_size)
     calibration = calibration_of(run, model, tokens, cache)
     # Before the work: an impossible budget should not cost a pass over the calibration set.
@@ -82,10 +78,9 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     _write_plan(compressed, folder)
     if run.runtime.output.save_checkpoint:
         _save_checkpoint(compressed.model, folder / CHECKPOINT, compressed.plan, reader)
-    evaluated = evaluation(run, model, reader, tasks, texts, parts)
-    asked = asked_questions(run, model, reader, questions, parts)
-    write_json(folder / ANSWERS, {**evaluated.pop("answers"), **asked.pop("answers")})
-    divergence = _divergence(run, compressed, factorized, texts, parts)
+    evaluated = evaluation(run, model, reader, material, parts)
+    write_json(folder / ANSWERS, evaluated.pop("answers"))
+    divergence = _divergence(run, compressed, factorized, material.texts, parts)
     stages = {**clock.stages, **compressed.stages}
     return {
         "digest": digest(run),
@@ -99,9 +94,8 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "target_bytes": stored_bytes(model, compressed.plan.sites),
         **_other_ratios(model, compressed.plan),
         **evaluated,
-        **asked,
         **divergence,
-        "windows": {name: list(windows.tokens.shape) for name, windows in texts.items()},
+        "windows": {name: list(windows.tokens.shape) for name, windows in material.texts.items()},
         "compression_seconds": sum(stage.seconds for stage in compressed.stages.values()),
         # Cached stages keep the seconds that they took the run that computed them.
         "computed_here": sorted(factorized.computed),

@@ -18,7 +18,11 @@ SEVEN_TASKS = frozenset(
     ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa"]
 )
 # Published metrics of another model than the table's, shown in columns of their own.
-_REFERENCE_METRICS = (*map(perplexity_on, ("wikitext2", "ptb", "c4")), AVERAGE)
+_REFERENCE_METRICS = (
+    *map(perplexity_on, ("wikitext2", "ptb", "c4")),
+    *map(accuracy_on, ("scienceqa", "seed_bench")),
+    AVERAGE,
+)
 
 
 @dataclass(frozen=True)
@@ -214,8 +218,9 @@ def _by_text(name: str, texts: Iterable[str]) -> list[Column]:
 
 
 def _reference(metric: Metric, model: str) -> Column:
-    name = "average" if metric == AVERAGE else f"{metric.of} ppl"
-    return Column(metric, f"published, {model}: {name}", 2, 0, reference=True)
+    name = "average" if metric == AVERAGE else metric.of
+    shown = f"{name} ppl" if metric.is_perplexity else name
+    return Column(metric, f"published, {model}: {shown}", 2, 0, reference=True)
 
 
 def _without_empty_references(
