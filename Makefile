@@ -58,6 +58,9 @@ table-%: install ## Run an experiment of conf/experiment, render its table, draw
 render-%: install ## Render a table and draw its figures from the runs there are
 	@$(SWEEP)/render.py experiment=$* $(OPTIONS) && $(SWEEP)/draw.py experiment=$* $(OPTIONS)
 
+keep-%: install ## Keep the records of an experiment's complete runs in results/records, for git
+	@$(SWEEP)/keep.py experiment=$* $(OPTIONS)
+
 # These are the embedded model's unless another is given; as the paper's tables, the paper's.
 table4 figure3: MODEL := $(or $(MODEL),llama_7b)
 # Options are chosen on texts that no table of results shows.

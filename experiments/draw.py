@@ -23,7 +23,7 @@ from iosvd.errors import ConfigError, RecordError, exit_in_one_line
 from iosvd.figures import DENSE
 from iosvd.metric import AVERAGE, Metric
 from iosvd.runs.config import METHOD_GROUPS, config_of, own_option
-from iosvd.runs.records import read_metrics, read_plan_and_spectra, run_folder
+from iosvd.runs.records import read_metrics, read_plan_and_spectra, record_folder, run_folder
 from iosvd.runs.run import Run
 from iosvd.runs.tracking import log_sweep
 from iosvd.system.commands import arguments
@@ -120,7 +120,7 @@ def _predictions(read: SweepTable) -> dict[str, Figure]:
     for one in read.on_disk.found:
         if not read.spec.predictions or one.record is None or one.run.label == DENSE:
             continue
-        metrics = read_metrics(run_folder(one.run))
+        metrics = read_metrics(record_folder(one.run))
         if not metrics.get("site_divergence"):
             raise ConfigError("this figure needs runs with eval.kl=sites")
         text = next(iter(metrics["divergence"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import iosvd.runs.execution
 import iosvd.runs.measurement
 from experiments import compress as command
-from experiments import draw, predict, render
+from experiments import draw, keep, predict, render
 from iosvd.errors import ConfigError, IosvdError, RecordError, StorageError
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.layers.replacement import low_rank_layers
@@ -295,6 +296,26 @@ def test_a_record_that_cannot_be_trusted_is_a_gap_with_a_reason(
     assert f"Set aside: cannot read {run_folder(runs[1])}" in printed
     rows = [line for line in printed.splitlines() if "svd" in line and line.startswith("|")]
     assert len(rows) == 2 and all(row.count("–") == 3 for row in rows)
+
+
+def test_a_kept_record_stands_in_a_table_and_stops_no_run(
+    source: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sweep = overrides(source, "experiment=demo", "eval=own", "method=svd,svd_llm", "ratio=0.5")
+    asked = run(source, "method=svd", "ratio=0.5")
+    assert execute(asked) is Outcome.complete
+    render.render(sweep)
+    before = [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
+    keep.keep(sweep)
+    assert "1 of 3 records kept" in capfd.readouterr().out
+    shutil.rmtree(run_folder(asked))
+    render.render(sweep)
+    printed = capfd.readouterr().out
+    assert "Runs found: 1 of 3, 1 of them kept in `results/records`." in printed
+    assert [line for line in printed.splitlines() if line.startswith("|")] == before
+    assert execute(asked) is Outcome.complete
+    render.render(sweep)
+    assert "Runs found: 1 of 3. " in capfd.readouterr().out
 
 
 def test_two_names_of_the_same_run_share_it(source: Path) -> None:

@@ -22,6 +22,7 @@ from iosvd.runs.run import Run
 from iosvd.system.json_files import DamagedError, read_json, read_sealed, typed
 
 METRICS = "metrics.json"  # Written last, with a checksum.
+KEPT = "records"  # Of the results: folders with a metrics.json each.
 FAILURE = "failure.json"
 PLAN = "plan.json"
 SPECTRA = "spectra.safetensors"  # All singular values of every site.
@@ -43,6 +44,20 @@ def run_folder(run: Run) -> Path:
     label = re.sub(r"[^\w.=]+", "_", run.label).strip("_")[:_LONGEST_LABEL]
     goal = f"kl{run.goal.target_kl:g}" if run.goal.ratio is None else f"{run.goal.ratio:g}"
     return folder / f"{label}-{goal}-{identity}"
+
+
+def record_folder(run: Run) -> Path:
+    """Return the folder that holds a run's record: its own, else that of a record kept in git.
+
+    `make keep` puts the records of complete runs into `<results>/records`, so that a table can be
+    measured in parts. Only tables read them: a sweep measures what is not in a folder of its own.
+    """
+    own = run_folder(run)
+    if (own / METRICS).exists():
+        return own
+    kept = Path(run.runtime.output.results) / KEPT / run.model.name
+    found = sorted(kept.glob(f"*-{digest(run)}"))
+    return found[0] if found else own
 
 
 def check_inside(folder: Path, run: Run) -> None:

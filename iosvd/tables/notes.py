@@ -29,7 +29,8 @@ def notes(table: Table, on_disk: OnDisk, spec: TableSpec, sweep: Sweep) -> list[
     records = on_disk.records
     return [
         *filter(None, [_legend(table), _sources(table, spec)]),
-        f"Runs found: {len(records)} of {len(sweep.runs)}.{_provenance(records)}{_flags(table)}",
+        f"Runs found: {len(records)} of {len(sweep.runs)}{_kept(on_disk)}."
+        f"{_provenance(records)}{_flags(table)}",
         *(f"Set aside: {reason}" for reason in on_disk.set_aside),
         _protocol(sweep.runs),
         *filter(None, [_bytes(spec, sweep.runs), _spread(spec), _columns(spec)]),
@@ -76,6 +77,10 @@ def _sources(table: Table, spec: TableSpec) -> str:
     }
     legend = "; ".join(text for mark, text in meaning.items() if mark in marks)
     return f"Published values: {', else '.join(named)} ({legend}; the csv names each one's source)."
+
+
+def _kept(on_disk: OnDisk) -> str:
+    return f", {on_disk.kept} of them kept in `results/records`" if on_disk.kept else ""
 
 
 def _provenance(records: Sequence[Record]) -> str:

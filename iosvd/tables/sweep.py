@@ -10,7 +10,7 @@ from pathlib import Path
 from iosvd.errors import ConfigError, RecordError, check_name
 from iosvd.runs.config import own_option
 from iosvd.runs.fingerprints import digest
-from iosvd.runs.records import Record, read_record, run_folder
+from iosvd.runs.records import Record, read_record, record_folder, run_folder
 from iosvd.runs.run import Run
 from iosvd.sweeps.expansion import baselines, expand
 from iosvd.tables.published import read_published
@@ -69,6 +69,12 @@ class OnDisk:
     def records(self) -> list[Record]:
         return [found.record for found in self.found if found.record is not None]
 
+    @property
+    def kept(self) -> int:
+        """The number of records that come from git rather than from a run here."""
+        runs = [found.run for found in self.found if found.record is not None]
+        return sum(record_folder(run) != run_folder(run) for run in runs)
+
 
 @dataclass(frozen=True)
 class SweepTable:
@@ -102,7 +108,7 @@ def find(sweep: Sweep) -> OnDisk:
 
 
 def _trusted(run: Run) -> Record | None:
-    folder = run_folder(run)
+    folder = record_folder(run)
     record = read_record(folder)
     if record is not None and record.digest != digest(run):
         raise RecordError(
