@@ -58,11 +58,11 @@ TEMPLATE = (
 class Recipe(Schedule):
     """Everything the weights depend on, besides the drawn items and the versions."""
 
-    width: int = 192
-    layers: int = 4
-    heads: int = 6
-    key_value_heads: int = 2
-    mlp_width: int = 512
+    width: int = 160
+    layers: int = 6
+    heads: int = 5
+    key_value_heads: int = 5
+    mlp_width: int = 448
     eye_width: int = 96
     eye_layers: int = 3
     eye_heads: int = 4
@@ -71,8 +71,11 @@ class Recipe(Schedule):
     warmup_steps: int = 100
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
-    described: float = 0.4  # Share of the training items whose image is described, cell by cell.
-    open_share: float = 0.3  # Of those whose question is put without choices.
+    # Share of the training items whose image is described, cell by cell: at first, which teaches
+    # to see, and from `settled` of the steps on, when choices are what is left to learn.
+    described: tuple[float, float] = (0.5, 0.1)
+    settled: float = 0.4
+    open_share: float = 0.25  # Of those whose question is put without choices.
     seed: int = 0
     threads: int = 1
     betas: tuple[float, float] = field(default=(0.9, 0.98))
@@ -150,12 +153,14 @@ class Example:
 
 def examples(processor: ProcessorMixin, recipe: Recipe, step: int) -> list[Example]:
     """Return the examples of a step: descriptions, then open questions, then those with choices."""
+    first, last = recipe.described
+    described = first + (last - first) * min(1.0, step / (recipe.settled * recipe.steps))
     found = []
     for place, number in enumerate(range(step * recipe.batch, (step + 1) * recipe.batch)):
         item, share = drawn_item("train", number), place / recipe.batch
-        if share < recipe.described:
+        if share < described:
             prompt, answer = turn(processor, DESCRIBE), description("train", number)
-        elif share < recipe.described + recipe.open_share:
+        elif share < described + recipe.open_share:
             prompt, answer = turn(processor, item.question), item.choices[item.answer]
         else:
             found.append(with_choices(processor, item))

@@ -19,6 +19,7 @@ from iosvd.cache.losses import CachedLosses
 from iosvd.errors import NumericalError
 from iosvd.layers.replacement import (
     gated,
+    perturbed,
     replaced_weights,
     truncated_products,
     truncated_weights,
@@ -61,6 +62,14 @@ class TruncationTrials(CalibrationObjective):
         with torch.enable_grad(), gated(self.calibration.sites, self.spectra, gates):
             logits = batch.logits(self.calibration.model)
             return summed_loss(logits, batch.labels).cpu() / int(batch.predictions.sum())
+
+    def component_derivatives(self, counts: Mapping[str, int], chosen: Tensor) -> dict[str, Tensor]:
+        changes = {site: torch.zeros(count, requires_grad=True) for site, count in counts.items()}
+        own, batch = self.calibration, self.calibration.windows[chosen]
+        with torch.enable_grad(), perturbed(own.sites, self.spectra, changes):
+            loss = summed_loss(batch.logits(own.model), batch.labels).cpu()
+            found = torch.autograd.grad(loss / int(batch.predictions.sum()), list(changes.values()))
+        return dict(zip(changes, found, strict=True))
 
     def loss(self, ranks: Mapping[str, int], windows: int) -> float:
         """Return the calibration loss, nats per token, with these ranks; other sites stay dense.

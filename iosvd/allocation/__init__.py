@@ -5,6 +5,7 @@ in `conf/allocation`; those here are exported for Python.
 """
 
 from iosvd.allocation.base import Allocation
+from iosvd.allocation.component_importance import ComponentImportance
 from iosvd.allocation.hull import Hull
 from iosvd.allocation.layer_importance import LayerImportance
 from iosvd.allocation.learned import Learned
@@ -20,6 +21,7 @@ from iosvd.allocation.zero_sum import ZeroSum
 __all__ = [
     "Allocation",
     "CalibrationObjective",
+    "ComponentImportance",
     "Hull",
     "LayerImportance",
     "Learned",

@@ -42,6 +42,15 @@ class CalibrationObjective(Protocol):
         """
         ...
 
+    def component_derivatives(self, counts: Mapping[str, int], chosen: Tensor) -> dict[str, Tensor]:
+        """Return σ_i u_iᵀ G v_i of the first components, G the gradient of the calibration loss.
+
+        Args:
+            counts: by site, how many components.
+            chosen: indices of the windows.
+        """
+        ...
+
     def loss(self, ranks: Mapping[str, int], windows: int) -> float:
         """Return the calibration loss, nats per token, with these ranks; other sites stay dense.
 

@@ -138,6 +138,9 @@ class _NoMeasurement(CalibrationObjective):
     def gated_loss(self, gates: Mapping[str, Tensor], chosen: Tensor) -> NoReturn:
         self.loss({}, 0)
 
+    def component_derivatives(self, counts: Mapping[str, int], chosen: Tensor) -> NoReturn:
+        self.loss({}, 0)
+
     def divergence(
         self, ranks: Mapping[str, int], windows: int, predictions: Predictions
     ) -> NoReturn:

@@ -23,7 +23,9 @@ from iosvd.layers.checkpoint_checks import check_tensors, check_values, tensors_
 from iosvd.layers.description import LowRankConfig
 from iosvd.layers.folder import METHOD
 from iosvd.layers.replacement import compressed_layers, densify_
+from iosvd.models.attention_form import from_form_, to_form_
 from iosvd.models.linear_form import from_linear_form_, to_linear_form_
+from iosvd.models.sites import decoder_of
 from iosvd.plan import Plan
 from iosvd.system.files import remove_abandoned, written_whole
 from iosvd.system.versions import library_versions
@@ -47,6 +49,7 @@ class LowRankQuantizer(HfQuantizer):
     ) -> None:
         if self.quantization_config.linear_form:
             to_linear_form_(model)
+        to_form_(model, decoder_of(model), self.quantization_config.form)
         stored = tensors_in(checkpoint_files or [])
         for name in self.quantization_config.layers:
             found, layer = _layer(model, name)
@@ -125,6 +128,7 @@ def to_dense_(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
             " compress with correction.bias=false"
         )
     densify_(model, dtype or model.dtype)
+    from_form_(model)
     from_linear_form_(model)
     model._weight_conversions = None  # type: ignore[assignment]
 

@@ -16,6 +16,7 @@ from iosvd.layers.four_bit import FourBitLinear
 from iosvd.layers.modules import StoredLinear, empty_layer
 from iosvd.layers.replacement import compressed_layers
 from iosvd.layers.rows import RowLayout
+from iosvd.models.attention_form import Form, form_of
 from iosvd.system.json_files import DamagedError, typed
 
 
@@ -28,6 +29,7 @@ class _Description:
     four_bit: dict[str, int]
     biases: list[str]
     linear_form: bool
+    form: str
 
 
 @register_quantization_config(METHOD)
@@ -37,7 +39,8 @@ class LowRankConfig(QuantizationConfigMixin):
     `ranks`: the factorised layers. `rows`: layers with matrices in rows of two widths, one
     `RowLayout` per matrix. `four_bit`: group sizes of layers in four bits. `biases`: layers that
     have a bias although the architecture has none. `linear_form`: whether experts and the like are
-    stored as linear layers, and all tensors under the names that they have in the model.
+    stored as linear layers, and all tensors under the names that they have in the model. `form`:
+    that of queries, keys and values, if it is not the architecture's (`attention_form.py`).
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class LowRankConfig(QuantizationConfigMixin):
         four_bit: Mapping[str, int] | None = None,
         biases: Sequence[str] | None = None,
         linear_form: bool = False,
+        form: str = Form.separate.value,
         **_: Any,
     ) -> None:
         given = {
@@ -55,10 +59,12 @@ class LowRankConfig(QuantizationConfigMixin):
             "four_bit": {} if four_bit is None else four_bit,
             "biases": [] if biases is None else biases,
             "linear_form": linear_form,
+            "form": form,
         }
         try:
             found = typed(_Description, given, "quantization_config")
-        except DamagedError as error:
+            self.form = Form(found.form)
+        except (DamagedError, ValueError) as error:
             raise CheckpointError(f"config.json: {error}; save the checkpoint again") from None
         self.quant_method = METHOD  # type: ignore[assignment]
         self.ranks, self.rows = found.ranks, found.rows
@@ -78,7 +84,8 @@ class LowRankConfig(QuantizationConfigMixin):
                 if layer.layouts:
                     rows[name] = {k: layout.to_dict() for k, layout in layer.layouts.items()}
         biases = [name for name, layer in compressed_layers(model).items() if layer.added_bias]
-        return cls(ranks, rows, four_bit, biases, linear_form=True)
+        form = form_of(model).value
+        return cls(ranks, rows, four_bit, biases, linear_form=True, form=form)
 
     @property
     def layers(self) -> list[str]:
@@ -117,6 +124,8 @@ class LowRankConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         described = {"rows": self.rows, "four_bit": self.four_bit, "biases": self.biases}
         described |= {"linear_form": self.linear_form}
+        if self.form is not Form.separate:
+            described["form"] = self.form.value
         present = {key: value for key, value in described.items() if value}
         return {"quant_method": self.quant_method, "ranks": self.ranks, **present}
 

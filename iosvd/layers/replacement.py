@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TypeVar
@@ -184,14 +184,42 @@ def gated(
 ) -> Iterator[None]:
     """Make these sites compute left (gate ⊙ (right x)), with the first components of spectra."""
 
-    def forward(site: nn.Linear, name: str, x: Tensor) -> Tensor:
-        place = (x.device, x.dtype)
-        spectrum, count = spectra[name], len(gates[name])
-        left, right = spectrum.left[:, :count].to(*place), spectrum.right[:count].to(*place)
-        return linear(linear(x, right) * gates[name].to(*place), left, site.bias)
+    def forward(name: str, x: Tensor) -> Tensor:
+        return _components(x, spectra[name], gates[name], sites[name].bias)
 
-    with ExitStack() as stack:
-        for name in gates:
-            replaced = replaced_forward(sites[name], partial(forward, sites[name], name))
-            stack.enter_context(replaced)
+    with _replaced_forwards(sites, gates, forward):
         yield
+
+
+@contextmanager
+def perturbed(
+    sites: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], changes: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Make these sites compute W x + left (change ⊙ (right x)), with the first components."""
+    plain = {name: sites[name].forward for name in changes}
+
+    def forward(name: str, x: Tensor) -> Tensor:
+        found: Tensor = plain[name](x)
+        return found + _components(x, spectra[name], changes[name], None)
+
+    with _replaced_forwards(sites, changes, forward):
+        yield
+
+
+@contextmanager
+def _replaced_forwards(
+    sites: Mapping[str, nn.Linear],
+    names: Iterable[str],
+    forward: Callable[[str, Tensor], Tensor],
+) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(replaced_forward(sites[name], partial(forward, name)))
+        yield
+
+
+def _components(x: Tensor, spectrum: Spectrum, factors: Tensor, bias: Tensor | None) -> Tensor:
+    place = (x.device, x.dtype)
+    left = spectrum.left[:, : len(factors)].to(*place)
+    right = spectrum.right[: len(factors)].to(*place)
+    return linear(linear(x, right) * factors.to(*place), left, bias)

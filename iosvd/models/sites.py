@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.errors import ConfigError, ModelError, NumericalError
+from iosvd.models.attention_form import Form, to_form_
 from iosvd.models.linear_form import expert_of, to_linear_form_
 from iosvd.windows import Windows
 
@@ -35,6 +36,7 @@ class SiteSelection:
     include: list[str] = field(default_factory=lambda: list(BLOCKS))
     exclude: list[str] = field(default_factory=list)
     module_types: list[str] = field(default_factory=lambda: ["torch.nn.Linear"])
+    form: Form = Form.separate  # Of queries, keys and values.
 
 
 def find_sites(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Linear]:
@@ -68,6 +70,7 @@ def find_linears(model: nn.Module, selection: SiteSelection) -> dict[str, nn.Lin
         ModelError: nothing matches.
     """
     to_linear_form_(model)
+    to_form_(model, decoder_of(model), selection.form)
     # A vision tower may name its blocks as a decoder does.
     place = decoder_of(model) if selection.include == list(BLOCKS) else model
     inside = set(place.modules())

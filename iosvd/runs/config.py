@@ -235,18 +235,15 @@ def _check(run: Run) -> None:
 
 
 def _evaluation(composed: DictConfig) -> Evaluation:
-    own = [name for name, text in (composed.eval.get("texts") or {}).items() if "_target_" in text]
-    if own:
-        raise ConfigError(
-            f"eval.texts.{own[0]} holds questions about images; choose eval=drawn or eval=vlm"
-        )
     evaluation = typed_group(Evaluation, composed, "eval")
     # One by one: a frozen dataclass inside a dict cannot be filled by a merge.
-    texts = {
-        name: typed_group(Dataset, composed.eval.texts, name, f"eval.texts.{name}")
-        for name in evaluation.texts
-    }
-    questions = {name: _visual(composed.eval.questions, name) for name in evaluation.questions}
+    texts, questions = dict[str, Dataset](), dict[str, VisualDataset]()
+    for name in evaluation.texts:
+        if "_target_" in composed.eval.texts[name]:  # eval=own of questions about images.
+            questions[name] = _visual(composed.eval.texts, name)
+        else:
+            texts[name] = typed_group(Dataset, composed.eval.texts, name, f"eval.texts.{name}")
+    questions |= {name: _visual(composed.eval.questions, name) for name in evaluation.questions}
     return dataclasses.replace(evaluation, texts=texts, questions=questions)
 
 

@@ -16,6 +16,7 @@ from iosvd.data.visual import VisualDataset, local_items
 from iosvd.errors import DataError, ModelError
 from iosvd.evaluation import pydoc_task
 from iosvd.evaluation.zero_shot import ZeroShot, task_folder
+from iosvd.models.attention_form import Form
 from iosvd.models.loading import folder_of
 from iosvd.runs.config import config_of
 from iosvd.runs.run import Run
@@ -42,6 +43,8 @@ def digest(run: Run) -> str:
     model = _without_place(config["model"])
     if run.model.gguf_file is None:  # Earlier versions did not have the option.
         del model["gguf_file"]
+    if run.model.sites.form is Form.separate:  # Nor this one.
+        model["sites"] = {k: v for k, v in model["sites"].items() if k != "form"}
     identity["model"] = model | {"content": _model_content(run)}
     identity["dataset"] = _dataset(run, config["dataset"], dataset, dataset.calibration)
     tasks = _tasks(config["eval"]["zero_shot"], run.eval.zero_shot)

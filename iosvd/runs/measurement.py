@@ -21,8 +21,9 @@ from iosvd.errors import ModelError, RecordError
 from iosvd.evaluation.divergence import Context, divergences
 from iosvd.layers.reloading import check_reloads
 from iosvd.layers.replacement import stored_bytes, truncated_weights
+from iosvd.models.attention_form import cached_width
 from iosvd.models.loading import gguf_of, hub_revision, load_config
-from iosvd.models.sites import find_sites, is_key_or_value
+from iosvd.models.sites import find_sites
 from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.plan import Plan
 from iosvd.runs.compressed import compressed_again
@@ -207,9 +208,10 @@ def _other_ratios(model: PreTrainedModel, plan: Plan) -> dict[str, float]:
     )
     kept = sum(site.bits for site in plan.sites.values()) / ENTRY_BITS
     whole = (kept + rest) / (plan.parameters_total + rest)
-    cached = {name: site for name, site in plan.sites.items() if is_key_or_value(name)}
-    entries = sum(site.out_features for site in cached.values())
-    latent = sum(s.out_features if s.dense else s.rank for s in cached.values())
+    widths = {name: cached_width(model, name) for name in plan.sites}
+    cached = {name: plan.sites[name] for name, width in widths.items() if width}
+    entries = sum(widths[name] for name in cached)
+    latent = sum(widths[n] if s.dense else min(widths[n], s.rank) for n, s in cached.items())
     return {"whole_ratio": whole, **({"cache_ratio": latent / entries} if entries else {})}
 
 

@@ -1,0 +1,228 @@
+"""Queries, keys and values as one layer, or as one for each head: the same model, other sites."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, build, divided
+from seeing import build as build_seeing
+from seeing import windows_of
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+import iosvd
+from iosvd.allocation import ComponentImportance, Spectral
+from iosvd.cache.calibration import Calibration
+from iosvd.errors import ModelError
+from iosvd.layers.modules import LowRankLinear
+from iosvd.layers.replacement import low_rank_layers, twin_of
+from iosvd.method import Goal, Method
+from iosvd.models.attention_form import JOINT, Form, cached_width, form_of, from_form_, to_form_
+from iosvd.models.sites import SiteSelection, decoder_of, find_sites
+from iosvd.pipeline import factorize
+from iosvd.presets import preset
+from iosvd.statistics.collect import collect
+from iosvd.statistics.kl_metric import KLMetric
+from iosvd.statistics.needs import Needs
+from iosvd.trials import TruncationTrials
+from iosvd.whitening import Identity
+
+TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
+ATTENTIVE = ["llama", "qwen2", "qwen3", "opt"]  # qwen2 and opt have biases.
+JOINED = SiteSelection(include=[f"*.{JOINT}"], form=Form.joint)
+DIVIDED = SiteSelection(include=["*.q_proj.*", "*.k_proj.*", "*.v_proj.*"], form=Form.heads)
+BOTH = [JOINED, DIVIDED]
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=TOKENS).logits
+    return found
+
+
+@pytest.mark.parametrize("selection", BOTH, ids=lambda s: s.form.value)
+@pytest.mark.parametrize("family", ATTENTIVE)
+def test_the_model_computes_the_same_and_comes_back(family: str, selection: SiteSelection) -> None:
+    model, expected = build(family), build(family).state_dict()
+    before = logits(model)
+    to_form_(model, decoder_of(model), selection.form)
+    assert form_of(model) is selection.form
+    assert_close(logits(model), before)
+    assert_close(logits(twin_of(model)), before)
+    assert set(find_sites(model, selection)) == set(find_sites(model, selection))
+    from_form_(model)
+    assert form_of(model) is Form.separate
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_joint_layer_computes_once_for_three_readers_and_keeps_nothing() -> None:
+    model, calls = build("llama"), []
+    to_form_(model, decoder_of(model), Form.joint)
+    attention = model.model.layers[0].self_attn
+    attention.get_submodule(JOINT).register_forward_hook(lambda *_: calls.append(1))
+    logits(model)
+    assert len(calls) == 1
+    shared = attention.q_proj._shared
+    assert shared._input is None and shared._output is None
+    x = torch.randn(1, 3, attention.qkv_proj.in_features)
+    first = attention.q_proj(x)  # A pass that ends here.
+    with torch.no_grad():
+        attention.qkv_proj.weight.mul_(2)
+    assert_close(attention.q_proj(x), 2 * first)  # Computed anew: this reader comes again.
+
+
+def test_a_twin_reads_its_own_joint_layer() -> None:
+    model = build("llama")
+    to_form_(model, decoder_of(model), Form.joint)
+    twin = twin_of(model)
+    attention = twin.model.layers[0].self_attn
+    assert attention.q_proj._shared.attention is attention
+    iosvd.compress(twin, TOKENS, method="svd", ratio=0.3, selection=JOINED)
+    assert isinstance(attention.qkv_proj, LowRankLinear)
+    assert_close(logits(model), logits(build("llama")))
+
+
+@pytest.mark.parametrize("method", ["svd_llm", "io_svd", "io_svd_anchored", "io_svd_plus"])
+@pytest.mark.parametrize("selection", BOTH, ids=lambda s: s.form.value)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_every_method_keeps_the_budget_and_comes_back_from_a_checkpoint(
+    family: str, selection: SiteSelection, method: str, tmp_path: Path
+) -> None:
+    model = build(family)
+    total = sum(site.weight.numel() for site in find_sites(build(family), selection).values())
+    result = iosvd.compress(model, TOKENS, method=method, ratio=0.6, selection=selection)
+    assert result.plan.parameters_total == total
+    assert result.plan.bits_kept <= 0.6 * 16 * total
+    iosvd.save(model, tmp_path / "saved", result.plan)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(logits(again), logits(model))
+    assert form_of(again) is selection.form
+
+
+@pytest.mark.parametrize("selection", BOTH, ids=lambda s: s.form.value)
+def test_dense_export_has_the_layers_of_the_architecture(
+    selection: SiteSelection, tmp_path: Path
+) -> None:
+    model = build("llama")
+    iosvd.compress(model, TOKENS, method="svd_llm", ratio=0.6, selection=selection)
+    expected = logits(model)
+    iosvd.export_dense(model, tmp_path / "dense")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert again.state_dict().keys() == build("llama").state_dict().keys()
+    assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_joint_layer_is_the_svd_of_the_stacked_weights() -> None:
+    """With the identity: an independent SVD of [W_q; W_k; W_v], and one right factor for three."""
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    stacked = torch.cat([attention.get_submodule(n).weight for n in ("q_proj", "k_proj", "v_proj")])
+    iosvd.compress(model, TOKENS, method="svd", ratio=0.4, selection=JOINED)
+    layer = low_rank_layers(model)[f"model.layers.0.self_attn.{JOINT}"]
+    u, s, vt = torch.linalg.svd(stacked.detach().double())
+    best = (u[:, : layer.rank] * s[: layer.rank]) @ vt[: layer.rank]
+    assert_close((layer.left @ layer.weight).double(), best, rtol=1e-4, atol=1e-5)
+    m, n = stacked.shape
+    assert layer.left.numel() + layer.weight.numel() == layer.rank * (m + n)
+
+
+def test_what_is_cached() -> None:
+    kinds = {Form.separate: SiteSelection(), Form.joint: JOINED, Form.heads: DIVIDED}
+    for form, selection in kinds.items():
+        model = build("qwen2")
+        names = find_sites(model, selection)
+        attention = model.model.layers[0].self_attn
+        keys = model.config.num_key_value_heads * attention.head_dim
+        widths = [cached_width(model, n) for n in names if n.startswith("model.layers.0.")]
+        assert sum(widths) == 2 * keys, form
+
+
+def test_importance_is_the_rms_of_the_derivatives_of_single_windows() -> None:
+    """Against autograd of the dense weight: σ_i u_iᵀ G_s v_i."""
+    model = build("llama", torch.float64)
+    name = f"model.layers.0.self_attn.{JOINT}"
+    calibration = Calibration.of(model, TOKENS, selection=replace(JOINED, include=[name]))
+    spectra = factorize(
+        model, TOKENS, method="svd", ratio=0.5, selection=replace(JOINED, include=[name])
+    ).spectra
+    budget = Goal(0.5).budget(calibration.sites, preset("svd", 0.5))
+    trials = TruncationTrials(calibration, spectra, budget)
+    count = len(spectra[name].right)
+    found = [trials.component_derivatives({name: count}, torch.tensor([w])) for w in range(8)]
+    score = torch.stack([one[name] for one in found]).square().mean(0).sqrt()
+    layer, spectrum, total = model.get_submodule(name), spectra[name], 0.0
+    layer.weight.requires_grad_(True)
+    for window in TOKENS.split(1):
+        loss = model(input_ids=window, labels=window).loss
+        (gradient,) = torch.autograd.grad(loss, layer.weight)
+        left, right = spectrum.left.to(gradient), spectrum.right.to(gradient)
+        total = total + ((left.T @ gradient) * right).sum(1).square()
+    expected = (total / len(TOKENS)).sqrt()
+    assert_close(score.double(), expected, rtol=1e-4, atol=1e-8)
+    # One site: of equal cost, so that the ranks are those of the budget whatever the scores are.
+    assert ComponentImportance()(spectra, budget, trials) == Spectral()(spectra, budget, trials)
+
+
+def test_importance_goes_where_the_loss_hangs() -> None:
+    """A layer that reaches nothing keeps the least that it may."""
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+    selection = replace(JOINED, include=[f"*.{JOINT}"])
+    method = Method(Identity(), ComponentImportance())
+    result = iosvd.compress(model, TOKENS, method=method, ratio=0.5, selection=selection)
+    first, second = (result.plan.sites[f"model.layers.{i}.self_attn.{JOINT}"] for i in (0, 1))
+    assert first.rank == 1 and second.rank > 1
+
+
+def test_qsvd_of_a_model_that_sees(tmp_path: Path) -> None:
+    model, windows = build_seeing("idefics3"), windows_of("idefics3")
+    result = iosvd.compress(model, windows, method="qsvd", ratio=0.6, selection=JOINED)
+    assert set(result.plan.sites) == {
+        f"model.text_model.layers.{i}.self_attn.{JOINT}" for i in (0, 1)
+    }
+    iosvd.save(model, tmp_path / "saved", result.plan)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(windows.logits(again), windows.logits(model))
+
+
+def test_what_cannot_have_such_a_form() -> None:
+    with pytest.raises(ModelError, match="no attention with layers q_proj, k_proj and v_proj"):
+        find_sites(build("gpt_neox"), JOINED)
+    model = build("llama")
+    to_form_(model, decoder_of(model), Form.joint)
+    with pytest.raises(ModelError, match="attention is joint already; load it anew"):
+        find_sites(model, DIVIDED)
+    iosvd.compress(model, TOKENS, method="svd", ratio=0.4, selection=JOINED)
+    with pytest.raises(ModelError):
+        iosvd.prepare_for_generation(model, "latent")
+
+
+def test_statistics_of_a_joint_layer_hold_those_of_its_parts() -> None:
+    """The diagonal blocks of its output metric are the metrics of q, k and v."""
+    needs = Needs(input_metric=True, kl_metric=KLMetric(5))
+    plain, joint = build("llama"), build("llama")
+    parts = collect(plain, TOKENS, find_sites(plain, SiteSelection()), needs)
+    whole = collect(joint, TOKENS, find_sites(joint, JOINED), needs)
+    start = 0
+    metric = whole[f"model.layers.0.self_attn.{JOINT}"]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        part = parts[f"model.layers.0.self_attn.{name}"]
+        stop = start + len(part.need("kl_metric"))
+        block = metric.need("kl_metric")[start:stop, start:stop]
+        assert_close(block, part.need("kl_metric"), rtol=1e-4, atol=1e-8)
+        assert_close(metric.need("input_metric"), part.need("input_metric"))
+        start = stop
+    assert start == len(metric.need("kl_metric"))
+
+
+def test_families_without_other_forms_are_not_touched() -> None:
+    assert all(form_of(build(family)) is Form.separate for family in FAMILIES)
+    result = iosvd.compress(build("llama"), TOKENS, **divided({}), ratio=0.5)
+    assert "form" not in result.model.config.quantization_config.to_dict()
