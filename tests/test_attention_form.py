@@ -15,8 +15,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import iosvd
-from iosvd.allocation import ComponentImportance, Spectral
+from iosvd.allocation import ComponentImportance, Spectral, Uniform
 from iosvd.cache.calibration import Calibration
+from iosvd.correction import WeightedRefit
 from iosvd.errors import ModelError
 from iosvd.layers.modules import LowRankLinear
 from iosvd.layers.replacement import low_rank_layers, twin_of
@@ -25,11 +26,12 @@ from iosvd.models.attention_form import JOINT, Form, cached_width, form_of, from
 from iosvd.models.sites import SiteSelection, decoder_of, find_sites
 from iosvd.pipeline import factorize
 from iosvd.presets import preset
+from iosvd.runs.config import compose_run
 from iosvd.statistics.collect import collect
 from iosvd.statistics.kl_metric import KLMetric
 from iosvd.statistics.needs import Needs
 from iosvd.trials import TruncationTrials
-from iosvd.whitening import Identity
+from iosvd.whitening import Asvd, Identity, Input
 
 TOKENS = torch.randint(0, 31, (8, 12), generator=torch.Generator().manual_seed(1))
 ATTENTIVE = ["llama", "qwen2", "qwen3", "opt"]  # qwen2 and opt have biases.
@@ -179,6 +181,48 @@ def test_importance_goes_where_the_loss_hangs() -> None:
     result = iosvd.compress(model, TOKENS, method=method, ratio=0.5, selection=selection)
     first, second = (result.plan.sites[f"model.layers.{i}.self_attn.{JOINT}"] for i in (0, 1))
     assert first.rank == 1 and second.rank > 1
+
+
+def test_fisher_elements_are_mean_squares_of_single_windows() -> None:
+    model = build("llama")
+    name = "model.layers.0.self_attn.q_proj.1"
+    sites = {name: find_sites(model, DIVIDED)[name]}
+    found = collect(model, TOKENS, sites, Needs(fisher_elements=True), batch_size=3)[name]
+    sites[name].weight.requires_grad_(True)
+    total = torch.zeros_like(sites[name].weight)
+    for window in TOKENS.split(1):
+        loss = model(input_ids=window, labels=window).loss
+        total += torch.autograd.grad(loss, sites[name].weight)[0].square()
+    assert_close(found.need("fisher_elements"), total.detach() / len(TOKENS), rtol=1e-4, atol=1e-10)
+
+
+def test_the_weighted_refit_lowers_the_weighted_error_and_nothing_else() -> None:
+    """Against plain truncation, site by site; a weight of one entry moves that entry most."""
+    model, plain = build("llama"), build("llama")
+    fisher = collect(plain, TOKENS, find_sites(plain, DIVIDED), Needs(fisher_elements=True))
+    dense = {n: s.weight.detach().clone() for n, s in find_sites(plain, DIVIDED).items()}
+    options = {"ratio": 0.5, "selection": DIVIDED}
+    iosvd.compress(plain, TOKENS, method=Method(Input(), Uniform()), **options)
+    refit = WeightedRefit(steps=200, learning_rate=1e-3)
+    iosvd.compress(model, TOKENS, method=Method(Input(), Uniform(), refit), **options)
+    before, after = low_rank_layers(plain), low_rank_layers(model)
+    assert before.keys() == after.keys() and len(before) == len(dense)
+    for name, weight in dense.items():
+        F = fisher[name].need("fisher_elements")
+        errors = [
+            (F * (weight - m[name].left @ m[name].weight).square()).sum() for m in (before, after)
+        ]
+        assert errors[1] < 0.999 * errors[0], name
+        assert before[name].rank == after[name].rank
+
+
+def test_wsvd_is_its_parts() -> None:
+    run = compose_run(["method=wsvd", "model=tiny"])
+    assert run.method == Method(Input(), Uniform(), WeightedRefit())
+    assert run.model.sites.form is Form.heads
+    joint = compose_run(["method=qsvd", "model=tiny"])
+    assert joint.method == Method(Asvd(), ComponentImportance())
+    assert joint.model.sites.include == JOINED.include and joint.model.sites.form is Form.joint
 
 
 def test_qsvd_of_a_model_that_sees(tmp_path: Path) -> None:

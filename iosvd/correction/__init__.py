@@ -16,6 +16,7 @@ from iosvd.correction.randomized import Randomized
 from iosvd.correction.refinement import BlockLoss, Refinement
 from iosvd.correction.refit_options import RefitOptions
 from iosvd.correction.sequential import Sequential
+from iosvd.correction.weighted_refit import WeightedRefit
 
 __all__ = [
     "Anchored",
@@ -33,4 +34,5 @@ __all__ = [
     "Refinement",
     "RefitOptions",
     "Sequential",
+    "WeightedRefit",
 ]

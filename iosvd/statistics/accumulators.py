@@ -49,6 +49,7 @@ class Sums:
     kl_metric: dict[str, Tensor] = field(default_factory=dict)
     fisher_metric: dict[str, Tensor] = field(default_factory=dict)
     fisher_rows: dict[str, Tensor] = field(default_factory=dict)
+    fisher_elements: dict[str, Tensor] = field(default_factory=dict)
     gradient: dict[str, Tensor] = field(default_factory=dict)
     kronecker: KroneckerSums = field(default_factory=KroneckerSums)
 
@@ -131,6 +132,8 @@ class Sums:
     def _see_window(self, name: str, gradient: Tensor) -> None:
         if self.needs.fisher_rows and not self.only_kronecker:
             self._add(self.fisher_rows, name, gradient.square().sum(1))
+        if self.needs.fisher_elements and not self.only_kronecker:
+            self._add(self.fisher_elements, name, gradient.square())
         if self.needs.kronecker_passes:
             self.kronecker.add(name, gradient)
 
@@ -195,6 +198,7 @@ class Sums:
         yield "output cotangents", self.kl_metric
         yield "output gradients", self.fisher_metric
         yield "squared gradients", self.fisher_rows
+        yield "squared gradients", self.fisher_elements
         yield "gradient", self.gradient
         yield "Kronecker factor", self.kronecker.sums
 
@@ -220,6 +224,7 @@ class Sums:
             (self.kl_metric, _count(kl.tokens, windows, windows.positions) * kl.estimates),
             (self.fisher_metric, _count(fisher.tokens, windows, terms)),
             (self.fisher_rows, float(terms.sum()) ** 2 / len(windows)),
+            (self.fisher_elements, float(terms.sum()) ** 2 / len(windows)),
             (self.gradient, int(terms[: self.needs.gradient_windows].sum())),
         ):
             for total in sums.values():
@@ -238,6 +243,7 @@ class Sums:
             kl_metric=self.kl_metric.get(name),
             fisher_metric=self.fisher_metric.get(name),
             fisher_rows=self.fisher_rows.get(name),
+            fisher_elements=self.fisher_elements.get(name),
             kronecker_left=self.kronecker.left.get(name),
             kronecker_right=self.kronecker.right.get(name),
             gradient=self.gradient.get(name),

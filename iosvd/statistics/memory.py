@@ -122,7 +122,8 @@ def statistics_bytes(shapes: Mapping[str, Shape], needs: Needs, shared: Mapping[
             readers.add(shared[name])
             entries += n * n * needs.input_metric + n * needs.input_magnitude
         entries += m * m * ((needs.kl_metric is not None) + (needs.fisher_metric is not None))
-        entries += m * needs.fisher_rows + m * n * (needs.gradient_windows > 0)
+        entries += m * needs.fisher_rows + m * n * needs.fisher_elements
+        entries += m * n * (needs.gradient_windows > 0)
         # Both factors, and the sum of the one that is being updated.
         entries += (m * m + n * n + max(m, n) ** 2) * (needs.kronecker_passes > 0)
     return 4 * entries

@@ -23,6 +23,7 @@ class Needs:
     kl_metric: KLMetric | None = None
     fisher_metric: FisherMetric | None = None
     fisher_rows: bool = False
+    fisher_elements: bool = False
     kronecker_passes: int = 0  # Passes over the calibration set for the Kronecker factors; 0: none.
     gradient_windows: int = 0  # Calibration windows of the loss gradient; 0: none asked for.
 
@@ -33,6 +34,7 @@ class Needs:
             kl_metric=self.kl_metric or other.kl_metric,
             fisher_metric=self.fisher_metric or other.fisher_metric,
             fisher_rows=self.fisher_rows or other.fisher_rows,
+            fisher_elements=self.fisher_elements or other.fisher_elements,
             kronecker_passes=max(self.kronecker_passes, other.kronecker_passes),
             gradient_windows=max(self.gradient_windows, other.gradient_windows),
         )
@@ -66,7 +68,7 @@ class Needs:
     @property
     def every_gradient(self) -> bool:
         """Whether the weight's gradient is needed for each window separately."""
-        return self.fisher_rows or self.kronecker_passes > 0
+        return self.fisher_rows or self.fisher_elements or self.kronecker_passes > 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class SiteStatistics:
     kl_metric: Tensor | None = None  # C, (m, m), nats per token and squared unit of output
     fisher_metric: Tensor | None = None  # E[g gᵀ] of the loss's gradient in the output, (m, m)
     fisher_rows: Tensor | None = None  # Σ_j E[(∂ℓ/∂W_ij)²] over windows, (m,)
+    fisher_elements: Tensor | None = None  # E[(∂ℓ/∂W_ij)²] over windows, (m, n)
     kronecker_left: Tensor | None = None  # B of the Fisher ≈ B ⊗ A of windows, (m, m)
     kronecker_right: Tensor | None = None  # A of the same, (n, n)
     gradient: Tensor | None = None  # of the mean next-token loss with respect to W, (m, n)
