@@ -12,7 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +58,29 @@ TEMPLATE = (
 class Recipe(Schedule):
     """Everything the weights depend on, besides the drawn items and the versions."""
 
-    width: int = 160
-    layers: int = 6
-    heads: int = 5
-    key_value_heads: int = 5
-    mlp_width: int = 448
+    width: int = 192
+    layers: int = 5
+    heads: int = 6
+    key_value_heads: int = 2
+    mlp_width: int = 512
     eye_width: int = 96
     eye_layers: int = 3
     eye_heads: int = 4
     batch: int = 64
-    steps: int = 3000
+    steps: int = 2800
     warmup_steps: int = 100
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.05
-    # Share of the training items whose image is described, cell by cell: at first, which teaches
-    # to see, and from `settled` of the steps on, when choices are what is left to learn.
-    described: tuple[float, float] = (0.5, 0.1)
-    settled: float = 0.4
-    open_share: float = 0.25  # Of those whose question is put without choices.
+    # Share of the training items whose image is described, cell by cell, which teaches to see: at
+    # first, and at the end, when choices are what is left to learn.
+    described: tuple[float, float] = (0.5, 0.15)
+    between: tuple[float, float] = (
+        0.3,
+        0.6,
+    )  # Where one becomes the other, as shares of the steps.
+    open_share: float = 0.2  # Of those whose question is put without choices.
+    # Of questions with choices whose hint names the answer, which teaches what letters are.
+    told: tuple[float, float] = (0.5, 0.0)
     seed: int = 0
     threads: int = 1
     betas: tuple[float, float] = field(default=(0.9, 0.98))
@@ -153,8 +158,9 @@ class Example:
 
 def examples(processor: ProcessorMixin, recipe: Recipe, step: int) -> list[Example]:
     """Return the examples of a step: descriptions, then open questions, then those with choices."""
-    first, last = recipe.described
-    described = first + (last - first) * min(1.0, step / (recipe.settled * recipe.steps))
+    start, stop = recipe.between
+    late = min(1.0, max(0.0, (step / recipe.steps - start) / (stop - start)))
+    described, told = (a + (b - a) * late for a, b in (recipe.described, recipe.told))
     found = []
     for place, number in enumerate(range(step * recipe.batch, (step + 1) * recipe.batch)):
         item, share = drawn_item("train", number), place / recipe.batch
@@ -163,6 +169,8 @@ def examples(processor: ProcessorMixin, recipe: Recipe, step: int) -> list[Examp
         elif share < described + recipe.open_share:
             prompt, answer = turn(processor, item.question), item.choices[item.answer]
         else:
+            if number % 100 < 100 * told:
+                item = replace(item, hint=item.choices[item.answer])
             found.append(with_choices(processor, item))
             continue
         found.append(Example(item.image, prompt + Prompt().lead, answer))
@@ -226,8 +234,10 @@ def fit(
             recent.clear()
             model.eval()
             found = round(accuracy(model, processor, held_out), 4)
+            hinted = [replace(item, hint=item.choices[item.answer]) for item in held_out]
+            told = round(accuracy(model, processor, hinted), 4)
             model.train()
-            curve.append({"step": step + 1, "train": training, "accuracy": found})
+            curve.append({"step": step + 1, "train": training, "accuracy": found, "told": told})
             tqdm.write(json.dumps(curve[-1]))
     return curve
 

@@ -19,6 +19,7 @@ import iosvd.cache.code
 import iosvd.cache.keys
 import iosvd.cache.spectra
 import iosvd.cache.statistics
+import iosvd.runs.evaluation
 import iosvd.runs.execution
 import iosvd.runs.measurement
 import iosvd.trials
@@ -253,7 +254,7 @@ def test_a_text_that_was_measured_is_not_measured_again(
     counter: Counter,
 ) -> None:
     asked = run(source, "ratio=0.5", "eval=paper", *paper_texts(source))
-    counter.watch(iosvd.runs.measurement, "perplexity", fail_at=2)
+    counter.watch(iosvd.runs.evaluation, "perplexity", fail_at=2)
     assert execute(asked) is Outcome.failed
     counter.watch(iosvd.cache.statistics, "collect")
     assert execute(asked) is Outcome.complete
@@ -287,7 +288,7 @@ def test_parts_of_another_protocol_or_damaged_ones_are_measured_again(
     counter: Counter,
 ) -> None:
     asked = run(source, "ratio=0.5", "eval=paper", *paper_texts(source))
-    counter.watch(iosvd.runs.measurement, "perplexity", fail_at=3)
+    counter.watch(iosvd.runs.evaluation, "perplexity", fail_at=3)
     assert execute(asked) is Outcome.failed
     parts = run_folder(asked) / "parts.json"
     parts.write_text(parts.read_text().replace("wikitext2", "wikitext3", 1))
