@@ -12,7 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 from experiments.train_tiny import Schedule, learning_rate, optimizer_of
 from iosvd.data.drawn import CELL, COLOURS, NUMBERS, PLACES, SHAPES, description, drawn_item
-from iosvd.data.image_text import Prompt, turn
+from iosvd.data.image_text import Prompt, Reply, turn
 from iosvd.data.items import LETTERS, Item
 from iosvd.system.commands import arguments
 from iosvd.windows import IGNORED
@@ -44,6 +44,7 @@ SIZE = 3 * CELL
 PATCH = 8
 JOINED = 2  # Patches, along each side, that become one token: a cell of the grid.
 DESCRIBE = "Describe the image."
+PROMPT = Prompt(choices="", request="", reply=Reply.text)  # As in conf/dataset/drawn.yaml.
 # SmolVLM's turns.
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role | capitalize }}:"
@@ -59,7 +60,7 @@ class Recipe(Schedule):
     """Everything the weights depend on, besides the drawn items and the versions."""
 
     width: int = 192
-    layers: int = 5
+    layers: int = 4
     heads: int = 6
     key_value_heads: int = 2
     mlp_width: int = 512
@@ -67,20 +68,14 @@ class Recipe(Schedule):
     eye_layers: int = 3
     eye_heads: int = 4
     batch: int = 64
-    steps: int = 2800
+    steps: int = 2200
     warmup_steps: int = 100
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     # Share of the training items whose image is described, cell by cell, which teaches to see: at
-    # first, and at the end, when choices are what is left to learn.
-    described: tuple[float, float] = (0.5, 0.15)
-    between: tuple[float, float] = (
-        0.3,
-        0.6,
-    )  # Where one becomes the other, as shares of the steps.
-    open_share: float = 0.2  # Of those whose question is put without choices.
-    # Of questions with choices whose hint names the answer, which teaches what letters are.
-    told: tuple[float, float] = (0.5, 0.0)
+    # first, and at the end. The others answer the item's question.
+    described: tuple[float, float] = (0.6, 0.2)
+    between: tuple[float, float] = (0.3, 0.6)  # Shares of the steps, while one becomes the other.
     seed: int = 0
     threads: int = 1
     betas: tuple[float, float] = field(default=(0.9, 0.98))
@@ -88,7 +83,7 @@ class Recipe(Schedule):
 
 def processor_of() -> Idefics3Processor:
     """Return the processor; its tokenizer knows every word of the drawn questions."""
-    texts = [*COLOURS, *SHAPES, *PLACES, *NUMBERS, "User:", "Assistant: Answer:", *LETTERS[:4]]
+    texts = [*COLOURS, *SHAPES, *PLACES, *NUMBERS, "User:", "Assistant: Answer:", *LETTERS]
     texts += ["How many shapes are there?", "Which shape is?", "What colour is the?", "Where is?"]
     texts += ["Choices: Answer with the letter.", f"{DESCRIBE} none"]
     splitter = pre_tokenizers.Whitespace()
@@ -157,29 +152,24 @@ class Example:
 
 
 def examples(processor: ProcessorMixin, recipe: Recipe, step: int) -> list[Example]:
-    """Return the examples of a step: descriptions, then open questions, then those with choices."""
+    """Return the examples of a step: descriptions, then questions."""
     start, stop = recipe.between
     late = min(1.0, max(0.0, (step / recipe.steps - start) / (stop - start)))
-    described, told = (a + (b - a) * late for a, b in (recipe.described, recipe.told))
+    described = recipe.described[0] + (recipe.described[1] - recipe.described[0]) * late
     found = []
     for place, number in enumerate(range(step * recipe.batch, (step + 1) * recipe.batch)):
-        item, share = drawn_item("train", number), place / recipe.batch
-        if share < described:
-            prompt, answer = turn(processor, DESCRIBE), description("train", number)
-        elif share < described + recipe.open_share:
-            prompt, answer = turn(processor, item.question), item.choices[item.answer]
+        item = drawn_item("train", number)
+        if place < described * recipe.batch:
+            prompt = turn(processor, DESCRIBE) + PROMPT.lead
+            found.append(Example(item.image, prompt, description("train", number)))
         else:
-            if number % 100 < 100 * told:
-                item = replace(item, hint=item.choices[item.answer])
-            found.append(with_choices(processor, item))
-            continue
-        found.append(Example(item.image, prompt + Prompt().lead, answer))
+            found.append(asked(processor, item))
     return found
 
 
-def with_choices(processor: ProcessorMixin, item: Item) -> Example:
+def asked(processor: ProcessorMixin, item: Item) -> Example:
     """Return a question as it is evaluated."""
-    return Example(item.image, Prompt().text(processor, item), item.letter)
+    return Example(item.image, PROMPT.text(processor, item), PROMPT.reply_of(item, item.answer))
 
 
 def batch_of(
@@ -205,12 +195,11 @@ def loss_of(model: PreTrainedModel, batch: dict[str, Tensor], labels: Tensor) ->
 
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, processor: ProcessorMixin, items: list[Item]) -> float:
-    """Return the share of items whose letter is the likeliest of the choices' letters."""
-    letters = [processor.tokenizer.convert_tokens_to_ids(letter) for letter in LETTERS[:4]]
-    batch, labels = batch_of(processor, [with_choices(processor, item) for item in items])
-    logits = model(**batch).logits[:, :-1][labels[:, 1:] != IGNORED]
-    chosen = logits.view(len(items), 2, -1)[:, 0, letters].argmax(-1)  # The letter, then the end.
-    return float((chosen == torch.tensor([item.answer for item in items])).float().mean())
+    """Return the share of items whose whole answer is the likeliest, token by token."""
+    batch, labels = batch_of(processor, [asked(processor, item) for item in items])
+    found = model(**batch).logits[:, :-1].argmax(-1)
+    wrong = (found != labels[:, 1:]) & (labels[:, 1:] != IGNORED)
+    return 1 - float(wrong.any(1).float().mean())
 
 
 def fit(
@@ -234,10 +223,8 @@ def fit(
             recent.clear()
             model.eval()
             found = round(accuracy(model, processor, held_out), 4)
-            hinted = [replace(item, hint=item.choices[item.answer]) for item in held_out]
-            told = round(accuracy(model, processor, hinted), 4)
             model.train()
-            curve.append({"step": step + 1, "train": training, "accuracy": found, "told": told})
+            curve.append({"step": step + 1, "train": training, "accuracy": found})
             tqdm.write(json.dumps(curve[-1]))
     return curve
 

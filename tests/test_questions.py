@@ -18,7 +18,7 @@ from transformers import Idefics3Processor, PreTrainedModel
 
 from experiments.train_tiny_vlm import Recipe, build, processor_of
 from iosvd.data.drawn import CELL, COLOURS, NUMBERS, PLACES, description, drawn_item
-from iosvd.data.image_text import Counted, Prompt, image_tokens, image_windows
+from iosvd.data.image_text import Counted, Prompt, Reply, image_tokens, image_windows
 from iosvd.data.items import Item
 from iosvd.data.texts import Split
 from iosvd.data.visual import Fields, VisualDataset, chosen_items, read_items
@@ -109,12 +109,23 @@ def test_letters_are_found_as_in_the_public_kits(answer: str, index: int | None)
     assert chosen(answer, ["red", "green", "blue", "top left"]) == index
 
 
+def test_choices_without_letters_are_named_by_their_texts() -> None:
+    assert chosen("A red one", ["red", "green"], lettered=False) == 0
+    assert chosen("A", ["red", "green"], lettered=False) is None
+
+
 def test_prompts_are_smolvlms(processor: Idefics3Processor) -> None:
     item = replace(drawn_item("test", 0), hint="Look.", question="Which?", choices=("x", "y"))
     assert PROMPT.text(processor, item) == (
         "<|im_start|>User:<image>Look.\nWhich?\nChoices:\nA. x\nB. y\nAnswer with the letter."
         "<end_of_utterance>\nAssistant: Answer:"
     )
+    assert OPEN.text(processor, item) == (
+        "<|im_start|>User:<image>Look.\nWhich?<end_of_utterance>\nAssistant: Answer:"
+    )
+    assert (PROMPT.reply_of(item, 1), OPEN.reply_of(item, 1)) == ("B", "y")
+    with pytest.raises(ConfigError, match="reply=letter needs choices"):
+        Prompt(choices="")
 
 
 @pytest.mark.parametrize("counted", list(Counted))
@@ -165,6 +176,30 @@ def test_the_likeliest_letter_is_that_of_a_forward_pass(
         assert likeliest == int(logits[letters].argmax())
 
 
+OPEN = Prompt(choices="", request="", reply=Reply.text)
+
+
+def test_the_likeliest_text_is_that_of_forward_passes(
+    processor: Idefics3Processor, model: PreTrainedModel
+) -> None:
+    """Each choice alone behind the prompt, with the end of the turn."""
+    some = items(12)
+    found = answers(model, processor, some, OPEN, batch_size=5)
+    assert found.likeliest == answers(model, processor, some, OPEN, batch_size=1).likeliest
+    end = processor.tokenizer.eos_token
+    for item, likeliest in zip(some, found.likeliest, strict=True):
+        scores = []
+        for choice in item.choices:
+            text = f"{OPEN.text(processor, item)} {choice}{end}"
+            batch = processor(text=[text], images=[[item.image]], return_tensors="pt")
+            ids = batch["input_ids"][0]
+            count = len(processor.tokenizer(f"{choice}{end}")["input_ids"])
+            with torch.no_grad():
+                kept = model(**batch).logits[0].log_softmax(-1)[:-1].gather(-1, ids[1:, None])
+            scores.append(float(kept[-count:].sum()))
+        assert likeliest == max(range(4), key=scores.__getitem__)
+
+
 def test_a_random_model_answers_by_chance(
     processor: Idefics3Processor, model: PreTrainedModel
 ) -> None:
@@ -183,6 +218,9 @@ class Oracle:
     config: Any = field(default_factory=lambda: SimpleNamespace(get_text_config=SimpleNamespace))
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+
+    def __call__(self, input_ids: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, len(self.processor.tokenizer)))
 
     def generate(self, input_ids: Tensor, **_: Any) -> Any:
         told, self.texts = self.texts[: len(input_ids)], self.texts[len(input_ids) :]
@@ -203,6 +241,9 @@ def test_an_oracle_is_always_right_and_silence_always_wrong(processor: Idefics3P
     assert set(right.by_category.values()) == {1.0}
     named = score(some, asked(processor, some, [item.choices[item.answer] for item in some]))
     assert named.acc == 1
+    spoken = [item.choices[item.answer] for item in some]
+    said = answers(Oracle(processor, spoken), processor, some, OPEN, 16)  # type: ignore[arg-type]
+    assert score(some, said).acc == 1
     silent = score(some, asked(processor, some, ["Where"] * 50))
     assert silent.acc == 0 and silent.unanswered == 50
 

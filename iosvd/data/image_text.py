@@ -27,18 +27,37 @@ class Counted(Enum):
     answer = "answer"
 
 
+class Reply(Enum):
+    """What an answer is: the letter of a choice, or its text."""
+
+    letter = "letter"
+    text = "text"
+
+
 @dataclass(frozen=True)
 class Prompt:
     """How a question is put; the turns around it are the processor's own chat template."""
 
-    choices: str = "Choices:"  # The line before the lettered choices.
+    choices: str = "Choices:"  # The line before the lettered choices; empty: they are not listed.
     request: str = "Answer with the letter."  # The last line.
     lead: str = " Answer:"  # What the answer's turn begins with.
+    reply: Reply = Reply.letter
+
+    def __post_init__(self) -> None:
+        if self.reply is Reply.letter and not self.choices:
+            raise ConfigError(
+                "prompt.reply=letter needs choices; set prompt.choices, or reply=text"
+            )
+
+    def reply_of(self, item: Item, choice: int) -> str:
+        """Return the answer that names a choice."""
+        return LETTERS[choice] if self.reply is Reply.letter else item.choices[choice]
 
     def question(self, item: Item) -> str:
         """Return the text of the user's turn."""
         listed = [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(item.choices)]
-        lines = [item.hint, item.question, self.choices, *listed, self.request]
+        choices = [self.choices, *listed] if self.choices else []
+        lines = [item.hint, item.question, *choices, self.request]
         return "\n".join(line for line in lines if line)
 
     def text(self, processor: ProcessorMixin, item: Item, *, images: bool = True) -> str:
@@ -72,7 +91,7 @@ def image_windows(
     *,
     images: bool = True,
 ) -> Windows:
-    """Return items with their answers as windows, padded to the longest.
+    """Return items with their right answers as windows, padded to the longest.
 
     Args:
         processor: of the model.
@@ -85,7 +104,20 @@ def image_windows(
         ConfigError: the processor has no chat template or no image token.
         DataError: an item does not pass through the processor; it is named.
     """
-    rows = [_encoded(processor, item, prompt, images) for item in items]
+    answered = [(item, item.answer) for item in items]
+    return answered_windows(processor, answered, prompt, counted, images=images)
+
+
+def answered_windows(
+    processor: ProcessorMixin,
+    answered: Sequence[tuple[Item, int]],
+    prompt: Prompt,
+    counted: Counted,
+    *,
+    images: bool = True,
+) -> Windows:
+    """Return items, each with one of its choices as the answer; otherwise as `image_windows`."""
+    rows = [_encoded(processor, item, choice, prompt, images) for item, choice in answered]
     length = max(row.tokens.shape[0] for row in rows)
     filled = torch.arange(length) < torch.tensor([len(row.tokens) for row in rows])[:, None]
     tokens = torch.zeros(len(rows), length, dtype=torch.long)
@@ -109,11 +141,13 @@ class _Encoded:
     beside: Mapping[str, Tensor]
 
 
-def _encoded(processor: ProcessorMixin, item: Item, prompt: Prompt, images: bool) -> _Encoded:
+def _encoded(
+    processor: ProcessorMixin, item: Item, choice: int, prompt: Prompt, images: bool
+) -> _Encoded:
     question = prompt.text(processor, item, images=images)
     end = processor.tokenizer.eos_token or ""
     encoded = encode if images else _encode_text
-    whole = encoded(processor, item, f"{question} {item.letter}{end}")
+    whole = encoded(processor, item, f"{question} {prompt.reply_of(item, choice)}{end}")
     before = encoded(processor, item, question)
     tokens = whole.pop("input_ids")[0]
     whole.pop("attention_mask", None)

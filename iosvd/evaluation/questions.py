@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from iosvd.data.image_text import Prompt, encode
+import torch
+
+from iosvd.data.image_text import Counted, Prompt, Reply, answered_windows, encode
 from iosvd.data.items import LETTERS, Item
 from iosvd.errors import ConfigError, DataError, one_line
 from iosvd.evaluation.letters import chosen
 from iosvd.system.progress import track
+from iosvd.windows import IGNORED
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel, ProcessorMixin
@@ -24,7 +27,7 @@ class Answers:
     """What a model answered, item by item."""
 
     generated: Sequence[int | None]  # Index of the choice that the answer names.
-    likeliest: Sequence[int]  # Of the choice whose letter is the likeliest next token.
+    likeliest: Sequence[int]  # Index of the choice that is the likeliest answer.
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def answers(
         ConfigError: the processor cannot put such questions.
         DataError: an item does not pass through the processor, or is longer than the context.
     """
-    letters = _letter_tokens(processor, items, prompt)
+    letters = _letter_tokens(processor, items, prompt) if prompt.reply is Reply.letter else []
     generate: Any = model.generate
     generated: list[int | None] = []
     likeliest: list[int] = []
@@ -80,9 +83,15 @@ def answers(
         texts = processor.batch_decode(
             found.sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        for item, text, logits in zip(part, texts, found.logits[0].float(), strict=True):
-            generated.append(chosen(text, item.choices))
-            likeliest.append(int(logits[letters[: len(item.choices)]].argmax()))
+        lettered = bool(prompt.choices)
+        generated += [
+            chosen(t, i.choices, lettered=lettered) for i, t in zip(part, texts, strict=True)
+        ]
+        if letters:  # The next token says it.
+            for item, logits in zip(part, found.logits[0].float(), strict=True):
+                likeliest.append(int(logits[letters[: len(item.choices)]].argmax()))
+        else:
+            likeliest += _likeliest_texts(model, processor, part, prompt)
     return Answers(generated, likeliest)
 
 
@@ -129,6 +138,24 @@ def _batch(processor: ProcessorMixin, items: Sequence[Item], prompt: Prompt) -> 
         raise DataError(
             f"items {items[0].name} to {items[-1].name}: {one_line(error)[:200]}"
         ) from error
+
+
+@torch.no_grad()
+def _likeliest_texts(
+    model: PreTrainedModel, processor: ProcessorMixin, items: Sequence[Item], prompt: Prompt
+) -> list[int]:
+    """Return, for each item, the choice whose whole text and end are the likeliest answer."""
+    answered = [(item, choice) for item in items for choice in range(len(item.choices))]
+    windows = answered_windows(processor, answered, prompt, Counted.answer)
+    logits = windows.logits(model)
+    labels = windows.labels.to(logits.device)
+    kept = logits.float().log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    scores = iter(kept.where(labels != IGNORED, 0).sum(1).tolist())
+    found = []
+    for item in items:
+        mine = [next(scores) for _ in item.choices]
+        found.append(max(range(len(mine)), key=mine.__getitem__))
+    return found
 
 
 def _letter_tokens(processor: ProcessorMixin, items: Sequence[Item], prompt: Prompt) -> list[int]:

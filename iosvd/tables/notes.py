@@ -135,7 +135,7 @@ def _protocol(runs: Sequence[Run]) -> str:
     if evaluation.questions:
         parts.append(
             "accuracy of generated answers (16 tokens, greedy; one that names no choice is wrong)"
-            " and of the likeliest letter"
+            " and of the likeliest choice"
         )
     if evaluation.zero_shot.tasks:
         parts.append("zero-shot accuracy `acc` with lm-eval's prompts")
