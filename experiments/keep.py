@@ -9,9 +9,10 @@ Takes the overrides of the sweep itself, or of a part of it. Copies each metrics
 from __future__ import annotations
 
 from iosvd.errors import exit_in_one_line
+from iosvd.runs.fingerprints import digest
 from iosvd.runs.records import KEPT, METRICS, read_record, run_folder
 from iosvd.system.commands import arguments
-from iosvd.system.files import made, write_text
+from iosvd.system.files import made, remove, write_text
 from iosvd.tables.sweep import Sweep
 
 
@@ -22,7 +23,10 @@ def keep(overrides: list[str]) -> None:
         folder = run_folder(run)
         if read_record(folder) is None:
             continue
-        target = made(sweep.results / KEPT / run.model.name / folder.name)
+        kept = sweep.results / KEPT / run.model.name
+        for old in kept.glob(f"*-{digest(run)}"):  # It may have had another label.
+            remove(old)
+        target = made(kept / folder.name)
         write_text(target / METRICS, (folder / METRICS).read_text(encoding="utf-8"))
         copied += 1
     print(f"{copied} of {len(sweep.runs)} records kept in {sweep.results / KEPT}")

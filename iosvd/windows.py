@@ -47,6 +47,8 @@ class Windows:
             raise DataError(
                 f"{len(self.tokens)} windows need as many sets of images, not {len(self.beside)}"
             )
+        if len({frozenset(one) for one in self.beside}) > 1:
+            raise DataError("all windows need the same kinds of inputs beside their tokens")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -102,6 +104,8 @@ class Windows:
         """
         last = torch.full_like(self.tokens[:, :1], IGNORED)
         labels = torch.cat([self.tokens[:, 1:], last], dim=1)
+        if self.filled is not None:  # Padding is no token to predict.
+            labels = labels.where(self.filled.roll(-1, 1), IGNORED)
         return labels if self.counted is None else labels.where(self.counted, IGNORED)
 
     def chosen(self, values: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import iosvd
-from iosvd.allocation import ComponentImportance, Spectral, Uniform
+from experiments.small_models import small_model
+from iosvd.allocation import ComponentImportance, Uniform
 from iosvd.cache.calibration import Calibration
 from iosvd.correction import WeightedRefit
 from iosvd.errors import ModelError
@@ -30,6 +31,7 @@ from iosvd.runs.config import compose_run
 from iosvd.statistics.collect import collect
 from iosvd.statistics.kl_metric import KLMetric
 from iosvd.statistics.needs import Needs
+from iosvd.sweeps.expansion import expand
 from iosvd.trials import TruncationTrials
 from iosvd.whitening import Asvd, Identity, Input
 
@@ -50,12 +52,20 @@ def logits(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("family", ATTENTIVE)
 def test_the_model_computes_the_same_and_comes_back(family: str, selection: SiteSelection) -> None:
     model, expected = build(family), build(family).state_dict()
+    model.requires_grad_(False)
     before = logits(model)
     to_form_(model, decoder_of(model), selection.form)
     assert form_of(model) is selection.form
     assert_close(logits(model), before)
     assert_close(logits(twin_of(model)), before)
-    assert set(find_sites(model, selection)) == set(find_sites(model, selection))
+    assert not any(p.requires_grad for p in model.parameters())
+    names = [name.rpartition(".self_attn.")[2] for name in find_sites(model, selection)]
+    heads, groups = (
+        getattr(model.config, n, 4) for n in ("num_attention_heads", "num_key_value_heads")
+    )
+    count = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
+    divided = [f"{name}.{head}" for name in count for head in range(count[name])]
+    assert sorted(names) == sorted(2 * ([JOINT] if selection.form is Form.joint else divided))
     from_form_(model)
     assert form_of(model) is Form.separate
     found = model.state_dict()
@@ -167,8 +177,9 @@ def test_importance_is_the_rms_of_the_derivatives_of_single_windows() -> None:
         total = total + ((left.T @ gradient) * right).sum(1).square()
     expected = (total / len(TOKENS)).sqrt()
     assert_close(score.double(), expected, rtol=1e-4, atol=1e-8)
-    # One site: of equal cost, so that the ranks are those of the budget whatever the scores are.
-    assert ComponentImportance()(spectra, budget, trials) == Spectral()(spectra, budget, trials)
+    # Windows beyond those there are count none.
+    some = [ComponentImportance(windows)(spectra, budget, trials) for windows in (0, 8, 99)]
+    assert some[0] == some[1] == some[2]
 
 
 def test_importance_goes_where_the_loss_hangs() -> None:
@@ -216,6 +227,21 @@ def test_the_weighted_refit_lowers_the_weighted_error_and_nothing_else() -> None
         assert before[name].rank == after[name].rank
 
 
+def test_experts_without_a_token_have_no_importance() -> None:
+    model = small_model("mixtral")
+    tokens = torch.randint(0, 31, (24, 12), generator=torch.Generator().manual_seed(0))
+    method = Method(Identity(), ComponentImportance(windows=2))
+    result = iosvd.compress(model, tokens, method=method, ratio=0.5)
+    assert result.plan.bits_kept <= 0.5 * result.plan.bits_total
+
+
+def test_every_method_of_the_experiment_has_its_own_layers() -> None:
+    forms = {run.label: run.model.sites.form for run in expand(["experiment=vlm_qkv"], sweep=True)}
+    joint = {name for name, form in forms.items() if form is Form.joint}
+    assert joint == {"qsvd", "io_svd_joint"} and forms["wsvd"] is Form.heads
+    assert len(forms) == 7 and forms["svd_llm_qkv"] is Form.separate
+
+
 def test_wsvd_is_its_parts() -> None:
     run = compose_run(["method=wsvd", "model=tiny"])
     assert run.method == Method(Input(), Uniform(), WeightedRefit())
@@ -244,7 +270,7 @@ def test_what_cannot_have_such_a_form() -> None:
     with pytest.raises(ModelError, match="attention is joint already; load it anew"):
         find_sites(model, DIVIDED)
     iosvd.compress(model, TOKENS, method="svd", ratio=0.4, selection=JOINED)
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match="q_proj"):
         iosvd.prepare_for_generation(model, "latent")
 
 

@@ -48,7 +48,7 @@ def items(number: int, split: str = "test") -> list[Item]:
 
 def test_items_are_functions_of_split_and_number() -> None:
     one, again, other = drawn_item("train", 5), drawn_item("train", 5), drawn_item("test", 5)
-    assert replace(one, image=None) == replace(again, image=None)  # type: ignore[arg-type]
+    assert replace(one, load=again.load) == again
     assert one.image.tobytes() == again.image.tobytes() != other.image.tobytes()
 
 
@@ -95,6 +95,9 @@ def test_answers_are_what_the_image_shows() -> None:
         ("The answer is C, of course", 2),
         ("(D)", 3),
         ("A or B", 0),  # The first of two.
+        ("A green one is on the left", 1),  # An article.
+        ("B means green", 1),
+        ("A is right", 0),
         ("E", None),  # No such choice.
         ("the red one", 0),
         ("top left", 3),
@@ -105,8 +108,14 @@ def test_answers_are_what_the_image_shows() -> None:
         ("", None),
     ],
 )
-def test_letters_are_found_as_in_the_public_kits(answer: str, index: int | None) -> None:
+def test_letters_and_texts_name_choices(answer: str, index: int | None) -> None:
     assert chosen(answer, ["red", "green", "blue", "top left"]) == index
+
+
+def test_the_longer_of_two_choices_that_hold_each_other_is_meant() -> None:
+    assert chosen("It is 3.5 m", ["3", "3.5", "4"]) == 1
+    assert chosen("3", ["3", "3.5", "4"]) == 0
+    assert chosen("I think it is nine", [str(i) for i in range(8)] + ["nine"]) == 8
 
 
 def test_choices_without_letters_are_named_by_their_texts() -> None:
@@ -253,6 +262,8 @@ def folder(tmp_path: Path, *rows: dict[str, Any]) -> VisualDataset:
     drawn_item("test", 0).image.save(tmp_path / "one.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "one.png").read_bytes()[:200])
     (tmp_path / "words.png").write_text("no image")
+    if any(row.get("image") == "large.png" for row in rows):
+        Image.new("1", (20_000, 10_000)).save(tmp_path / "large.png")
     whole = {"image": "one.png", "question": "Which?", "choices": ["x", "y"], "answer": 1}
     lines = [json.dumps({**whole, **row}) for row in rows]
     (tmp_path / "test.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -290,12 +301,28 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
         ({"question": None}, "item 1 of .* has no question"),
         ({"choices": ["x"]}, "item 1 of .* needs 2 to 10 choices"),
         ({"choices": "xy"}, "item 1 of .* needs 2 to 10 choices"),
+        ({"image": "large.png"}, r"image of item 1 of .*\(large\.png\) is too large"),
     ],
 )
 def test_damaged_items_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         read_items(folder(tmp_path, row), Split("test"))
     assert "\n" not in str(caught.value)
+
+
+def test_rows_and_fields_are_read_as_texts_are(tmp_path: Path) -> None:
+    data = folder(tmp_path, {"category": 0, "question": "a\u2028b"}, {"kind": "video"})
+    lines = (tmp_path / "test.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(f"\ufeff{lines}", encoding="utf-8")
+    found = read_items(data, Split("test"))
+    assert [(item.category, item.question) for item in found] == [("0", "a\u2028b"), ("", "Which?")]
+    only = replace(data, only={"kind": "video"})
+    assert [item.category for item in read_items(only, Split("test"))] == [""]
+    (tmp_path / "test.jsonl").write_bytes("é".encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        read_items(data, Split("test"))
+    with pytest.raises(ConfigError, match=r"fields\.choices is empty"):
+        Fields(choices=[])
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
@@ -306,8 +333,9 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         chosen_items(replace(data, calibration=Split("test")), 2, seed=0)
     with pytest.raises(ConfigError, match="no source"):
         read_items(VisualDataset("none"), Split("test"))
-    with pytest.raises(DataError, match="no split dev"):
-        read_items(VisualDataset("drawn", drawn=True), Split("dev"))
+    for read in (lambda d: read_items(d, d.calibration), lambda d: chosen_items(d, 3, 0)):
+        with pytest.raises(DataError, match="no split dev; there are train, validation, test"):
+            read(VisualDataset("drawn", drawn=True, calibration=Split("dev")))
     (tmp_path / "test.jsonl").write_text("{\n")
     with pytest.raises(DataError, match=r"line 1 of .* is no JSON"):
         read_items(data, Split("test"))
@@ -335,7 +363,7 @@ def test_processors_that_cannot_ask(processor: Idefics3Processor) -> None:
 
 
 def test_an_image_that_is_none_is_named(processor: Idefics3Processor) -> None:
-    bad = replace(drawn_item("test", 0), name="7 of data", image="nothing")  # type: ignore[arg-type]
+    bad = replace(drawn_item("test", 0), name="7 of data", load=lambda: "nothing")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="item 7 of data"):
         answers(Oracle(processor, []), processor, [bad], PROMPT)  # type: ignore[arg-type]
 

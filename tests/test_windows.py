@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 import iosvd
 from experiments.small_models import small_model
 from iosvd.cache.keys import CacheKeys
+from iosvd.data.image_text import _Encoded
 from iosvd.errors import ConfigError, DataError, ModelError
 from iosvd.evaluation.divergence import divergence
 from iosvd.models.losses import mean_loss
@@ -208,6 +209,40 @@ def test_curvature_of_blocks_counts_what_counts() -> None:
     assert_close(found[-1], total / int(windows.positions.sum()), rtol=1e-4, atol=1e-6)
 
 
+def test_padding_is_no_label() -> None:
+    """Where all real positions count: the last one has no next token."""
+    tokens = torch.tensor([[5, 6, 0, 0], [7, 8, 9, 1]])
+    filled = torch.arange(4) < torch.tensor([2, 4])[:, None]
+    windows = Windows(tokens, filled, filled)
+    assert windows.labels.tolist() == [[6, IGNORED, IGNORED, IGNORED], [8, 9, 1, IGNORED]]
+    assert windows.predictions.tolist() == [1, 3] and windows.positions.tolist() == [2, 4]
+
+
+def test_squares_of_gradients_are_those_of_mean_losses_of_single_windows() -> None:
+    """Of windows of very different length; E over windows, whatever their number of tokens."""
+    model, whole = build_text("llama"), torch.randint(0, 31, (4, 12))
+    filled = torch.arange(12) < torch.tensor([12, 3, 4, 3])[:, None]
+    windows = Windows(whole, filled, filled)
+    name = "model.layers.0.mlp.down_proj"
+    sites = {name: model.get_submodule(name)}
+    needs = Needs(fisher_rows=True, fisher_elements=True)
+    found = collect(model, windows, sites, needs, batch_size=3)[name]
+    weight, total = model.get_parameter(f"{name}.weight"), torch.zeros(sites[name].weight.shape)
+    weight.requires_grad_(True)
+    for row, size in enumerate((12, 3, 4, 3)):
+        one = whole[row : row + 1, :size]
+        total += torch.autograd.grad(model(input_ids=one, labels=one).loss, weight)[0].square() / 4
+    assert_close(found.need("fisher_elements"), total, rtol=1e-4, atol=1e-9)
+    assert_close(found.need("fisher_rows"), total.sum(1), rtol=1e-4, atol=1e-9)
+
+
+def test_kinds_of_tokens_are_padded_with_their_windows() -> None:
+    """As a processor gives them, of the item's own length."""
+    encoded = _Encoded(torch.arange(5), 3, {"kinds": torch.ones(1, 5), "pixels": torch.ones(1, 7)})
+    padded = encoded.padded(8)
+    assert padded["kinds"].tolist() == [[1.0] * 5 + [0.0] * 3] and padded["pixels"].shape == (1, 7)
+
+
 def test_images_of_several_sizes_are_refused_where_positions_depend_on_them() -> None:
     """Qwen2-VL's positions depend on where images stand, which blocks alone do not know."""
     windows = windows_of("qwen2_vl")
@@ -220,8 +255,11 @@ def test_images_of_several_sizes_are_refused_where_positions_depend_on_them() ->
         for i, one in enumerate(windows.beside)
     )
     elsewhere = replace(windows, tokens=moved, beside=kinds)
-    with pytest.raises(ModelError, match="positions or masks that depend on where images stand"):
-        iosvd.compress(build("qwen2_vl"), elsewhere, method=anchored, ratio=0.5, batch_size=2)
+    for size in (2, 8):
+        with pytest.raises(ModelError, match="masks that depend on where images stand"):
+            iosvd.compress(
+                build("qwen2_vl"), elsewhere, method=anchored, ratio=0.5, batch_size=size
+            )
 
 
 @pytest.mark.parametrize("kind", ["llava", "idefics3"])
@@ -292,6 +330,7 @@ def test_other_images_or_masks_are_other_statistics_in_the_cache() -> None:
         ({"filled": torch.ones(6, 3) > 0}, "need masks of this shape"),
         ({"counted": None}, "padding has no predictions"),
         ({"beside": ({},)}, "need as many sets of images"),
+        ({"beside": ({}, *({"x": torch.ones(1)} for _ in range(5)))}, "need the same kinds of"),
     ],
 )
 def test_windows_that_contradict_themselves_are_refused(

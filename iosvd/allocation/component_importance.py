@@ -43,7 +43,7 @@ class ComponentImportance(Allocation):
             for site, spectrum in spectra.items()
         }
         squares = {site: torch.zeros(len(spectrum.sigma)) for site, spectrum in spectra.items()}
-        number = self.windows or objective.windows
+        number = min(self.windows or objective.windows, objective.windows)
         for window in track(range(number), number, "component importance", "window"):
             found = objective.component_derivatives(counts, torch.tensor([window]))
             for site, derivatives in found.items():

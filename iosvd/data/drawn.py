@@ -11,11 +11,16 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from iosvd.data.items import Item
+from iosvd.errors import extra
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SPLITS = ("train", "validation", "test")
 CELL = 16  # Pixels; an image has three by three cells.
@@ -37,8 +42,8 @@ WORDS = ("colour", "shape", "place", "number")  # Categories of questions.
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One thing in an image."""
+class Thing:
+    """One coloured shape in an image."""
 
     shape: str
     colour: str
@@ -54,7 +59,7 @@ def drawn_item(split: str, number: int) -> Item:
     generator.shuffle(choices)
     return Item(
         name=f"{split} {number}",
-        image=_drawn(generator, shapes),
+        load=partial(_drawn, generator.getstate(), tuple(shapes)),
         question=question,
         choices=tuple(choices),
         answer=choices.index(right),
@@ -73,15 +78,15 @@ def _generator(split: str, number: int) -> random.Random:
     return random.Random(f"{split} {number}")
 
 
-def _shapes(generator: random.Random) -> list[Shape]:
+def _shapes(generator: random.Random) -> list[Thing]:
     count = generator.randint(1, 4)
     places = generator.sample(range(9), count)
     return [
-        Shape(generator.choice(SHAPES), generator.choice(list(COLOURS)), place) for place in places
+        Thing(generator.choice(SHAPES), generator.choice(list(COLOURS)), place) for place in places
     ]
 
 
-def _question(generator: random.Random, shapes: Sequence[Shape]) -> tuple[str, str, list[str], str]:
+def _question(generator: random.Random, shapes: Sequence[Thing]) -> tuple[str, str, list[str], str]:
     """Return a question with one right answer, that answer, wrong ones, and the category."""
     by_shape, by_colour = Counter(s.shape for s in shapes), Counter(s.colour for s in shapes)
     alone = [s for s in shapes if by_shape[s.shape] == 1]
@@ -106,8 +111,12 @@ def _without(values: Sequence[str], one: str) -> list[str]:
     return [value for value in values if value != one]
 
 
-def _drawn(generator: random.Random, shapes: Sequence[Shape]) -> Any:
-    from PIL import Image
+def _drawn(state: Any, shapes: Sequence[Thing]) -> Image:
+    with extra("PIL"):
+        from PIL import Image
+
+    generator = random.Random()
+    generator.setstate(state)
 
     size = 3 * CELL
     noise = np.random.default_rng(generator.getrandbits(32)).integers(-18, 19, (size, size, 3))

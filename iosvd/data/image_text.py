@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from iosvd.data.items import LETTERS, Item
 from iosvd.errors import ConfigError, DataError, one_line
@@ -75,7 +76,7 @@ def turn(processor: ProcessorMixin, text: str, *, images: bool = True) -> str:
     turns: list[Any] = [{"role": "user", "content": content}]
     try:
         found = processor.apply_chat_template(turns, add_generation_prompt=True)
-    except (ValueError, AttributeError) as error:
+    except Exception as error:  # Templates raise errors of jinja2, and of their own.
         raise ConfigError(
             f"the processor cannot put a question about an image ({one_line(error)[:100]}); the"
             " model's folder must hold one with a chat template"
@@ -122,7 +123,9 @@ def answered_windows(
     filled = torch.arange(length) < torch.tensor([len(row.tokens) for row in rows])[:, None]
     tokens = torch.zeros(len(rows), length, dtype=torch.long)
     counts = torch.zeros(len(rows), length, dtype=torch.bool)
-    special = set(image_tokens(processor))
+    # What a processor puts around an image is special too; the end of an answer is text.
+    tokenizer = processor.tokenizer
+    special = {*tokenizer.all_special_ids, *image_tokens(processor)} - {tokenizer.eos_token_id}
     for place, row in enumerate(rows):
         tokens[place, : len(row.tokens)] = row.tokens
         if counted is Counted.answer:
@@ -131,7 +134,8 @@ def answered_windows(
             target = torch.tensor([token not in special for token in row.tokens.tolist()])
         counts[place, : len(row.tokens) - 1] = target[1:]
     whole = bool(filled.all())
-    return Windows(tokens, None if whole else filled, counts, tuple(row.beside for row in rows))
+    beside = tuple(row.padded(length) for row in rows)
+    return Windows(tokens, None if whole else filled, counts, beside)
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,14 @@ class _Encoded:
     tokens: Tensor  # (length,)
     answer: int  # Where it begins.
     beside: Mapping[str, Tensor]
+
+    def padded(self, length: int) -> dict[str, Tensor]:
+        """Return what is beside the tokens; kinds of tokens (1, own length) get the full length."""
+        own = (1, len(self.tokens))
+        return {
+            name: pad(x, (0, length - own[1])) if tuple(x.shape) == own else x
+            for name, x in self.beside.items()
+        }
 
 
 def _encoded(
@@ -162,12 +174,14 @@ def encode(processor: ProcessorMixin, item: Item, text: str) -> dict[str, Any]:
     """
     try:
         found = processor(
-            text=[text], images=[[item.image]], return_tensors="pt", add_special_tokens=False
+            text=[text],
+            images=[[item.image]],
+            return_tensors="pt",
+            add_special_tokens=needs_specials(processor, text),
         )
     except Exception as error:  # Processors raise all kinds of errors.
         raise DataError(f"item {item.name}: {one_line(error)[:200]}") from error
-    ids = found["input_ids"]
-    if not any(token in set(image_tokens(processor)) for token in ids[0].tolist()):
+    if not set(image_tokens(processor)) & set(found["input_ids"][0].tolist()):
         raise ConfigError(
             f"the processor {type(processor).__name__} puts no image token into the prompt; its"
             " chat template must have a place for an image"
@@ -176,7 +190,13 @@ def encode(processor: ProcessorMixin, item: Item, text: str) -> dict[str, Any]:
 
 
 def _encode_text(processor: ProcessorMixin, item: Item, text: str) -> dict[str, Any]:
-    return dict(processor.tokenizer([text], return_tensors="pt", add_special_tokens=False))
+    specials = needs_specials(processor, text)
+    return dict(processor.tokenizer([text], return_tensors="pt", add_special_tokens=specials))
+
+
+def needs_specials(processor: ProcessorMixin, text: str) -> bool:
+    """Whether the tokenizer must add its special tokens: not if the template has begun with BOS."""
+    return not text.startswith(processor.tokenizer.bos_token or "\0")
 
 
 def image_tokens(processor: ProcessorMixin) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,17 @@ class Item:
     """One question about one image."""
 
     name: str  # For messages: where the item is from.
-    image: Image
+    load: Callable[[], Image]  # Decodes the image; those of a large data set fit no memory.
     question: str
     choices: tuple[str, ...]
     answer: int  # Index of the right choice.
     hint: str = ""
     category: str = ""
+
+    @property
+    def image(self) -> Image:
+        """The image, decoded at every access."""
+        return self.load()
 
     @property
     def letter(self) -> str:

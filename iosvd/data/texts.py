@@ -92,7 +92,7 @@ def local_file(dataset: Dataset, split: Split) -> Path:
 
 def _read_local(path: Path, dataset: Dataset) -> list[str]:
     if path.suffix == ".txt":
-        lines = _lines(path)
+        lines = lines_of(path)
         # The hub's WikiText rows end in a newline where they are not blank.
         return [f"{x}\n" if x.strip() else "" for x in lines] if dataset.keep_line_ends else lines
     try:
@@ -102,7 +102,7 @@ def _read_local(path: Path, dataset: Dataset) -> list[str]:
         raise DataError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
     """Return the lines of a text file, without a byte order mark."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -115,7 +115,7 @@ def _lines(path: Path) -> list[str]:
 
 def _of_jsonl(path: Path, field: str) -> Iterator[Any]:
     """Yield the field of every row."""
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
         try:

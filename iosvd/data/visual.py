@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import torch
 from iosvd.data.drawn import SPLITS, drawn_item
 from iosvd.data.image_text import Counted, Prompt
 from iosvd.data.items import LETTERS, Item
-from iosvd.data.texts import Split
+from iosvd.data.texts import Split, lines_of
 from iosvd.errors import ConfigError, DataError, extra, one_line
 from iosvd.system.files import check_no_pointers
 
@@ -37,6 +38,10 @@ class Fields:
     hint: str | None = "hint"
     category: str | None = "category"
 
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise ConfigError("fields.choices is empty; name the list of choices, or a field each")
+
 
 @dataclass(frozen=True)
 class VisualDataset:
@@ -49,6 +54,7 @@ class VisualDataset:
     revision: str | None = None
     drawn: bool = False  # The items that this project draws.
     fields: Fields = field(default_factory=Fields)
+    only: dict[str, str] = field(default_factory=dict)  # Rows whose fields have these values.
     prompt: Prompt = field(default_factory=Prompt)
     counted: Counted = Counted.text  # Predictions that calibrate.
     images: bool = True  # False: the same questions without their images, for calibration.
@@ -57,18 +63,41 @@ class VisualDataset:
 
 
 def read_items(dataset: VisualDataset, split: Split) -> list[Item]:
-    """Return the items of a split that have an image, in order.
+    """Return the items of a split that have an image, in order; every image is decoded once.
 
     Raises:
         ConfigError: the data set has no source.
         DataError: nothing can be read there, or an item is damaged; it is named.
     """
+    return [_checked(item) for item in _listed(dataset, split)]
+
+
+def chosen_items(dataset: VisualDataset, number: int, seed: int) -> list[Item]:
+    """Return a random choice of the calibration split, all different.
+
+    Raises:
+        DataError: it has fewer items; or as `read_items`.
+    """
+    if dataset.drawn and dataset.path is None:  # Every number is an item.
+        _check_drawn(dataset.calibration)
+        return [drawn_item(dataset.calibration.name, seed * number + i) for i in range(number)]
+    items = _listed(dataset, dataset.calibration)
+    if len(items) < number:
+        raise DataError(
+            f"dataset {dataset.name} has {len(items)} questions with an image, {number} are asked"
+            " for; lower calibration.windows"
+        )
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [_checked(items[i]) for i in order[:number].tolist()]
+
+
+def _listed(dataset: VisualDataset, split: Split) -> list[Item]:
+    """Return the items of a split, whose images have not been looked at."""
     limit = split.max_documents
     if dataset.path is not None:
         rows = _local(local_items(dataset, split))
     elif dataset.drawn:
-        if split.name not in SPLITS:
-            raise DataError(f"drawn items have no split {split.name}; there are {SPLITS}")
+        _check_drawn(split)
         return [drawn_item(split.name, number) for number in range(limit or _DRAWN)]
     elif dataset.hub_id is not None:
         rows = _hub(dataset, split)
@@ -76,8 +105,9 @@ def read_items(dataset: VisualDataset, split: Split) -> list[Item]:
         raise ConfigError(f"dataset {dataset.name} has no source; set dataset.path=FOLDER")
     items = []
     for name, row in rows:
-        if row.get(dataset.fields.image) is None:
-            continue  # A question without an image.
+        asked = all(str(row.get(key)) == value for key, value in dataset.only.items())
+        if not asked or row.get(dataset.fields.image) is None:
+            continue  # Of another kind, or a question without an image.
         items.append(_item(name, row, dataset))
         if limit and len(items) == limit:
             break
@@ -88,23 +118,14 @@ def read_items(dataset: VisualDataset, split: Split) -> list[Item]:
     return items
 
 
-def chosen_items(dataset: VisualDataset, number: int, seed: int) -> list[Item]:
-    """Return a random choice of the calibration split, all different.
+def _checked(item: Item) -> Item:
+    _ = item.image
+    return item
 
-    Raises:
-        DataError: it has fewer items.
-    """
-    if dataset.drawn and dataset.path is None:  # Every number is an item.
-        start = seed * number
-        return [drawn_item(dataset.calibration.name, start + i) for i in range(number)]
-    items = read_items(dataset, dataset.calibration)
-    if len(items) < number:
-        raise DataError(
-            f"dataset {dataset.name} has {len(items)} questions with an image, {number} are asked"
-            " for; lower calibration.windows"
-        )
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
-    return [items[i] for i in order[:number].tolist()]
+
+def _check_drawn(split: Split) -> None:
+    if split.name not in SPLITS:
+        raise DataError(f"drawn items have no split {split.name}; there are {', '.join(SPLITS)}")
 
 
 def local_items(dataset: VisualDataset, split: Split) -> Path:
@@ -125,7 +146,7 @@ def local_items(dataset: VisualDataset, split: Split) -> Path:
 
 
 def _local(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
         name = f"{number} of {path}"
@@ -142,13 +163,14 @@ def _hub(dataset: VisualDataset, split: Split) -> Iterator[tuple[str, dict[str, 
     with extra("datasets"):
         import datasets
     try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+        found = datasets.load_dataset(
             dataset.hub_id,
             dataset.hub_config,
             split=split.name,
             revision=dataset.revision,
             streaming=split.max_documents > 0,
         )
+        rows: Iterable[Mapping[str, Any]] = _undecoded(found, dataset.fields.image)
         for number, row in enumerate(rows):
             yield f"{number} of {dataset.hub_id} ({split.name})", dict(row)
     except DataError:
@@ -160,18 +182,36 @@ def _hub(dataset: VisualDataset, split: Split) -> Iterator[tuple[str, dict[str, 
         ) from error
 
 
+def _undecoded(rows: Any, image: str) -> Any:
+    """Let a data set yield the bytes of its images."""
+    import datasets
+
+    kind: Any = (rows.features or {}).get(image)
+    plain = datasets.Image(decode=False)
+    if isinstance(kind, datasets.Image):
+        return rows.cast_column(image, plain)
+    if isinstance(getattr(kind, "feature", None), datasets.Image):
+        return rows.cast_column(image, type(kind)(plain))
+    return rows
+
+
 def _item(name: str, row: Mapping[str, Any], dataset: VisualDataset) -> Item:
     names = dataset.fields
     choices = _choices(name, row, names)
     return Item(
         name=name,
-        image=_image(name, row[names.image], dataset.path),
+        load=partial(_decoded, name, _only_image(name, row[names.image]), dataset.path),
         question=str(_needed(name, row, names.question)),
         choices=choices,
         answer=_answer(name, _needed(name, row, names.answer), len(choices)),
-        hint=str(row.get(names.hint) or "") if names.hint else "",
-        category=str(row.get(names.category) or "") if names.category else "",
+        hint=_text(row, names.hint),
+        category=_text(row, names.category),
     )
+
+
+def _text(row: Mapping[str, Any], field_name: str | None) -> str:
+    value = None if field_name is None else row.get(field_name)
+    return "" if value is None else str(value)
 
 
 def _needed(name: str, row: Mapping[str, Any], field_name: str) -> Any:
@@ -206,21 +246,25 @@ def _answer(name: str, value: Any, choices: int) -> int:
     )
 
 
-def _image(name: str, value: Any, folder: str | None) -> Image:
-    """Return an item's image, decoded."""
-    from PIL import Image, UnidentifiedImageError
+def _only_image(name: str, value: Any) -> Any:
+    """Return an item's image, which may stand in a list of one."""
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) != 1:
+        raise DataError(f"item {name} has {len(value)} images; only items of one are taken")
+    return value[0]
 
-    if isinstance(value, list | tuple):
-        if len(value) != 1:
-            raise DataError(f"item {name} has {len(value)} images; only items of one are taken")
-        (value,) = value
-    where = name
+
+def _decoded(name: str, value: Any, folder: str | None) -> Image:
+    """Return an image: a file in a folder, the bytes of one, or an image already."""
+    with extra("PIL"):
+        from PIL import Image, UnidentifiedImageError
+    where = name if folder is None else f"{name} ({value})"
     try:
         if folder is not None:
-            where = f"{name} ({value})"
             found = Image.open(Path(folder) / str(value))
         elif isinstance(value, Mapping):
-            found = Image.open(BytesIO(value["bytes"]))
+            found = Image.open(BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
         else:
             found = value
         return found.convert("RGB")
@@ -228,5 +272,7 @@ def _image(name: str, value: Any, folder: str | None) -> Image:
         raise DataError(f"the image of item {where} is missing") from None
     except UnidentifiedImageError:
         raise DataError(f"the image of item {where} is of an unknown format") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"the image of item {where} is too large to be decoded safely") from None
     except (OSError, SyntaxError, ValueError, AttributeError) as error:
         raise DataError(f"the image of item {where} is damaged: {one_line(error)[:100]}") from error

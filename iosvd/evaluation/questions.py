@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from iosvd.data.image_text import Counted, Prompt, Reply, answered_windows, encode
+from iosvd.data.image_text import (
+    Counted,
+    Prompt,
+    Reply,
+    answered_windows,
+    encode,
+    needs_specials,
+)
 from iosvd.data.items import LETTERS, Item
 from iosvd.errors import ConfigError, DataError, one_line
 from iosvd.evaluation.letters import chosen
@@ -130,7 +137,7 @@ def _batch(processor: ProcessorMixin, items: Sequence[Item], prompt: Prompt) -> 
             padding=True,
             padding_side="left",
             return_tensors="pt",
-            add_special_tokens=False,
+            add_special_tokens=needs_specials(processor, texts[0]),
         )
     except Exception as error:  # Processors raise all kinds of errors.
         for item in items:  # Names the item if one is at fault.

@@ -119,7 +119,9 @@ def from_form_(model: nn.Module) -> None:
                 whole = module.get_submodule(JOINT)
                 assert isinstance(whole, nn.Linear)
                 bias = None if whole.bias is None else whole.bias[child.start : child.stop]
-                module.set_submodule(name, _linear(whole.weight[child.start : child.stop], bias))
+                trained = whole.weight.requires_grad
+                part = _linear(whole.weight[child.start : child.stop], bias, trained)
+                module.set_submodule(name, part)
             elif isinstance(child, Heads):
                 module.set_submodule(name, _joined(list(child.children())))  # type: ignore[arg-type]
         if isinstance(getattr(module, JOINT, None), nn.Linear) and _has_projections(module):
@@ -160,10 +162,9 @@ def _divide_(attention: nn.Module) -> None:
         assert isinstance(layer, nn.Linear)
         if not isinstance(size, int) or layer.out_features % size:
             raise ModelError(f"{type(attention).__name__} does not name the size of its heads")
-        biases = (
-            [None] * (layer.out_features // size) if layer.bias is None else layer.bias.split(size)
-        )
-        parts = [_linear(w, b) for w, b in zip(layer.weight.split(size), biases, strict=True)]
+        weights, trained = layer.weight.split(size), layer.weight.requires_grad
+        biases = [None] * len(weights) if layer.bias is None else list(layer.bias.split(size))
+        parts = [_linear(w, b, trained) for w, b in zip(weights, biases, strict=True)]
         attention.set_submodule(name, Heads(parts))
 
 
@@ -172,13 +173,14 @@ def _joined(layers: list[nn.Linear]) -> nn.Linear:
     weight = torch.cat([layer.weight for layer in layers])
     if biases and len(biases) < len(layers):
         raise ModelError("some of the layers have a bias and some have none; form=separate")
-    return _linear(weight, torch.cat(biases) if biases else None)
+    trained = layers[0].weight.requires_grad
+    return _linear(weight, torch.cat(biases) if biases else None, trained)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
     out, width = weight.shape
     layer = nn.Linear(width, out, bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone())
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=trained)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=trained)
     return layer

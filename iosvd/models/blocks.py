@@ -123,17 +123,26 @@ def hidden_states_of(
     first = decoder_blocks(model)[0]
     width = model.config.get_text_config().hidden_size
     states = _room((*windows.tokens.shape, width), model.dtype, model.device, limit_bytes)
-    calls: dict[int, Call] = {}
+    if windows.beside:
+        _check_alike(model, first, windows)
     for start in range(0, len(windows), batch_size):
         where = slice(start, start + batch_size)
-        hidden, call = arrival(model, first, windows[where])
-        if not alike(call, calls.setdefault(len(hidden), call)):
+        states[where], _ = arrival(model, first, windows[where])
+    return HiddenStates(states, batch_size, model.device, limit_bytes, windows.filled)
+
+
+@torch.no_grad()
+def _check_alike(model: PreTrainedModel, first: nn.Module, windows: Windows) -> None:
+    """Raise ModelError if the blocks' other arguments differ from window to window."""
+    seen: list[Call] = []
+    for window in windows.split(1):
+        seen.append(arrival(model, first, window)[1])
+        if not alike(seen[-1], seen[0]):
             raise ModelError(
                 f"the blocks of {type(model).__name__} get positions or masks that depend on where"
                 f" images stand in a window, so hidden states cannot be carried; {_INSTEAD}"
             )
-        states[where] = hidden
-    return HiddenStates(states, batch_size, model.device, limit_bytes, windows.filled)
+        del seen[1:]
 
 
 def calls_of(

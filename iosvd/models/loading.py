@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iosvd.errors import ConfigError, IosvdError, ModelError, check_installed, one_line
+from iosvd.models.attention_form import to_form_
 from iosvd.models.auto_class import LANGUAGE, auto_class_of
 from iosvd.models.completeness import check_complete
 from iosvd.models.gguf import GgufFile, context_length, described, make_ordinary_
 from iosvd.models.linear_form import to_linear_form_
-from iosvd.models.sites import SiteSelection
+from iosvd.models.sites import SiteSelection, decoder_of
 from iosvd.models.visiting import visit_
 from iosvd.system.files import check_no_pointers
 from iosvd.system.hub_cache import unwritable_cache
@@ -104,6 +105,7 @@ def load_model(
     _read(loaded)
     if blocks_on_cpu:
         to_linear_form_(loaded)  # Before the weights are pinned.
+        to_form_(loaded, decoder_of(loaded), model.sites.form)
         visit_(loaded, torch.device(device))
         return loaded
     return loaded if device_map is not None else loaded.to(device)

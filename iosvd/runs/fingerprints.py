@@ -129,7 +129,9 @@ def _dataset(
     if isinstance(dataset, VisualDataset):
         if dataset.path is not None:
             listed, folder = local_items(dataset, split), Path(dataset.path)
-            images = (p for p in folder.rglob("*") if p.is_file() and p.suffix != listed.suffix)
+            images = (
+                p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".jsonl", ".md")
+            )
             content = _hash_text(listed, *sorted(images), cache=Path(run.runtime.output.cache))
         elif dataset.drawn:
             content = _hash_text(Path(drawn.__file__))  # What draws them.

@@ -67,6 +67,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         model = loaded(run)
         for windows in (tokens, *material.texts.values()):
             check_vocabulary(windows.tokens, model.config.get_text_config().vocab_size)
+            _check_length(run, windows)
     calibration = calibration_of(run, model, tokens, cache)
     # Before the work: an impossible budget should not cost a pass over the calibration set.
     run.goal.budget(calibration.sites, run.method)
@@ -233,13 +234,28 @@ def _save_checkpoint(model: PreTrainedModel, folder: Path, plan: Plan, reader: R
 
 def _check_context(run: Run) -> None:
     """Raise ModelError if windows are longer than the model's context."""
-    context = getattr(load_config(run.model), "max_position_embeddings", None)
-    longest = max(run.data.calibration.seq_len, run.eval.seq_len)
+    context, longest = _context(run), max(run.data.calibration.seq_len, run.eval.seq_len)
     if context is not None and longest > context:
         raise ModelError(
             f"windows of {longest} tokens exceed the context of {context} of {run.model.name};"
             f" set model.seq_len={context}"
         )
+
+
+def _check_length(run: Run, windows: Windows) -> None:
+    """Raise ModelError if questions, whose length is their own, are longer than the context."""
+    context = _context(run)
+    if context is not None and windows.length > context:
+        raise ModelError(
+            f"a question of {windows.length} tokens exceeds the context of {context} of"
+            f" {run.model.name}; leave it out of the data set"
+        )
+
+
+def _context(run: Run) -> int | None:
+    config = load_config(run.model).get_text_config()
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    return found
 
 
 def _device_name(model: PreTrainedModel) -> str:

@@ -107,6 +107,8 @@ class Metrics:
         texts = {*self.perplexity, *self.divergence, *self.site_divergence}
         if unknown := sorted(texts - set(self.config.eval.texts)):
             raise DamagedError(f"it measures {unknown[0]}, which is no text of its config")
+        if unknown := sorted(set(self.questions) - set(self.config.eval.questions)):
+            raise DamagedError(f"it has answers to {unknown[0]}, which its config does not ask")
 
 
 @dataclass(frozen=True)

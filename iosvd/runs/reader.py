@@ -42,7 +42,8 @@ class Reader:
         """
         if self.images is None:
             raise ModelError(
-                f"{self.model} reads text alone, and questions about images are asked; choose a"
+                self.missing
+                or f"{self.model} reads text alone, and questions about images are asked; choose a"
                 " vision-language model, or another dataset and eval"
             )
         return self.images

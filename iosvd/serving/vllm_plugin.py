@@ -26,7 +26,7 @@ def checked_ranks(config: dict[str, Any]) -> dict[str, int]:
     Raises:
         CheckpointError: something else than ranks is compressed.
     """
-    if others := [name for name in ("rows", "four_bit", "biases") if config.get(name)]:
+    if others := [name for name in ("rows", "four_bit", "biases", "form") if config.get(name)]:
         raise CheckpointError(
             f"the checkpoint has {others[0]} beside factors, which are not served; export it with"
             " iosvd.export_dense, or compress with quantization=none and correction.bias=false"

@@ -110,7 +110,7 @@ class Sums:
         if x is None:
             return
         (windows, length), inputs = self.batch.tokens.shape, flat(x)
-        whole = len(rows) == windows * length
+        whole = len(rows) == windows * length and name not in self.seeing
         scored = max(0, min(windows, self.needs.gradient_windows - self.first_window))
         # The loss of windows that do not count is back-propagated if something else needs it.
         some = self.needs.every_loss and 0 < scored < windows
@@ -124,10 +124,12 @@ class Sums:
             self._add_product(self.gradient, name, rows[:kept], inputs[:kept])
         if self.needs.every_gradient:
             size = length if whole else len(rows)
-            for g, seen in zip(rows.split(size), inputs.split(size), strict=True):
+            terms = self.batch.predictions.clamp_min(1).tolist()  # Of a window's mean loss.
+            parts = zip(rows.split(size), inputs.split(size), terms, strict=True)
+            for g, seen, count in parts:
                 gradient = g.new_zeros(g.shape[1], seen.shape[1], dtype=wide(g.dtype))
                 add_product_(gradient, g, seen)
-                self._see_window(name, gradient)
+                self._see_window(name, gradient / count)
 
     def _see_window(self, name: str, gradient: Tensor) -> None:
         if self.needs.fisher_rows and not self.only_kronecker:
@@ -223,8 +225,8 @@ class Sums:
         for sums, count in (
             (self.kl_metric, _count(kl.tokens, windows, windows.positions) * kl.estimates),
             (self.fisher_metric, _count(fisher.tokens, windows, terms)),
-            (self.fisher_rows, float(terms.sum()) ** 2 / len(windows)),
-            (self.fisher_elements, float(terms.sum()) ** 2 / len(windows)),
+            (self.fisher_rows, len(windows)),
+            (self.fisher_elements, len(windows)),
             (self.gradient, int(terms[: self.needs.gradient_windows].sum())),
         ):
             for total in sums.values():

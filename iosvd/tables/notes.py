@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from iosvd.data.visual import VisualDataset
 from iosvd.figures import DENSE
 from iosvd.models.loading import Dtype
 from iosvd.runs.records import Record
@@ -128,7 +129,9 @@ def _protocol(runs: Sequence[Run]) -> str:
     ]
     parts = [
         f"Model {source}, {model.dtype.value}",
-        f"calibration {windows} × {lengths} tokens of {sources}, seed {seeds}",
+        f"calibration {windows} questions of {sources}, seed {seeds}"
+        if any(isinstance(r.data.dataset, VisualDataset) for r in used)
+        else f"calibration {windows} × {lengths} tokens of {sources}, seed {seeds}",
     ]
     if joins:
         parts.append(f"perplexity in windows of {evaluation.seq_len} tokens ({', '.join(joins)})")
