@@ -47,7 +47,7 @@ class TruncationTrials(CalibrationObjective):
 
     @property
     def tokens(self) -> int:
-        return int(self.calibration.windows.real.sum())
+        return int(self.calibration.windows.token_counts.sum())
 
     @property
     def windows(self) -> int:

@@ -78,7 +78,7 @@ class Windows:
         return self.tokens.shape[1]
 
     @property
-    def real(self) -> Tensor:
+    def token_counts(self) -> Tensor:
         """The number of tokens that are no padding, by window."""
         if self.filled is None:
             return torch.full((len(self),), self.length)

@@ -24,6 +24,7 @@ from iosvd.data.windows import (
 )
 from iosvd.errors import ConfigError, DataError, StorageError
 from iosvd.models.loading import Model, load_tokenizer
+from iosvd.windows import Windows
 
 DOCUMENTS = ["One day a cat sat.", "", "Then it ran away, and nobody\nsaw it again."]
 
@@ -199,11 +200,11 @@ def test_overlapping_windows_and_few_tokens_are_warned_of(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         calibration_windows(tokenizer, write(tmp_path, "jsonl"), 10, 16, 0)
-        warn_if_few(torch.zeros(4, 256, dtype=torch.long), {"down": 4096, "up": 128})
+        warn_if_few(Windows(torch.zeros(4, 256, dtype=torch.long)), {"down": 4096, "up": 128})
     assert "overlap" in caplog.messages[0]
     assert "1,024 tokens for inputs of width 4,096 (down); at least 16,384" in caplog.messages[1]
     caplog.clear()
-    warn_if_few(torch.zeros(4, 256, dtype=torch.long), {"down": 256})
+    warn_if_few(Windows(torch.zeros(4, 256, dtype=torch.long)), {"down": 256})
     assert not caplog.messages
 
 

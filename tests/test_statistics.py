@@ -29,6 +29,7 @@ EVERYTHING = Needs(
     kl_metric=KLMetric(5),
     fisher_metric=FisherMetric(),
     fisher_rows=True,
+    fisher_elements=True,
     kronecker_passes=3,
     gradient_windows=10**9,
 )

@@ -24,6 +24,7 @@ from iosvd.models.sites import SiteSelection, decoder_blocks, find_sites
 from iosvd.models.visiting import Guest, device_of, present, visit_, visitor_bytes
 from iosvd.statistics.collect import collect
 from iosvd.statistics.needs import STATISTICS
+from iosvd.windows import Windows
 
 families = pytest.mark.parametrize("family", FAMILIES)
 CPU = torch.device("cpu")
@@ -201,7 +202,7 @@ def test_the_limit_of_visits_is_that_of_one_device(
     for option in ("false", "true"):
         asked = [f"runtime.blocks_on_cpu={option}", "runtime.memory_gib=4"]
         run = compose_run(overrides(source, *asked))
-        limits.append(memory_use(run, loaded(run), windows).limit_bytes)
+        limits.append(memory_use(run, loaded(run), Windows(windows)).limit_bytes)
     assert limits[0] == pytest.approx(limits[1], abs=2**26)
 
 

@@ -70,7 +70,7 @@ class Refinement(Optimization):
             parameters=list(trained.values()),
             loss=partial(_summed_error, pair, metric),
             # The mean is over the entries of hidden states, or over tokens: nats per token.
-            terms=pair.states.real * (pair.states.width if metric is None else 1),
+            terms=pair.states.token_counts * (pair.states.width if metric is None else 1),
             batch_size=pair.states.batch_size,
             what=f"block {pair.number}, {self.loss.value} error",
             number=pair.number,

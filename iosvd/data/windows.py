@@ -88,7 +88,7 @@ def check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
 def warn_if_few(windows: Windows, widths: Mapping[str, int]) -> None:
     """Warn where the calibration set has fewer than four tokens per input channel (METHODS 2.1)."""
     site, width = max(widths.items(), key=lambda item: item[1])
-    tokens = int(windows.real.sum())
+    tokens = int(windows.token_counts.sum())
     if tokens < 4 * width:
         log.warning(
             "calibration gives %s tokens for inputs of width %s (%s); at least %s (4 × width) are"

@@ -49,7 +49,7 @@ class HiddenStates:
         return self.states.shape[-1]
 
     @property
-    def real(self) -> Tensor:
+    def token_counts(self) -> Tensor:
         """The number of tokens that are no padding, by window."""
         if self.filled is None:
             return torch.full((len(self.states),), self.states.shape[1])

@@ -91,7 +91,7 @@ def _pass_over(body: Body, windows: Windows, batch_size: int, sums: Sums) -> Non
             continue  # Beyond the windows of the gradient there is nothing to see.
         sums.phase, sums.first_window = Phase.INPUTS, start
         sums.batch = batch
-        sums.tokens += 0 if sums.only_kronecker else int(batch.real.sum())
+        sums.tokens += 0 if sums.only_kronecker else int(batch.token_counts.sum())
         _pass_batch(body, signals, sums)
         if start == 0:
             sums.check()  # A broken model fails now, not after the whole pass.
