@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import platform
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,16 +31,7 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from experiments.train_tiny import Schedule, learning_rate, optimizer_of
-from iosvd.data.drawn import (
-    CELL,
-    COLOURS,
-    NUMBERS,
-    PLACES,
-    SHAPES,
-    all_questions,
-    description,
-    drawn_item,
-)
+from iosvd.data.drawn import CELL, COLOURS, NUMBERS, PLACES, SHAPES, description, drawn_item
 from iosvd.data.image_text import Prompt, Reply, turn
 from iosvd.data.items import LETTERS, Item
 from iosvd.system.commands import arguments
@@ -77,14 +67,14 @@ class Recipe(Schedule):
     eye_width: int = 96
     eye_layers: int = 3
     eye_heads: int = 4
-    batch: int = 48
-    steps: int = 1700
+    batch: int = 64
+    steps: int = 2200
     warmup_steps: int = 100
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
-    # Share of the training images that are described, cell by cell, which teaches to see: at first,
-    # and at the end. About the others all questions are asked, one after the other.
-    described: tuple[float, float] = (0.5, 0.1)
+    # Share of the training items whose image is described, cell by cell, which teaches to see: at
+    # first, and at the end. The others answer the item's question.
+    described: tuple[float, float] = (0.6, 0.2)
     between: tuple[float, float] = (0.3, 0.6)  # Shares of the steps, while one becomes the other.
     seed: int = 0
     threads: int = 1
@@ -128,7 +118,7 @@ def build(recipe: Recipe, processor: Idefics3Processor) -> PreTrainedModel:
         "num_hidden_layers": recipe.layers,
         "num_attention_heads": recipe.heads,
         "num_key_value_heads": recipe.key_value_heads,
-        "max_position_embeddings": 192,
+        "max_position_embeddings": 128,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -154,54 +144,46 @@ def build(recipe: Recipe, processor: Idefics3Processor) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Example:
-    """An image, and what is said about it in turns."""
+    """A prompt about an image, and its answer."""
 
     image: Any
-    text: str
-
-
-def example(processor: ProcessorMixin, item: Item, turns: Sequence[tuple[str, str]]) -> Example:
-    """Return questions and answers about an item's image, as the chat template puts them."""
-    end, (first, *rest) = processor.tokenizer.eos_token, turns
-    text = f"{turn(processor, first[0])}{PROMPT.lead} {first[1]}{end}"
-    for question, answer in rest:
-        asked = turn(processor, question, images=False)
-        text += f"\n{asked}{PROMPT.lead} {answer}{end}"
-    return Example(item.image, text)
+    prompt: str
+    answer: str
 
 
 def examples(processor: ProcessorMixin, recipe: Recipe, step: int) -> list[Example]:
-    """Return the examples of a step: descriptions, then questions in random order."""
+    """Return the examples of a step: descriptions, then questions."""
     start, stop = recipe.between
     late = min(1.0, max(0.0, (step / recipe.steps - start) / (stop - start)))
     described = recipe.described[0] + (recipe.described[1] - recipe.described[0]) * late
     found = []
     for place, number in enumerate(range(step * recipe.batch, (step + 1) * recipe.batch)):
-        generator = random.Random(number)
-        # One of two, or an answer could be read in that to another question.
-        left_out = generator.choice(["colour", "shape"])
-        possible = [q for q in all_questions("train", number) if q.category != left_out]
-        turns = [(q.text, q.answer) for q in generator.sample(possible, min(5, len(possible)))]
+        item = drawn_item("train", number)
         if place < described * recipe.batch:
-            turns = [(DESCRIBE, description("train", number))]
-        found.append(example(processor, drawn_item("train", number), turns))
+            prompt = turn(processor, DESCRIBE) + PROMPT.lead
+            found.append(Example(item.image, prompt, description("train", number)))
+        else:
+            found.append(asked(processor, item))
     return found
+
+
+def asked(processor: ProcessorMixin, item: Item) -> Example:
+    """Return a question as it is evaluated."""
+    return Example(item.image, PROMPT.text(processor, item), PROMPT.reply_of(item, item.answer))
 
 
 def batch_of(
     processor: ProcessorMixin, given: Sequence[Example]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return a batch and the labels of its answers, which stand between a lead and an end."""
+    """Return a batch and the labels of its answers."""
+    end = processor.tokenizer.eos_token
+    texts = [f"{one.prompt} {one.answer}{end}" for one in given]
     images = [[one.image] for one in given]
-    texts = [one.text for one in given]
     batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
-    tokens, tokenizer = batch["input_ids"], processor.tokenizer
-    lead = tokenizer(PROMPT.lead)["input_ids"]
-    labels, inside = torch.full_like(tokens, IGNORED), torch.zeros(len(tokens), dtype=torch.bool)
-    for place in range(len(lead), tokens.shape[1]):
-        led = (tokens[:, place - len(lead) : place] == torch.tensor(lead)).all(1)
-        inside = led | (inside & (tokens[:, place - 1] != tokenizer.eos_token_id))
-        labels[inside, place] = tokens[inside, place]
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        start = length - len(processor.tokenizer(f"{given[row].answer}{end}")["input_ids"])
+        labels[row, start:length] = batch["input_ids"][row, start:length]
     return dict(batch), labels
 
 
@@ -214,9 +196,7 @@ def loss_of(model: PreTrainedModel, batch: dict[str, Tensor], labels: Tensor) ->
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, processor: ProcessorMixin, items: list[Item]) -> float:
     """Return the share of items whose whole answer is the likeliest, token by token."""
-    turns = [[(item.question, item.choices[item.answer])] for item in items]
-    given = [example(processor, *pair) for pair in zip(items, turns, strict=True)]
-    batch, labels = batch_of(processor, given)
+    batch, labels = batch_of(processor, [asked(processor, item) for item in items])
     found = model(**batch).logits[:, :-1].argmax(-1)
     wrong = (found != labels[:, 1:]) & (labels[:, 1:] != IGNORED)
     return 1 - float(wrong.any(1).float().mean())

@@ -32,6 +32,7 @@ from iosvd.correction import (
     Refinement,
     RefitOptions,
     Sequential,
+    WeightedRefit,
 )
 from iosvd.correction.adaptive_trust import AdaptiveTrust
 from iosvd.correction.distilled import kl_from
@@ -294,6 +295,7 @@ TRAINED = [
     WHOLE,
     Ladder(end_to_end=END_TO_END),
 ]
+WEIGHTED = WeightedRefit(steps=20)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -330,7 +332,7 @@ def test_the_loss_of_distillation_is_the_divergence_that_is_evaluated() -> None:
     assert float(kl_from(dense, dense, Windows(TOKENS))) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("correction", "family"), rotated(TRAINED), ids=str)
+@pytest.mark.parametrize(("correction", "family"), rotated([*TRAINED, WEIGHTED]), ids=str)
 def test_what_follows_the_loss_keeps_the_budget(correction: Correction, family: str) -> None:
     corrected = run(correction, 0.5, family)
     assert {n: x.rank for n, x in low_rank_layers(corrected.model).items()} == corrected.plan.ranks
@@ -446,7 +448,7 @@ def test_adapters_are_drawn_by_the_seed() -> None:
 
 
 def test_every_correction_is_tested_here() -> None:
-    tested = {type(c) for c in (*REFITS, *TRAINED)}
+    tested = {type(c) for c in (*REFITS, *TRAINED, WEIGHTED)}
     assert tested | {NoCorrection} == set(all_variants(iosvd.correction))
 
 
@@ -480,7 +482,7 @@ class Watched(Correction):
         return result
 
 
-@pytest.mark.parametrize("correction", [*REFITS, *TRAINED], ids=str)
+@pytest.mark.parametrize("correction", [*REFITS, *TRAINED, WEIGHTED], ids=str)
 @pytest.mark.parametrize("family", ["llama_tied", "opt"])
 def test_a_correction_leaves_the_dense_model_as_it_is(family: str, correction: Correction) -> None:
     watched, plain = (run(one, 0.6, family) for one in (Watched(correction), correction))
@@ -508,7 +510,7 @@ class Freed(NoQuantization):
         return super().__call__(sites, limit, dtype)
 
 
-@pytest.mark.parametrize("correction", [NoCorrection(), *REFITS, *TRAINED], ids=str)
+@pytest.mark.parametrize("correction", [NoCorrection(), *REFITS, *TRAINED, WEIGHTED], ids=str)
 def test_dense_weights_are_freed_before_rows_are_rounded(correction: Correction) -> None:
     model = build("llama")
     dense = {

@@ -103,7 +103,7 @@ def test_a_run_records_what_its_checkpoint_measures(source: Path) -> None:
     assert found["covered_share"] == 1  # Of the weights of the decoder blocks.
     assert set(found["stages"]) == {  # type: ignore[call-overload]
         *("data", "load", "statistics", "factorization", "allocation", "correction"),
-        *("quantization", "evaluation", "zero_shot"),
+        *("quantization", "evaluation", "zero_shot", "questions"),
     }
     assert found["config"] == config_of(asked)
 

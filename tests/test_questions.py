@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Idefics3Processor, PreTrainedModel
 
 from experiments.train_tiny_vlm import Recipe, build, processor_of
-from iosvd.data.drawn import CELL, COLOURS, NUMBERS, PLACES, all_questions, description, drawn_item
+from iosvd.data.drawn import CELL, COLOURS, NUMBERS, PLACES, description, drawn_item
 from iosvd.data.image_text import Counted, Prompt, Reply, image_tokens, image_windows
 from iosvd.data.items import Item
 from iosvd.data.texts import Split
@@ -82,16 +82,6 @@ def test_answers_are_what_the_image_shows() -> None:
             assert min(distance, key=distance.__getitem__) == right
             seen.add("colour")
     assert seen == {"number", "place", "colour"}
-    for number in range(40):
-        item, every = drawn_item("test", number), all_questions("test", number)
-        right = [one.answer for one in every if one.text == item.question]
-        assert right == [item.choices[item.answer]] and len({one.text for one in every}) == len(
-            every
-        )
-        said = description("test", number).split()
-        for one in every:
-            if one.category != "number" and one.answer not in PLACES:
-                assert one.answer in said
     words = description("test", 0).split()
     assert len(words) - len(filled_cells(drawn_item("test", 0))) == 9
 
@@ -381,8 +371,8 @@ def test_an_image_that_is_none_is_named(processor: Idefics3Processor) -> None:
 def test_prompts_longer_than_the_context(
     processor: Idefics3Processor, model: PreTrainedModel
 ) -> None:
-    long = replace(drawn_item("test", 0), question="What " * 200)
-    with pytest.raises(DataError, match="exceed the model's context of 192"):
+    long = replace(drawn_item("test", 0), question="What " * 100)
+    with pytest.raises(DataError, match="exceed the model's context of 128"):
         answers(model, processor, [long], PROMPT)
 
 

@@ -38,6 +38,7 @@ PLACES = (
     *("middle right", "bottom left", "bottom middle", "bottom right"),
 )
 NUMBERS = ("one", "two", "three", "four")
+WORDS = ("colour", "shape", "place", "number")  # Categories of questions.
 
 
 @dataclass(frozen=True)
@@ -49,41 +50,26 @@ class Thing:
     place: int  # The cell, row by row.
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question about an image, and what may be answered to questions of its category."""
-
-    category: str
-    text: str
-    answer: str
-    answers: tuple[str, ...]
-
-
 def drawn_item(split: str, number: int) -> Item:
     """Return the item of this number in a split."""
     generator = _generator(split, number)
-    things = _things(generator)
-    asked = _chosen(generator, things)
-    choices = [asked.answer, *generator.sample(_without(asked.answers, asked.answer), 3)]
+    shapes = _shapes(generator)
+    question, right, others, category = _question(generator, shapes)
+    choices = [right, *generator.sample(others, 3)]
     generator.shuffle(choices)
     return Item(
         name=f"{split} {number}",
-        load=partial(_drawn, generator.getstate(), tuple(things)),
-        question=asked.text,
+        load=partial(_drawn, generator.getstate(), tuple(shapes)),
+        question=question,
         choices=tuple(choices),
-        answer=choices.index(asked.answer),
-        category=asked.category,
+        answer=choices.index(right),
+        category=category,
     )
-
-
-def all_questions(split: str, number: int) -> list[Question]:
-    """Return every question about an item's image."""
-    return questions(_things(_generator(split, number)))
 
 
 def description(split: str, number: int) -> str:
     """Return what is in an item's image, cell by cell; the embedded model learns to see by it."""
-    there = {one.place: one for one in _things(_generator(split, number))}
+    there = {one.place: one for one in _shapes(_generator(split, number))}
     cells = (there.get(place) for place in range(9))
     return " ".join("none" if one is None else f"{one.colour} {one.shape}" for one in cells)
 
@@ -92,7 +78,7 @@ def _generator(split: str, number: int) -> random.Random:
     return random.Random(f"{split} {number}")
 
 
-def _things(generator: random.Random) -> list[Thing]:
+def _shapes(generator: random.Random) -> list[Thing]:
     count = generator.randint(1, 4)
     places = generator.sample(range(9), count)
     return [
@@ -100,33 +86,32 @@ def _things(generator: random.Random) -> list[Thing]:
     ]
 
 
-def questions(things: Sequence[Thing]) -> list[Question]:
-    """Return all questions about an image that have one right answer, in a fixed order."""
-    by_shape, by_colour = Counter(t.shape for t in things), Counter(t.colour for t in things)
-    found = [Question("number", "How many shapes are there?", NUMBERS[len(things) - 1], NUMBERS)]
-    for one in things:
-        if by_shape[one.shape] == 1:
-            colour, place = f"What colour is the {one.shape}?", f"Where is the {one.shape}?"
-            found.append(Question("colour", colour, one.colour, tuple(COLOURS)))
-            found.append(Question("place", place, PLACES[one.place], PLACES))
-        if by_colour[one.colour] == 1:
-            shape = f"Which shape is {one.colour}?"
-            found.append(Question("shape", shape, one.shape, SHAPES))
-    return found
-
-
-def _chosen(generator: random.Random, things: Sequence[Thing]) -> Question:
-    """Draw a category, and then one of its questions."""
-    possible = questions(things)
-    category = generator.choice(list(dict.fromkeys(one.category for one in possible)))
-    return generator.choice([one for one in possible if one.category == category])
+def _question(generator: random.Random, shapes: Sequence[Thing]) -> tuple[str, str, list[str], str]:
+    """Return a question with one right answer, that answer, wrong ones, and the category."""
+    by_shape, by_colour = Counter(s.shape for s in shapes), Counter(s.colour for s in shapes)
+    alone = [s for s in shapes if by_shape[s.shape] == 1]
+    coloured = [s for s in shapes if by_colour[s.colour] == 1]
+    possible = ["number", *(["colour", "place"] if alone else []), *(["shape"] if coloured else [])]
+    category = generator.choice(possible)
+    if category == "number":
+        right = NUMBERS[len(shapes) - 1]
+        return "How many shapes are there?", right, _without(NUMBERS, right), category
+    if category == "shape":
+        one = generator.choice(coloured)
+        return f"Which shape is {one.colour}?", one.shape, _without(SHAPES, one.shape), category
+    one = generator.choice(alone)
+    if category == "colour":
+        wrong = _without(list(COLOURS), one.colour)
+        return f"What colour is the {one.shape}?", one.colour, wrong, category
+    right = PLACES[one.place]
+    return f"Where is the {one.shape}?", right, _without(PLACES, right), category
 
 
 def _without(values: Sequence[str], one: str) -> list[str]:
     return [value for value in values if value != one]
 
 
-def _drawn(state: Any, things: Sequence[Thing]) -> Image:
+def _drawn(state: Any, shapes: Sequence[Thing]) -> Image:
     with extra("PIL"):
         from PIL import Image
 
@@ -137,7 +122,7 @@ def _drawn(state: Any, things: Sequence[Thing]) -> Image:
     noise = np.random.default_rng(generator.getrandbits(32)).integers(-18, 19, (size, size, 3))
     pixels = np.full((size, size, 3), generator.randint(20, 70)) + noise
     rows, columns = np.mgrid[:size, :size] + 0.5
-    for one in things:
+    for one in shapes:
         row, column = divmod(one.place, 3)
         y = rows - (row + 0.5) * CELL - generator.uniform(-1.5, 1.5)
         x = columns - (column + 0.5) * CELL - generator.uniform(-1.5, 1.5)
