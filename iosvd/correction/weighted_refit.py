@@ -72,7 +72,6 @@ class WeightedRefit(Correction):
                 "the weighted refit diverges; lower correction.learning_rate or use float32"
             )
         log.debug("weighted error %.4g, refitted %.4g", start, end)
-        if end >= start:
-            return factors
-        left, right = (factor.detach().to(factors.left.dtype) for factor in pair)
+        kept = [factors.left, factors.right] if end >= start else pair
+        left, right = (factor.detach().to(weight).contiguous() for factor in kept)
         return replace(factors, left=left, right=right)
