@@ -193,7 +193,8 @@ def test_every_command_has_its_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z0-9-]+):", makefile, flags=re.MULTILINE))
     targets |= {f"table-{path.stem}" for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
-    targets |= {name.replace("table-", "render-") for name in targets}
+    kinds = ("render-", "keep-")
+    targets |= {name.replace("table-", kind) for name in targets for kind in kinds}
     for path in (ROOT / "README.md", *DOCS):
         text = path.read_text()
         code = re.findall(r"`([^`]+)`", text) + re.findall(r"^make .*$", text, flags=re.MULTILINE)
