@@ -19,7 +19,7 @@ from transformers import Idefics3Processor, PreTrainedModel
 from experiments.train_tiny_vlm import Recipe, build, processor_of
 from iosvd.data.drawn import CELL, COLOURS, NUMBERS, PLACES, description, drawn_item
 from iosvd.data.image_text import Counted, Prompt, Reply, image_tokens, image_windows
-from iosvd.data.items import Item
+from iosvd.data.items import LETTERS, Item
 from iosvd.data.texts import Split
 from iosvd.data.visual import Fields, VisualDataset, chosen_items, read_items
 from iosvd.errors import ConfigError, DataError, ModelError
@@ -150,7 +150,7 @@ def test_windows_count_answers_or_all_text(
         following = windows.tokens[row].roll(-1)[counts].tolist()
         assert not special & set(following)
         end = [
-            processor.tokenizer.convert_tokens_to_ids(item.letter),
+            processor.tokenizer.convert_tokens_to_ids(LETTERS[item.answer]),
             processor.tokenizer.eos_token_id,
         ]
         assert following[-2:] == end
@@ -245,7 +245,7 @@ def asked(processor: Idefics3Processor, some: Sequence[Item], texts: list[str]) 
 
 def test_an_oracle_is_always_right_and_silence_always_wrong(processor: Idefics3Processor) -> None:
     some = items(50)
-    right = score(some, asked(processor, some, [item.letter for item in some]))
+    right = score(some, asked(processor, some, [LETTERS[item.answer] for item in some]))
     assert right.acc == right.acc_likeliest == 1 and right.unanswered == 0
     assert set(right.by_category.values()) == {1.0}
     named = score(some, asked(processor, some, [item.choices[item.answer] for item in some]))

@@ -18,8 +18,6 @@ from iosvd.windows import Windows
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import ProcessorMixin
 
-_TEXT = ("input_ids", "attention_mask")  # What a processor returns for the tokens themselves.
-
 
 class Counted(Enum):
     """Positions whose predictions count: of all text, or of the answer alone."""

@@ -28,8 +28,3 @@ class Item:
     def image(self) -> Image:
         """The image, decoded at every access."""
         return self.load()
-
-    @property
-    def letter(self) -> str:
-        """The letter of the right choice."""
-        return LETTERS[self.answer]
