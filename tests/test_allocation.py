@@ -57,6 +57,9 @@ class PredictedTrial:
             lost += [(sigma[: len(gate)] * (1 - gate)).square().sum(), *sigma[len(gate) :].square()]
         return torch.stack(lost).sum() / 2
 
+    def component_derivatives(self, counts: Mapping[str, int], chosen: Tensor) -> dict[str, Tensor]:
+        return {n: self.spectra[n].sigma[:count].float() ** 2 for n, count in counts.items()}
+
     def loss(self, ranks: Mapping[str, int], windows: int) -> float:
         full = {name: shape.full_rank for name, shape in self.budget.shapes.items()}
         return dropped_energy({**full, **ranks}, self.spectra, self.budget) / 2
