@@ -131,6 +131,7 @@ def random_statistics(m: int, n: int, seed: int = 0) -> tuple[Tensor, SiteStatis
         kl_metric=y.T @ y / len(y),
         fisher_metric=g.T @ g / len(g),
         fisher_rows=g.square().mean(0),
+        fisher_elements=torch.outer(g.square().mean(0), x.square().mean(0)),
         kronecker_left=g.T @ g,
         kronecker_right=x.T @ x / len(x) ** 2,
         gradient=gradient,
