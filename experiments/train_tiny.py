@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,29 +122,55 @@ def optimizer_of(model: PreTrainedModel, recipe: Schedule) -> torch.optim.Optimi
 
 
 def fit(
-    model: LlamaForCausalLM, text: torch.Tensor, held_out: torch.Tensor, recipe: Recipe
+    model: PreTrainedModel,
+    recipe: Schedule,
+    loss_at: Callable[[int], torch.Tensor],
+    measured: Callable[[], dict[str, float]],
 ) -> list[dict[str, float]]:
-    """Train in place; return the loss curve, the training loss as the mean since the last point."""
+    """Train in place; return the curve, the training loss as the mean since the last point.
+
+    Args:
+        model: in training mode.
+        recipe: of the optimiser.
+        loss_at: the loss of a step's batch.
+        measured: what a point of the curve holds beside the training loss.
+    """
     optimizer = optimizer_of(model, recipe)
     curve, recent = [], []
     for step in tqdm(range(recipe.steps), unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
-        starts = torch.randint(len(text) - recipe.context, (recipe.batch,))
-        loss = loss_of(model, torch.stack([text[s : s + recipe.context] for s in starts]))
+        loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_norm)
         optimizer.step()
         recent.append(loss.item())
         if (step + 1) % POINT_STEPS == 0:
-            with torch.no_grad():
-                validation = round(loss_of(model, held_out).item(), 4)
             training = round(sum(recent) / len(recent), 4)
             recent.clear()
-            curve.append({"step": step + 1, "train": training, "validation": validation})
+            with torch.no_grad():
+                curve.append({"step": step + 1, "train": training, **measured()})
             tqdm.write(json.dumps(curve[-1]))
     return curve
+
+
+def write_record(
+    folder: Path,
+    recipe: Schedule,
+    model: PreTrainedModel,
+    curve: list[dict[str, float]],
+    **more: float,
+) -> None:
+    """Write training.json: everything about a training that the weights do not say."""
+    record = {
+        "recipe": asdict(recipe),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **more,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "curve": curve,
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def train(recipe: Recipe) -> None:
@@ -154,20 +181,28 @@ def train(recipe: Recipe) -> None:
     tokenizer = train_tokenizer(recipe)
     text, held_out = (tokens_of(split, tokenizer) for split in ("train", "validation"))
     windows = len(held_out) // recipe.context
+    held_out = held_out[: windows * recipe.context].view(windows, -1)
     model = build(recipe)
-    curve = fit(model, text, held_out[: windows * recipe.context].view(windows, -1), recipe)
+
+    def loss_at(_: int) -> torch.Tensor:
+        starts = torch.randint(len(text) - recipe.context, (recipe.batch,))
+        return loss_of(model, torch.stack([text[s : s + recipe.context] for s in starts]))
+
+    def measured() -> dict[str, float]:
+        return {"validation": round(loss_of(model, held_out).item(), 4)}
+
+    curve = fit(model, recipe, loss_at, measured)
     model.bfloat16().save_pretrained(TARGET)
     tokenizer.save_pretrained(TARGET)
-    record = {
-        "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "training_tokens": recipe.steps * recipe.batch * recipe.context,
-        "text_tokens": len(text),
-        "seconds": round(time.monotonic() - started),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "curve": curve,
-    }
-    (TARGET / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(
+        TARGET,
+        recipe,
+        model,
+        curve,
+        training_tokens=recipe.steps * recipe.batch * recipe.context,
+        text_tokens=len(text),
+        seconds=round(time.monotonic() - started),
+    )
 
 
 if __name__ == "__main__":

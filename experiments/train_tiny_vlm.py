@@ -8,18 +8,15 @@ The result, with the settings and the end of the curve in `training.json`, is wr
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     AutoModelForImageTextToText,
     Idefics3Config,
@@ -30,7 +27,7 @@ from transformers import (
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from experiments.train_tiny import Schedule, learning_rate, optimizer_of
+from experiments.train_tiny import Schedule, fit, write_record
 from iosvd.data.drawn import CELL, COLOURS, NUMBERS, PLACES, SHAPES, description, drawn_item
 from iosvd.data.image_text import Prompt, Reply, turn
 from iosvd.data.items import LETTERS, Item
@@ -38,7 +35,6 @@ from iosvd.system.commands import arguments
 from iosvd.windows import IGNORED
 
 TARGET = Path(__file__).parents[1] / "iosvd" / "assets" / "tiny_vlm"
-POINT_STEPS = 100  # Between two points of the curve.
 HELD_OUT = 256  # Items of the validation split at each point.
 SIZE = 3 * CELL
 PATCH = 8
@@ -202,33 +198,6 @@ def accuracy(model: PreTrainedModel, processor: ProcessorMixin, items: list[Item
     return 1 - float(wrong.any(1).float().mean())
 
 
-def fit(
-    model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe
-) -> list[dict[str, float]]:
-    """Train in place; return the curve, the training loss as the mean since the last point."""
-    optimizer = optimizer_of(model, recipe)
-    held_out = [drawn_item("validation", number) for number in range(HELD_OUT)]
-    curve, recent = [], []
-    for step in tqdm(range(recipe.steps), unit="step", mininterval=30):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        loss = loss_of(model, *batch_of(processor, examples(processor, recipe, step)))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_norm)
-        optimizer.step()
-        recent.append(loss.item())
-        if (step + 1) % POINT_STEPS == 0:
-            training = round(sum(recent) / len(recent), 4)
-            recent.clear()
-            model.eval()
-            found = round(accuracy(model, processor, held_out), 4)
-            model.train()
-            curve.append({"step": step + 1, "train": training, "accuracy": found})
-            tqdm.write(json.dumps(curve[-1]))
-    return curve
-
-
 def train(recipe: Recipe) -> None:
     """Train the model, and write its folder."""
     torch.set_num_threads(recipe.threads)
@@ -236,18 +205,28 @@ def train(recipe: Recipe) -> None:
     started = time.monotonic()
     processor = processor_of()
     model = build(recipe, processor).train()
-    curve = fit(model, processor, recipe)
+    held_out = [drawn_item("validation", number) for number in range(HELD_OUT)]
+
+    def loss_at(step: int) -> Tensor:
+        return loss_of(model, *batch_of(processor, examples(processor, recipe, step)))
+
+    def measured() -> dict[str, float]:
+        model.eval()
+        found = round(accuracy(model, processor, held_out), 4)
+        model.train()
+        return {"accuracy": found}
+
+    curve = fit(model, recipe, loss_at, measured)
     model.eval().bfloat16().save_pretrained(TARGET)
     processor.save_pretrained(TARGET)
-    record: dict[str, Any] = {
-        "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "training_items": recipe.steps * recipe.batch,
-        "seconds": round(time.monotonic() - started),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "curve": curve,
-    }
-    (TARGET / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(
+        TARGET,
+        recipe,
+        model,
+        curve,
+        training_items=recipe.steps * recipe.batch,
+        seconds=round(time.monotonic() - started),
+    )
 
 
 if __name__ == "__main__":

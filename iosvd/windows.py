@@ -1,4 +1,4 @@
-"""What passes through a model: windows of tokens, and the images that they speak of."""
+"""Token windows with padding masks and images: the input of a model's forward passes."""
 
 from __future__ import annotations
 
@@ -66,12 +66,6 @@ class Windows:
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
-    def to(self, device: torch.device | str) -> Windows:
-        """Move everything to a device."""
-        filled, counted = (m if m is None else m.to(device) for m in (self.filled, self.counted))
-        beside = tuple({n: x.to(device) for n, x in one.items()} for one in self.beside)
-        return Windows(self.tokens.to(device), filled, counted, beside)
-
     @property
     def length(self) -> int:
         """Positions of a window, with padding."""
@@ -134,8 +128,9 @@ class Windows:
 
     def output(self, model: PreTrainedModel, **options: Any) -> Any:
         """Return what the model makes of these windows, on its device and without a cache."""
-        here = self.to(model.device)
-        return model(input_ids=here.tokens, **_together(here.beside), use_cache=False, **options)
+        beside = {name: x.to(model.device) for name, x in _together(self.beside).items()}
+        tokens = self.tokens.to(model.device)
+        return model(input_ids=tokens, **beside, use_cache=False, **options)
 
     def logits(self, model: PreTrainedModel) -> Tensor:
         """Return the logits, (windows, length, vocabulary)."""

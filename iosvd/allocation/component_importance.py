@@ -1,4 +1,4 @@
-"""QSVD's global score: how much the loss of single windows hangs on each component."""
+"""QSVD's global score: how strongly each window's loss depends on each component."""
 
 from __future__ import annotations
 

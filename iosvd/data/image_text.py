@@ -27,7 +27,7 @@ class Counted(Enum):
 
 
 class Reply(Enum):
-    """What an answer is: the letter of a choice, or its text."""
+    """How an answer names a choice: by its letter or by its text."""
 
     letter = "letter"
     text = "text"
@@ -156,12 +156,15 @@ def _encoded(
 ) -> _Encoded:
     question = prompt.text(processor, item, images=images)
     end = processor.tokenizer.eos_token or ""
-    encoded = encode if images else _encode_text
-    whole = encoded(processor, item, f"{question} {prompt.reply_of(item, choice)}{end}")
-    before = encoded(processor, item, question)
+    text = f"{question} {prompt.reply_of(item, choice)}{end}"
+    whole = (encode if images else _encode_text)(processor, item, text)
+    # By texts alone: the image takes as many tokens in both.
+    shorter, longer = (
+        _encode_text(processor, item, one)["input_ids"].shape[1] for one in (question, text)
+    )
     tokens = whole.pop("input_ids")[0]
     whole.pop("attention_mask", None)
-    return _Encoded(tokens, before["input_ids"].shape[1], whole)
+    return _Encoded(tokens, len(tokens) - (longer - shorter), whole)
 
 
 def encode(processor: ProcessorMixin, item: Item, text: str) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def local_file(dataset: Dataset, split: Split) -> Path:
 
 def _read_local(path: Path, dataset: Dataset) -> list[str]:
     if path.suffix == ".txt":
-        lines = lines_of(path)
+        lines = _lines(path)
         # The hub's WikiText rows end in a newline where they are not blank.
         return [f"{x}\n" if x.strip() else "" for x in lines] if dataset.keep_line_ends else lines
     try:
@@ -102,7 +102,7 @@ def _read_local(path: Path, dataset: Dataset) -> list[str]:
         raise DataError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def lines_of(path: Path) -> list[str]:
+def _lines(path: Path) -> list[str]:
     """Return the lines of a text file, without a byte order mark."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -113,15 +113,25 @@ def lines_of(path: Path) -> list[str]:
     return lines
 
 
-def _of_jsonl(path: Path, field: str) -> Iterator[Any]:
-    """Yield the field of every row."""
-    for number, line in enumerate(lines_of(path), start=1):
+def rows_of_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield every line's number and value; blank lines are skipped.
+
+    Raises:
+        DataError: a line is no JSON.
+    """
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"line {number} of {path} is no JSON: {one_line(error)}") from error
+        yield number, row
+
+
+def _of_jsonl(path: Path, field: str) -> Iterator[Any]:
+    """Yield the field of every row."""
+    for number, row in rows_of_jsonl(path):
         if not isinstance(row, dict) or field not in row:
             held = ", ".join(row) if isinstance(row, dict) else f"none, but a {_kind(row)}"
             raise _no_field(f"line {number} of {path}", field, held)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import torch
 from iosvd.data.drawn import SPLITS, drawn_item
 from iosvd.data.image_text import Counted, Prompt
 from iosvd.data.items import LETTERS, Item
-from iosvd.data.texts import Split, lines_of
+from iosvd.data.texts import Split, rows_of_jsonl
 from iosvd.errors import ConfigError, DataError, extra, one_line
 from iosvd.system.files import check_no_pointers
 
@@ -146,14 +145,8 @@ def local_items(dataset: VisualDataset, split: Split) -> Path:
 
 
 def _local(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(lines_of(path), start=1):
-        if not line.strip():
-            continue
+    for number, row in rows_of_jsonl(path):
         name = f"{number} of {path}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"line {name} is no JSON: {one_line(error)}") from error
         if not isinstance(row, dict):
             raise DataError(f"line {name} is no item, but a {type(row).__name__}")
         yield name, row

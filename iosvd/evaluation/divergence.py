@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from iosvd.errors import NumericalError
-from iosvd.models.predictions import log_probabilities, summed_kl
+from iosvd.models.predictions import at_labels, log_probabilities, summed_kl
 from iosvd.system.progress import track
-from iosvd.windows import IGNORED, Windows, as_windows
+from iosvd.windows import Windows, as_windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -60,9 +60,7 @@ def divergences(
             with context():
                 found = log_probabilities(model, batch, torch.float64)
             kl = summed_kl(reference, found)
-            labels = batch.chosen(batch.labels).to(found.device)
-            at_labels = (reference - found).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
-            change = at_labels.where(labels != IGNORED, 0).sum()
+            change = at_labels(reference - found, batch.chosen(batch.labels)).sum()
             sums[name] += torch.stack([kl, change]).cpu()
     count = torch.stack([windows.positions.sum(), windows.predictions.sum()])
     means = {name: (total / count).tolist() for name, total in sums.items()}

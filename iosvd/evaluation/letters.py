@@ -1,4 +1,4 @@
-"""Which choice a generated answer names (METHODS 12)."""
+"""Find the choice that a generated answer names (METHODS 12)."""
 
 from __future__ import annotations
 

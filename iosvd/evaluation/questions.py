@@ -1,4 +1,4 @@
-"""Accuracy on questions about images: of generated answers, and of the likeliest letter."""
+"""Accuracy on questions about images: of generated answers, and of the likeliest choice."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from iosvd.data.image_text import (
 from iosvd.data.items import LETTERS, Item
 from iosvd.errors import ConfigError, DataError, one_line
 from iosvd.evaluation.letters import chosen
+from iosvd.models.predictions import at_labels
 from iosvd.system.progress import track
-from iosvd.windows import IGNORED
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel, ProcessorMixin
@@ -31,7 +31,7 @@ NEW_TOKENS = 16  # Of an answer, greedily (METHODS 12).
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered, item by item."""
+    """A model's answers, item by item."""
 
     generated: Sequence[int | None]  # Index of the choice that the answer names.
     likeliest: Sequence[int]  # Index of the choice that is the likeliest answer.
@@ -154,10 +154,8 @@ def _likeliest_texts(
     """Return, for each item, the choice whose whole text and end are the likeliest answer."""
     answered = [(item, choice) for item in items for choice in range(len(item.choices))]
     windows = answered_windows(processor, answered, prompt, Counted.answer)
-    logits = windows.logits(model)
-    labels = windows.labels.to(logits.device)
-    kept = logits.float().log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
-    scores = iter(kept.where(labels != IGNORED, 0).sum(1).tolist())
+    likelihoods = at_labels(windows.logits(model).float().log_softmax(-1), windows.labels)
+    scores = iter(likelihoods.sum(1).tolist())
     found = []
     for item in items:
         mine = [next(scores) for _ in item.choices]

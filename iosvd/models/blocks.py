@@ -123,8 +123,6 @@ def hidden_states_of(
     first = decoder_blocks(model)[0]
     width = model.config.get_text_config().hidden_size
     states = _room((*windows.tokens.shape, width), model.dtype, model.device, limit_bytes)
-    if windows.beside:
-        _check_alike(model, first, windows)
     for start in range(0, len(windows), batch_size):
         where = slice(start, start + batch_size)
         states[where], _ = arrival(model, first, windows[where])
@@ -132,17 +130,17 @@ def hidden_states_of(
 
 
 @torch.no_grad()
-def _check_alike(model: PreTrainedModel, first: nn.Module, windows: Windows) -> None:
+def _check_alike(model: PreTrainedModel, windows: Windows) -> None:
     """Raise ModelError if the blocks' other arguments differ from window to window."""
-    seen: list[Call] = []
-    for window in windows.split(1):
-        seen.append(arrival(model, first, window)[1])
-        if not alike(seen[-1], seen[0]):
+    first = decoder_blocks(model)[0]
+    _, expected = arrival(model, first, windows[:1])
+    for window in windows[1:].split(1):
+        _, call = arrival(model, first, window)
+        if not alike(call, expected):
             raise ModelError(
                 f"the blocks of {type(model).__name__} get positions or masks that depend on where"
                 f" images stand in a window, so hidden states cannot be carried; {_INSTEAD}"
             )
-        del seen[1:]
 
 
 def calls_of(
@@ -160,6 +158,8 @@ def calls_of(
         ModelError: hidden states cannot be carried from block to block with these.
     """
     _check_carried(model, windows[:2])
+    if windows.beside:
+        _check_alike(model, windows)
     own = {min(batch_size, len(windows)), len(windows) % batch_size} - {0}
     return _calls(model, windows, own | set(sizes))
 

@@ -1,4 +1,4 @@
-"""What decoder blocks are called with, and forward passes that end where that is seen."""
+"""The arguments of decoder blocks, and forward passes that stop where these are captured."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from iosvd.windows import Windows
+from iosvd.windows import IGNORED, Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
     from transformers import PreTrainedModel
@@ -28,6 +28,18 @@ def log_probabilities(model: PreTrainedModel, windows: Windows, dtype: torch.dty
     """
     logits = windows.chosen(windows.logits(model))
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, dtype))
+
+
+def at_labels(values: Tensor, labels: Tensor) -> Tensor:
+    """Return the values of the labels, (windows, positions); 0 where a label is IGNORED.
+
+    Args:
+        values: (windows, positions, vocabulary), such as log-probabilities.
+        labels: (windows, positions).
+    """
+    labels = labels.to(values.device)
+    found = values.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    return found.where(labels != IGNORED, 0)
 
 
 def summed_kl(reference: Tensor, found: Tensor) -> Tensor:

@@ -158,12 +158,10 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return found if isinstance(found, nn.Module) else model
 
 
-def sees_tokens(model: nn.Module, module: nn.Module) -> bool:
-    """Whether a module reads one row per token, unlike those that read an image's patches."""
-    decoder = decoder_of(model)
-    if module is getattr(model, "get_output_embeddings", lambda: None)():
-        return True
-    return any(module is inner for inner in decoder.modules())
+def reading_tokens(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that read one row per token; others read an image's patches."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {*decoder_of(model).modules(), *([] if head is None else [head])}
 
 
 def _weights_in(module: nn.Module) -> int:
@@ -235,9 +233,9 @@ def shared_inputs(
     with ExitStack() as stack, torch.no_grad():
         for name, site in sites.items():
             stack.callback(site.register_forward_pre_hook(partial(see, name)).remove)
-        few = windows.few().to(model.device)
+        few = windows.few()
         # With a mask, transformers does not look at values; meta tensors have none.
-        few.output(model, attention_mask=torch.ones_like(few.tokens))
+        few.output(model, attention_mask=torch.ones_like(few.tokens, device=model.device))
     for name in sites:
         if name not in shared and expert_of(model, name) is not None:
             shared[name] = name  # None of the few tokens was routed to it.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # Both take seconds to import.
 
 @dataclass(frozen=True)
 class Material:
-    """What a run measures its model on, loaded before any expensive work."""
+    """Texts, tasks and questions of an evaluation, loaded before any expensive work."""
 
     texts: Mapping[str, Windows]
     tasks: Mapping[str, Task]

@@ -1,4 +1,4 @@
-"""What turns a run's texts and images into the inputs of its model."""
+"""The tokenizer and the image processor of a run's model."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ class Reader:
 
     @property
     def saved(self) -> PreTrainedTokenizerBase | ProcessorMixin:
-        """What is saved beside a checkpoint: all that there is."""
+        """The processor if there is one, else the tokenizer; saved beside a checkpoint."""
         return self.tokenizer if self.images is None else self.images

@@ -60,6 +60,11 @@ def record_folder(run: Run) -> Path:
     return found[0] if found else own
 
 
+def is_kept(folder: Path) -> bool:
+    """Whether a folder of `record_folder` is one in git, not a run's own."""
+    return folder.parent.parent.name == KEPT
+
+
 def check_inside(folder: Path, run: Run) -> None:
     """Raise RecordError if the folder is a link out of the results."""
     runs = (Path(run.runtime.output.results) / "runs").resolve()

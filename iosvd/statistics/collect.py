@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from iosvd.models.chain import without_graph
 from iosvd.models.forward import activation_gradients, evaluation
-from iosvd.models.sites import sees_tokens, shared_inputs
+from iosvd.models.sites import reading_tokens, shared_inputs
 from iosvd.statistics.accumulators import Phase, Sums
 from iosvd.statistics.needs import Needs, SiteStatistics
 from iosvd.statistics.passes import Body, body_of, check_logits, head_gradients
@@ -58,7 +58,8 @@ def collect(
     if needs == Needs():
         return {name: SiteStatistics(name) for name in sites}
     windows = as_windows(tokens)
-    seeing = {name for name, site in sites.items() if not sees_tokens(model, site)}
+    reading = reading_tokens(model)
+    seeing = {name for name, site in sites.items() if site not in reading}
     sums = Sums(needs, shared_inputs(model, windows, sites), seeing, on_cpu)
     sums.check_windows(windows)
     with activation_gradients(model) if needs.backward else evaluation(model):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from iosvd.errors import NumericalError
 from iosvd.models.chain import chained_blocks
 from iosvd.models.head import hidden_states, separate_head
-from iosvd.models.sites import sees_tokens
+from iosvd.models.sites import reading_tokens
 from iosvd.statistics.memory import CHUNK_ENTRIES
 from iosvd.statistics.signals import Signals
 from iosvd.windows import Windows
@@ -60,7 +60,7 @@ def body_of(
     blocks = chained_blocks(model, windows) if backward else []
     if backward and not blocks:
         log.info("blocks cannot run again one by one; the activations of all of them are kept")
-    seeing = backward and any(not sees_tokens(model, module) for module in watched)
+    seeing = backward and not reading_tokens(model).issuperset(watched)
     return Body(model, head, blocks, seeing)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from iosvd.errors import ConfigError, RecordError, check_name
 from iosvd.runs.config import own_option
 from iosvd.runs.fingerprints import digest
-from iosvd.runs.records import Record, read_record, record_folder, run_folder
+from iosvd.runs.records import Record, is_kept, read_record, record_folder
 from iosvd.runs.run import Run
 from iosvd.sweeps.expansion import baselines, expand
 from iosvd.tables.published import read_published
@@ -64,16 +64,11 @@ class OnDisk:
 
     found: tuple[Found, ...]
     set_aside: tuple[str, ...]
+    kept: int = 0  # Records that come from git rather than from a run here.
 
     @property
     def records(self) -> list[Record]:
         return [found.record for found in self.found if found.record is not None]
-
-    @property
-    def kept(self) -> int:
-        """The number of records that come from git rather than from a run here."""
-        runs = [found.run for found in self.found if found.record is not None]
-        return sum(record_folder(run) != run_folder(run) for run in runs)
 
 
 @dataclass(frozen=True)
@@ -97,18 +92,19 @@ def read_table(overrides: Sequence[str]) -> SweepTable:
 
 def find(sweep: Sweep) -> OnDisk:
     """Read the record of every run; one that cannot be trusted is a gap with a reason."""
-    found, reasons = [], []
+    found, reasons, kept = [], [], 0
     for run in sweep.runs:
+        folder = record_folder(run)
         try:
-            found.append(Found(run, _trusted(run)))
+            found.append(Found(run, _trusted(run, folder)))
+            kept += found[-1].record is not None and is_kept(folder)
         except RecordError as error:
             found.append(Found(run, None))
             reasons.append(str(error))
-    return OnDisk(tuple(found), tuple(reasons))
+    return OnDisk(tuple(found), tuple(reasons), kept)
 
 
-def _trusted(run: Run) -> Record | None:
-    folder = record_folder(run)
+def _trusted(run: Run, folder: Path) -> Record | None:
     record = read_record(folder)
     if record is not None and record.digest != digest(run):
         raise RecordError(
