@@ -47,10 +47,10 @@ def preset(name: str, ratio: float | None = None, target_kl: float | None = None
         near = get_close_matches(name, names, n=3) or names
         raise ConfigError(f"no method is called {name}; did you mean {', '.join(near)}?")
     options = _default_options()
-    body = _collect(name, options)
+    body = _collect("method", name, options)
     if ratio is None and target_kl is None and "${ratio}" in str(OmegaConf.to_container(body)):
         raise ConfigError(f"the options of {name} follow the ratio; give preset() the ratio too")
-    groups = {group: _load(group, option) for group, option in options.items()}
+    groups = {group: _collect(group, option, {}) for group, option in options.items()}
     defaults = {"factorization": {}, "min_rank_fraction": 0.0}
     composed = OmegaConf.merge(defaults, groups, body, {"ratio": ratio})
     assert isinstance(composed, DictConfig)
@@ -84,15 +84,15 @@ def _default_options() -> dict[str, str]:
     return {group: chosen[group] for group in GROUPS}
 
 
-def _collect(name: str, options: dict[str, str]) -> DictConfig:
-    """Return a preset's own values, those of its bases first; add the options it chooses."""
-    loaded = _load("method", name)
+def _collect(group: str, name: str, options: dict[str, str]) -> DictConfig:
+    """Return a file's own values, over those of its bases; add the options that a preset chooses."""
+    loaded = _load(group, name)
     body = OmegaConf.create({})
     entries = loaded.pop("defaults", [])
     for base in (entry for entry in entries if isinstance(entry, str) and entry != "_self_"):
-        body = OmegaConf.merge(body, _collect(base, options))  # type: ignore[assignment]
+        body = OmegaConf.merge(body, _collect(group, base, options))  # type: ignore[assignment]
     for entry in (entry for entry in entries if isinstance(entry, dict)):
-        options |= {group.removeprefix("override /"): option for group, option in entry.items()}
+        options |= {key.removeprefix("override /"): option for key, option in entry.items()}
     merged = OmegaConf.merge(body, loaded)
     assert isinstance(merged, DictConfig)
     return merged

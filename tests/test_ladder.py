@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import iosvd
 from iosvd.allocation import Spectral
+from iosvd.cache.disk import Cache
+from iosvd.cache.entries import HEADER
 from iosvd.correction import (
     Anchored,
     BlockLoss,
@@ -25,6 +28,7 @@ from iosvd.correction import (
     Refinement,
     RefitOptions,
 )
+from iosvd.correction.training import Fit
 from iosvd.errors import ConfigError
 from iosvd.evaluation.divergence import divergence
 from iosvd.layers.replacement import low_rank_layers
@@ -118,3 +122,50 @@ def test_windows_that_are_lacking_are_named_before_any_work() -> None:
     method = Method(InputOutput(), Spectral(), Ladder(end_to_end=EndToEnd()))
     with pytest.raises(ConfigError, match=r"held_out=0\.1 of 3 calibration windows leaves none"):
         compress(build("llama"), few, method=method, ratio=0.5)
+
+
+def run_in(store: Cache) -> dict[str, Tensor]:
+    return compress(
+        build("llama"),
+        TOKENS,
+        method=Method(InputOutput(), Spectral(), Ladder(RefitOptions(), end_to_end=LONG)),
+        ratio=0.5,
+        batch_size=4,
+        store=store,
+        identity="llama",
+    ).model.state_dict()
+
+
+LONG = EndToEnd(epochs=5, learning_rate=3e-3, batch_windows=3, held_out=0.0)
+STEPS = 3  # By epoch.
+
+
+@pytest.mark.parametrize("spared", [0.0, 1e9], ids=["every epoch kept", "none kept"])
+def test_an_interrupted_training_resumes_at_the_epoch_that_was_kept(
+    spared: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run_in(Cache(tmp_path / "undisturbed"))
+    store = Cache(tmp_path / "cache")
+    gradients, taken = Fit._add_gradients_, list[int]()
+
+    def interrupted(fit: Fit, batch: Tensor) -> None:
+        if len(taken) == 2 * STEPS + 1:  # In the third epoch.
+            taken.append(-1)
+            raise KeyboardInterrupt
+        taken.append(len(batch))
+        gradients(fit, batch)
+
+    monkeypatch.setattr("iosvd.correction.epochs.SPARED", spared)
+    monkeypatch.setattr(Fit, "_add_gradients_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_in(store)
+    found = run_in(store)
+    again = len(taken) - taken.index(-1) - 1
+    assert again == (3 if spared == 0 else 5) * STEPS
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    before = len(taken)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in run_in(store).items())
+    assert len(taken) == before  # A third run trains nothing,
+    kept = [json.loads((e.path / HEADER).read_text())["identity"] for e in store.entries()]
+    assert [one["epochs"] for one in kept if "epochs" in one] == [0]  # and nothing else is left.

@@ -137,6 +137,10 @@ class Cache(Store):
             return Entry(load_file(path / TENSORS), entry.cost, numbers)
         return entry
 
+    def drop(self, key: Key) -> None:
+        if (kept := kept_in(self._path(key), key.kind)) is not None:
+            self.discard(kept)
+
     def _write(self, path: Path, entry: Entry, header: Mapping[str, Any]) -> None:
         with written_whole(path) as temporary:
             temporary.mkdir()

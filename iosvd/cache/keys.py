@@ -118,14 +118,40 @@ class SpectrumKeys:
             steps: what is done to each block.
             number: of the block.
         """
+        return self._correction("blocks", sites, ranks, {"steps": steps, "block": number})
+
+    def training(
+        self,
+        sites: Collection[str],
+        ranks: Mapping[str, int],
+        correction: Mapping[str, Any],
+        epochs: int,
+    ) -> Key:
+        """Return the key of what a training of all blocks has reached after some epochs.
+
+        Args:
+            sites, ranks: as above.
+            correction: its class and all its options.
+            epochs: 0 for the result of the training.
+        """
+        return self._correction(
+            "training", sites, ranks, {"correction": correction, "epochs": epochs}
+        )
+
+    def _correction(
+        self,
+        code: str,
+        sites: Collection[str],
+        ranks: Mapping[str, int],
+        of: Mapping[str, Any],
+    ) -> Key:
         identity = {
             "spectra": self._identity(),
             "tokens": self.calibration.tokens,
             "sites": list(sites),
             "ranks": dict(ranks),
-            "steps": steps,
-            "block": number,
-            "code": code_digest("blocks", type(self.whitening)),
+            **of,
+            "code": code_digest(code, type(self.whitening)),
         }
         return Key("blocks", identity)
 

@@ -56,6 +56,10 @@ class Store(Protocol):
         """Store an entry and return it as `get` would. This process must hold the key's lock."""
         ...
 
+    def drop(self, key: Key) -> None:
+        """Remove an entry, if there is one."""
+        ...
+
     def locked(self, keys: Iterable[Key]) -> AbstractContextManager[None]:
         """Keep other processes from computing the entries of these keys."""
         ...
@@ -94,6 +98,9 @@ class NoStore(Store):
 
     def put(self, key: Key, entry: Entry) -> Entry:
         return entry
+
+    def drop(self, key: Key) -> None:
+        return
 
     def locked(self, keys: Iterable[Key]) -> AbstractContextManager[None]:
         return nullcontext()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iosvd.allocation import Allocation
 from iosvd.cache.calibration import Calibration
+from iosvd.cache.keys import SpectrumKeys
 from iosvd.factorization import Factorization
 from iosvd.statistics.needs import SiteStatistics
 from iosvd.system.timing import Stage
@@ -28,6 +29,11 @@ class CorrectionInputs:
     whitening: Whitening
     allocation: Allocation
     factorization: Factorization
+
+    @property
+    def spectra(self) -> SpectrumKeys:
+        """The keys of the spectra that were truncated."""
+        return SpectrumKeys(self.calibration.keys, self.whitening, self.factorization)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.cache.calibration import Calibration
-from iosvd.cache.keys import SpectrumKeys, options_of
+from iosvd.cache.keys import options_of
 from iosvd.cache.store import Key, get_or_compute
 from iosvd.correction.base import CorrectionInputs, CorrectionResult
 from iosvd.correction.closed_form import closed_form_
@@ -170,10 +170,8 @@ def _curvatures(
 
 
 def _key(inputs: CorrectionInputs, steps: BlockSteps, number: int) -> Key:
-    own = inputs.calibration
-    spectra = SpectrumKeys(own.keys, inputs.whitening, inputs.factorization)
     ranks = inputs.sites.budget.factorised(inputs.sites.ranks)
-    return spectra.block(list(inputs.sites), ranks, options_of(steps), number)
+    return inputs.spectra.block(list(inputs.sites), ranks, options_of(steps), number)
 
 
 def _layout(

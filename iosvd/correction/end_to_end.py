@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from iosvd.cache.calibration import Calibration
+from iosvd.cache.store import Entry, Key
 from iosvd.correction.base import CorrectionResult
 from iosvd.correction.distilled import kl_from
+from iosvd.correction.epochs import Trail
+from iosvd.correction.stored_block import tensors_of, update_from
 from iosvd.correction.training import Fit, Optimization, own_parameters_, update_of
 from iosvd.layers.replacement import install_, set_parameters_, twin_of
 from iosvd.models.blocks import checkpointed
 from iosvd.models.sites import named_blocks, names_within
+from iosvd.system.timing import measured
 from iosvd.types import Site
 
 
@@ -37,8 +41,39 @@ class EndToEnd(Optimization):
     def rung(self) -> str:
         return "end_to_end"
 
-    def train(self, calibration: Calibration, start: CorrectionResult) -> CorrectionResult:
-        """Return the result of a correction after the training; the dense model stays as it is."""
+    def train(
+        self, calibration: Calibration, start: CorrectionResult, key: Callable[[int], Key]
+    ) -> CorrectionResult:
+        """Return the result of a correction after the training; the dense model stays as it is.
+
+        An interrupted training resumes at an epoch that was kept.
+
+        Args:
+            calibration: its store keeps the training.
+            start: the result.
+            key: of what is reached after some epochs; 0: of the end.
+        """
+        store, trail = calibration.store, Trail(calibration.store, key)
+        entry, spent = store.get(key(0)), 0.0
+        if entry is not None:
+            spent = entry.cost.seconds
+        else:
+            with store.locked([key(0)]):
+                with measured() as took:
+                    tensors = self._trained(calibration, start, trail)
+                spent = trail.earlier
+                cost = replace(took(), seconds=took().seconds + spent)
+                entry = store.put(key(0), Entry(tensors, cost))
+            trail.forget(self.epochs)
+        dense = calibration.model
+        update = update_from(entry.tensors, start.sites, dense.device)
+        costs = [*start.costs, replace(entry.cost, seconds=spent)]
+        parameters = {**start.parameters, **update.parameters}
+        return replace(start, sites=update.sites, parameters=parameters, costs=costs)
+
+    def _trained(
+        self, calibration: Calibration, start: CorrectionResult, trail: Trail
+    ) -> dict[str, Tensor]:
         dense, windows = calibration.model, calibration.windows
         twin = twin_of(dense)
         install_(twin, start.sites)
@@ -56,10 +91,9 @@ class EndToEnd(Optimization):
                 terms=windows.positions,
                 batch_size=calibration.batch_size,
                 what="KL divergence, end to end",
+                trail=trail,
             ).run_()
-        update = update_of(twin, start.sites, trained)
-        parameters = {**start.parameters, **update.parameters}
-        return replace(start, sites=update.sites, parameters=parameters)
+        return tensors_of(update_of(twin, start.sites, trained), dense)
 
 
 def _of_blocks_(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from iosvd.cache.calibration import Calibration
+from iosvd.cache.keys import options_of
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.correction.blockwise import BlockSteps, correct_blocks
 from iosvd.correction.end_to_end import EndToEnd
@@ -59,4 +61,8 @@ class Ladder(Correction):
         result = CorrectionResult(inputs.sites, inputs.sites.ranks)
         if self.closed_form is not None or self.refinement is not None:
             result = correct_blocks(inputs, BlockSteps(self.closed_form, self.refinement))
-        return self.end_to_end.train(inputs.calibration, result) if self.end_to_end else result
+        if self.end_to_end is None:
+            return result
+        ranks = inputs.sites.budget.factorised(inputs.sites.ranks)
+        key = partial(inputs.spectra.training, list(inputs.sites), ranks, options_of(self))
+        return self.end_to_end.train(inputs.calibration, result, key)

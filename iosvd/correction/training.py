@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from iosvd.correction.epochs import Reached, Trail
 from iosvd.correction.stored_block import BlockUpdate
 from iosvd.errors import ConfigError, NumericalError, check_at_least
 from iosvd.grams import wide
@@ -90,6 +91,7 @@ class Fit:
     batch_size: int
     what: str  # Is trained, for the log.
     number: int = 0  # Of the training, which draws its order with the seed.
+    trail: Trail = field(default_factory=Trail)  # For a training that takes long.
     masters: Sequence[Tensor] = field(init=False)  # The parameters in float32 or better.
     scales: list[float] = field(default_factory=lambda: [16.0**-i for i in range(_SCALES)])
 
@@ -102,52 +104,70 @@ class Fit:
         """Train, and leave the parameters of the epoch with the least loss."""
         if not self.parameters:
             return
-        start = least = self._judged()
-        if not math.isfinite(start):
-            raise NumericalError(
-                f"the {self.what} is not finite before any training; try model.dtype=bfloat16"
-            )
-        best = [parameter.detach().clone() for parameter in self.parameters]
-        for _ in self._epochs():
+        batches = self._batches()
+        reached = self._at_start(len(batches))
+        self.trail.resume_(reached, self.options.epochs)
+        self._set_(self.masters)
+        for _ in self._epochs(batches, reached):
             found = self._judged()
             if not math.isfinite(found):
                 rate = f"correction.{self.options.rung}.learning_rate"
                 log.warning("the training of %s diverges; lower %s", self.what, rate)
                 break
-            if found < least:
-                least = found
-                for kept, parameter in zip(best, self.parameters, strict=True):
+            if found < reached.least:
+                reached.least = found
+                for kept, parameter in zip(reached.best, self.parameters, strict=True):
                     kept.copy_(parameter)
-        for kept, parameter in zip(best, self.parameters, strict=True):
-            parameter.copy_(kept)
-        log.info("%s: %.4g, trained %.4g", self.what, start, least)
+            self.trail.keep(reached)
+        self._set_(reached.best)
+        log.info("%s: %.4g, trained %.4g", self.what, reached.start, reached.least)
 
-    def _epochs(self) -> Iterator[None]:
-        from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
-
+    def _batches(self) -> list[Tensor]:
+        """Return the windows of every step of all epochs."""
         options = self.options
         trained = options.trained_windows(len(self.terms))
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.number)
-        batches = [
+        return [
             batch
             for _ in range(options.epochs)
             for batch in torch.randperm(trained, generator=generator).split(options.batch_windows)
         ]
-        steps = len(batches)
+
+    def _at_start(self, steps: int) -> Reached:
+        from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
+
+        start = self._judged()
+        if not math.isfinite(start):
+            raise NumericalError(
+                f"the {self.what} is not finite before any training; try model.dtype=bfloat16"
+            )
+        options = self.options
         optimizer = torch.optim.AdamW(
             self.masters, lr=options.learning_rate, weight_decay=options.weight_decay
         )
         warm_up = min(math.ceil(_WARM_UP * steps), steps - 1)
         schedule = cosine(optimizer, warm_up, steps, min_lr_rate=_LAST_RATE)
-        for number, batch in enumerate(track(batches, steps, self.what, "step"), start=1):
+        best = [parameter.detach().clone() for parameter in self.parameters]
+        return Reached(self.masters, optimizer, schedule, best, start, least=start)
+
+    def _epochs(self, batches: Sequence[Tensor], reached: Reached) -> Iterator[None]:
+        """Take the steps that are left; yield after each epoch."""
+        by_epoch = len(batches) // self.options.epochs
+        left = batches[reached.epochs * by_epoch :]
+        for number, batch in enumerate(track(left, len(left), self.what, "step"), start=1):
             self._add_gradients_(batch)
             nn.utils.clip_grad_norm_(self.masters, _LARGEST_NORM)
-            optimizer.step()
-            schedule.step()
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                parameter.copy_(master)
-            if number % (steps // options.epochs) == 0:
+            reached.optimizer.step()
+            reached.schedule.step()
+            self._set_(self.masters)
+            if number % by_epoch == 0:
+                reached.epochs += 1
                 yield
+
+    def _set_(self, values: Sequence[Tensor]) -> None:
+        """Give the parameters these values."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     def _add_gradients_(self, batch: Tensor) -> None:
         """Set the masters' gradients to those of the mean loss of some windows."""

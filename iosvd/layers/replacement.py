@@ -52,7 +52,7 @@ def compressed_layer(layer: nn.Linear, site: Site) -> nn.Linear | LowRankLinear:
         if site.factors is None and layer.bias is None:
             raise ModelError(f"{site.name} stays dense, so a correction cannot give it a bias")
         trained = layer.weight.requires_grad
-        new.bias = nn.Parameter(site.bias.to(new.weight.dtype), requires_grad=trained)
+        new.bias = nn.Parameter(site.bias.to(new.weight), requires_grad=trained)
         if isinstance(new, LowRankLinear):
             new.added_bias = layer.bias is None
     return new
@@ -62,7 +62,7 @@ def _linear(layer: nn.Linear, weight: Tensor) -> nn.Linear:
     """Return a dense layer with another weight, and a copy of this layer's bias."""
     new = copy.deepcopy(layer, {id(layer.weight): layer.weight})
     trained = layer.weight.requires_grad
-    new.weight = nn.Parameter(weight.detach().to(layer.weight.dtype), requires_grad=trained)
+    new.weight = nn.Parameter(weight.detach().to(layer.weight), requires_grad=trained)
     return new
 
 
