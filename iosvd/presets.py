@@ -85,7 +85,7 @@ def _default_options() -> dict[str, str]:
 
 
 def _collect(group: str, name: str, options: dict[str, str]) -> DictConfig:
-    """Return a file's own values, over those of its bases; add the options that a preset chooses."""
+    """Return a file's values, over those of its bases; add the options that a preset chooses."""
     loaded = _load(group, name)
     body = OmegaConf.create({})
     entries = loaded.pop("defaults", [])
