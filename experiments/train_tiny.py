@@ -110,7 +110,7 @@ def tokens_of(split: str, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
 
 
-def optimizer_of(model: PreTrainedModel, recipe: Schedule) -> torch.optim.Optimizer:
+def optimizer_of(model: torch.nn.Module, recipe: Schedule) -> torch.optim.Optimizer:
     """Return AdamW, whose decay spares the norms."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.dim() > 1]},
@@ -122,7 +122,7 @@ def optimizer_of(model: PreTrainedModel, recipe: Schedule) -> torch.optim.Optimi
 
 
 def fit(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     recipe: Schedule,
     loss_at: Callable[[int], torch.Tensor],
     measured: Callable[[], dict[str, float]],

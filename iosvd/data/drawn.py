@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,6 @@ PLACES = (
     *("middle right", "bottom left", "bottom middle", "bottom right"),
 )
 NUMBERS = ("one", "two", "three", "four")
-WORDS = ("colour", "shape", "place", "number")  # Categories of questions.
 
 
 @dataclass(frozen=True)
@@ -50,68 +49,68 @@ class Thing:
     place: int  # The cell, row by row.
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question about an image, with one right answer."""
+
+    question: str
+    right: str
+    wrong: Sequence[str]
+
+
 def drawn_item(split: str, number: int) -> Item:
     """Return the item of this number in a split."""
     generator = _generator(split, number)
-    shapes = _shapes(generator)
-    question, right, others, category = _question(generator, shapes)
-    choices = [right, *generator.sample(others, 3)]
+    things = _things(generator)
+    possible = questions_about(things)
+    category = generator.choice(list(possible))
+    asked = generator.choice(possible[category])
+    choices = [asked.right, *generator.sample(asked.wrong, 3)]
     generator.shuffle(choices)
     return Item(
         name=f"{split} {number}",
-        load=partial(_drawn, generator.getstate(), tuple(shapes)),
-        question=question,
+        load=partial(_drawn, generator.getstate(), things),
+        question=asked.question,
         choices=tuple(choices),
-        answer=choices.index(right),
+        answer=choices.index(asked.right),
         category=category,
     )
 
 
-def description(split: str, number: int) -> str:
-    """Return what is in an item's image, cell by cell; the embedded model learns to see by it."""
-    there = {one.place: one for one in _shapes(_generator(split, number))}
-    cells = (there.get(place) for place in range(9))
-    return " ".join("none" if one is None else f"{one.colour} {one.shape}" for one in cells)
+def things_in(split: str, number: int) -> tuple[Thing, ...]:
+    """Return what is in an item's image; the embedded model learns to see by it."""
+    return _things(_generator(split, number))
+
+
+def questions_about(things: Sequence[Thing]) -> dict[str, list[Asked]]:
+    """Return every question with one right answer, by category."""
+    by_shape, by_colour = Counter(t.shape for t in things), Counter(t.colour for t in things)
+    alone = [t for t in things if by_shape[t.shape] == 1]
+    coloured = [t for t in things if by_colour[t.colour] == 1]
+    found = {
+        "number": [_asked("How many shapes are there?", NUMBERS[len(things) - 1], NUMBERS)],
+        "colour": [_asked(f"What colour is the {t.shape}?", t.colour, COLOURS) for t in alone],
+        "place": [_asked(f"Where is the {t.shape}?", PLACES[t.place], PLACES) for t in alone],
+        "shape": [_asked(f"Which shape is {t.colour}?", t.shape, SHAPES) for t in coloured],
+    }
+    return {category: asked for category, asked in found.items() if asked}
 
 
 def _generator(split: str, number: int) -> random.Random:
     return random.Random(f"{split} {number}")
 
 
-def _shapes(generator: random.Random) -> list[Thing]:
-    count = generator.randint(1, 4)
-    places = generator.sample(range(9), count)
-    return [
-        Thing(generator.choice(SHAPES), generator.choice(list(COLOURS)), place) for place in places
-    ]
+def _things(generator: random.Random) -> tuple[Thing, ...]:
+    places = generator.sample(range(9), generator.randint(1, 4))
+    colours = list(COLOURS)
+    return tuple(Thing(generator.choice(SHAPES), generator.choice(colours), p) for p in places)
 
 
-def _question(generator: random.Random, shapes: Sequence[Thing]) -> tuple[str, str, list[str], str]:
-    """Return a question with one right answer, that answer, wrong ones, and the category."""
-    by_shape, by_colour = Counter(s.shape for s in shapes), Counter(s.colour for s in shapes)
-    alone = [s for s in shapes if by_shape[s.shape] == 1]
-    coloured = [s for s in shapes if by_colour[s.colour] == 1]
-    possible = ["number", *(["colour", "place"] if alone else []), *(["shape"] if coloured else [])]
-    category = generator.choice(possible)
-    if category == "number":
-        right = NUMBERS[len(shapes) - 1]
-        return "How many shapes are there?", right, _without(NUMBERS, right), category
-    if category == "shape":
-        one = generator.choice(coloured)
-        return f"Which shape is {one.colour}?", one.shape, _without(SHAPES, one.shape), category
-    one = generator.choice(alone)
-    if category == "colour":
-        wrong = _without(list(COLOURS), one.colour)
-        return f"What colour is the {one.shape}?", one.colour, wrong, category
-    right = PLACES[one.place]
-    return f"Where is the {one.shape}?", right, _without(PLACES, right), category
+def _asked(question: str, right: str, answers: Iterable[str]) -> Asked:
+    return Asked(question, right, [answer for answer in answers if answer != right])
 
 
-def _without(values: Sequence[str], one: str) -> list[str]:
-    return [value for value in values if value != one]
-
-
-def _drawn(state: Any, shapes: Sequence[Thing]) -> Image:
+def _drawn(state: Any, things: Sequence[Thing]) -> Image:
     with extra("PIL"):
         from PIL import Image
 
@@ -122,7 +121,7 @@ def _drawn(state: Any, shapes: Sequence[Thing]) -> Image:
     noise = np.random.default_rng(generator.getrandbits(32)).integers(-18, 19, (size, size, 3))
     pixels = np.full((size, size, 3), generator.randint(20, 70)) + noise
     rows, columns = np.mgrid[:size, :size] + 0.5
-    for one in shapes:
+    for one in things:
         row, column = divmod(one.place, 3)
         y = rows - (row + 0.5) * CELL - generator.uniform(-1.5, 1.5)
         x = columns - (column + 0.5) * CELL - generator.uniform(-1.5, 1.5)
