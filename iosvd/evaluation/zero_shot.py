@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from iosvd.errors import DataError, check_at_least, extra, one_line
 from iosvd.evaluation import pydoc_task
+from iosvd.evaluation.multimodal import seeing_lm
 from iosvd.system.hub_cache import unwritable_cache
 from iosvd.system.progress import bars_for_people, counted
 
 if TYPE_CHECKING:  # Both take seconds to import.
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -75,12 +76,18 @@ def load_tasks(options: ZeroShot) -> list[Task]:
         tasks = [_load_task(name, options) for name in options.tasks]
     for name, task in zip(options.tasks, tasks, strict=True):
         measured = {metric["metric"] for metric in task.config.metric_list or ()}
-        if task.OUTPUT_TYPE != "multiple_choice" or "acc" not in measured:
+        chooses = task.OUTPUT_TYPE == "multiple_choice" or shows_images(task)
+        if not chooses or "acc" not in measured:
             raise DataError(
                 f"{name} is no multiple-choice task with an accuracy; leave it out of"
                 " eval.zero_shot.tasks"
             )
     return tasks
+
+
+def shows_images(task: Task) -> bool:
+    """Whether a task's items have images; their answers are generated."""
+    return bool(task.MULTIMODAL)
 
 
 def zero_shot(
@@ -89,16 +96,18 @@ def zero_shot(
     tasks: Sequence[Task],
     limit: int = 0,
     batch_size: int = 32,
+    processor: ProcessorMixin | None = None,
 ) -> ZeroShotResult:
     """Measure a loaded model.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        tasks: as `load_tasks` returns them.
+        tasks: as `load_tasks` returns them; all of them with images, or none.
         limit: only the first so many items of each task; 0: all.
         batch_size: requests (an answer to an item each) per forward pass; it changes the result
             by rounding only.
+        processor: of text and images, for tasks with images.
 
     Raises:
         DataError: an answer does not fit the model's context.
@@ -109,8 +118,14 @@ def zero_shot(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    _report(lm, model)
+    with_images = shows_images(tasks[0])
+    if with_images:
+        assert processor is not None
+        lm = seeing_lm(model, processor, batch_size)
+        _check_room(tasks, lm.max_length)
+    else:
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        _report(lm, model)
     try:
         with bars_for_people():
             found = simple_evaluate(
@@ -118,6 +133,7 @@ def zero_shot(
                 tasks=list(tasks),
                 limit=limit or None,
                 task_manager=_manager(),
+                apply_chat_template=with_images,
                 random_seed=None,
                 numpy_random_seed=None,
                 torch_random_seed=None,
@@ -132,6 +148,16 @@ def zero_shot(
         scores={name: _score(found, name) for name in found["results"]},
         correct={name: _correct(samples) for name, samples in found["samples"].items()},
     )
+
+
+def _check_room(tasks: Sequence[Task], length: int) -> None:
+    for task in tasks:
+        answer = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
+        if answer >= length:
+            raise DataError(
+                f"{task.config.task} generates answers of up to {answer} tokens, which do not fit"
+                f" the model's context of {length}; leave it out of eval.zero_shot.tasks"
+            )
 
 
 def _report(lm: Any, model: PreTrainedModel) -> None:

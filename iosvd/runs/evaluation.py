@@ -11,7 +11,13 @@ from iosvd.data.items import Item
 from iosvd.data.visual import read_items
 from iosvd.evaluation.perplexity import perplexity
 from iosvd.evaluation.questions import answers, score
-from iosvd.evaluation.zero_shot import TaskScore, ZeroShotResult, load_tasks, zero_shot
+from iosvd.evaluation.zero_shot import (
+    TaskScore,
+    ZeroShotResult,
+    load_tasks,
+    shows_images,
+    zero_shot,
+)
 from iosvd.runs.partial_results import PartialResults
 from iosvd.runs.reader import Reader
 from iosvd.runs.run import Run
@@ -43,6 +49,8 @@ class Material:
             revision: the hub's commit of the tokenizer.
         """
         tasks = load_tasks(run.eval.zero_shot)
+        if any(shows_images(task) for task in tasks):
+            _ = reader.processor  # Or the reason why there is none.
         return cls(
             texts=evaluation_tokens(run, reader, store, revision),
             tasks=dict(zip(run.eval.zero_shot.tasks, tasks, strict=True)),
@@ -61,7 +69,8 @@ def evaluation(
 
     def task_scores(name: str) -> dict[str, Any]:
         limit, requests = run.eval.zero_shot.limit, run.runtime.resources.batch_requests
-        found = zero_shot(model, reader.tokenizer, [material.tasks[name]], limit, requests)
+        task, seen = material.tasks[name], reader.images
+        found = zero_shot(model, reader.tokenizer, [task], limit, requests, processor=seen)
         return {"score": asdict(found.scores[name]), "correct": list(found.correct[name])}
 
     def question_scores(name: str) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""lm-eval's tasks with images, for instance mmmu_val_art: answers are generated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from iosvd.errors import extra
+from iosvd.system.progress import counted
+
+if TYPE_CHECKING:  # Both take seconds to import.
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def seeing_lm(model: PreTrainedModel, processor: ProcessorMixin, batch_size: int) -> HFMultimodalLM:
+    """Return lm-eval's form of a loaded vision-language model; it reports how far it is.
+
+    Args:
+        model: that sees.
+        processor: of its text and images.
+        batch_size: items per call of `generate`.
+    """
+    with extra("lm_eval"):
+        from lm_eval.models.hf_vlms import HFMultimodalLM as Base
+
+    class Seeing(Base):  # type: ignore[misc]  # lm-eval is not typed.
+        def _create_tokenizer(self, *given: Any, **options: Any) -> None:
+            # lm-eval loads it by the model's name, which a model in memory need not have.
+            self.processor, self.tokenizer = processor, processor.tokenizer
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            with counted(len(requests), "zero-shot", "answer") as self.progress:
+                found: list[str] = super().generate_until(requests, disable_tqdm)
+                return found
+
+        def _model_multimodal_generate(self, inputs: Any, *rest: Any, **options: Any) -> Any:
+            found = super()._model_multimodal_generate(inputs, *rest, **options)
+            self.progress.advance(len(found))
+            return found
+
+    return Seeing(pretrained=model, batch_size=batch_size)  # type: ignore[no-any-return]
