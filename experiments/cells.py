@@ -26,7 +26,7 @@ class Cells(nn.Module):
         self.processor = processor
 
     def loss(self, split: str, numbers: Sequence[int]) -> Tensor:
-        """Mean cross-entropy of the three, in nats."""
+        """Return the mean cross-entropies of the three, summed, in nats."""
         return sum(
             (cross_entropy(found, right) for found, right in self._both(split, numbers)),
             torch.zeros(()),

@@ -115,7 +115,11 @@ def processor_of() -> Idefics3Processor:
 
 
 def build(recipe: Recipe, processor: Idefics3Processor) -> PreTrainedModel:
-    """Return the untrained model."""
+    """Return the untrained model.
+
+    The standard deviation of its weights follows their width: 0.02, the default, suits models ten
+    times as wide. With it no question finds its place in the image for a thousand steps.
+    """
     tokenizer = processor.tokenizer
     text = {
         "model_type": "llama",
@@ -129,6 +133,7 @@ def build(recipe: Recipe, processor: Idefics3Processor) -> PreTrainedModel:
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": recipe.width**-0.5,
     }
     eye = {
         "hidden_size": recipe.eye_width,
@@ -137,6 +142,7 @@ def build(recipe: Recipe, processor: Idefics3Processor) -> PreTrainedModel:
         "num_attention_heads": recipe.eye_heads,
         "image_size": SIZE,
         "patch_size": PATCH,
+        "initializer_range": recipe.eye_width**-0.5,
     }
     config = Idefics3Config(
         text_config=text,
@@ -144,12 +150,7 @@ def build(recipe: Recipe, processor: Idefics3Processor) -> PreTrainedModel:
         image_token_id=processor.image_token_id,
         scale_factor=JOINED,
         tie_word_embeddings=False,
-        **{
-            "pad_token_id": tokenizer.pad_token_id,
-            # Of weights: 0.02, the default, suits models ten times as wide; with it no question
-            # finds its place in the image for a thousand steps.
-            "initializer_range": recipe.width**-0.5,
-        },
+        **{"pad_token_id": tokenizer.pad_token_id},
     )
     return AutoModelForImageTextToText.from_config(config)
 

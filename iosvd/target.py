@@ -26,8 +26,9 @@ def check_target(target: float, whitening: Whitening, quantization: Quantization
         raise ConfigError(f"target_kl={target:g} is not above 0; it is in nats per token")
     if not whitening.predicts_whole_kl:
         raise ConfigError(
-            "target_kl needs whitening=input_output with whitening.top_k=0, at every role: only"
-            " the curvature of the whole vocabulary predicts the KL divergence"
+            "target_kl needs whitening=input_output with whitening.top_k=0, at every role and"
+            " without shrinkage: only the curvature of the whole vocabulary predicts the KL"
+            " divergence"
         )
     if quantization.rounds:
         raise ConfigError("target_kl needs quantization=none: rounding comes after the ranks")

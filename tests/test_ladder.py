@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import FAMILIES, build
 from test_correction import TOKENS, run
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import iosvd
@@ -28,6 +28,7 @@ from iosvd.correction import (
     Refinement,
     RefitOptions,
 )
+from iosvd.correction.epochs import Reached
 from iosvd.correction.training import Fit
 from iosvd.errors import ConfigError
 from iosvd.evaluation.divergence import divergence
@@ -124,15 +125,15 @@ def test_windows_that_are_lacking_are_named_before_any_work() -> None:
         compress(build("llama"), few, method=method, ratio=0.5)
 
 
-def run_in(store: Cache) -> dict[str, Tensor]:
+def run_in(store: Cache, dtype: torch.dtype) -> dict[str, Tensor]:
     return compress(
-        build("llama"),
+        build("llama").to(dtype),
         TOKENS,
         method=Method(InputOutput(), Spectral(), Ladder(RefitOptions(), end_to_end=LONG)),
         ratio=0.5,
         batch_size=4,
         store=store,
-        identity="llama",
+        identity=f"llama {dtype}",
     ).model.state_dict()
 
 
@@ -140,11 +141,15 @@ LONG = EndToEnd(epochs=5, learning_rate=3e-3, batch_windows=3, held_out=0.0)
 STEPS = 3  # By epoch.
 
 
-@pytest.mark.parametrize("spared", [0.0, 1e9], ids=["every epoch kept", "none kept"])
+@pytest.mark.parametrize(
+    ("spared", "dtype"),
+    [(0.0, torch.float32), (0.0, torch.bfloat16), (1e9, torch.float32)],
+    ids=["every epoch kept", "with masters of their own", "none kept"],
+)
 def test_an_interrupted_training_resumes_at_the_epoch_that_was_kept(
-    spared: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spared: float, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run_in(Cache(tmp_path / "undisturbed"))
+    expected = run_in(Cache(tmp_path / "undisturbed"), dtype)
     store = Cache(tmp_path / "cache")
     gradients, taken = Fit._add_gradients_, list[int]()
 
@@ -158,14 +163,32 @@ def test_an_interrupted_training_resumes_at_the_epoch_that_was_kept(
     monkeypatch.setattr("iosvd.correction.epochs.SPARED", spared)
     monkeypatch.setattr(Fit, "_add_gradients_", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_in(store)
-    found = run_in(store)
+        run_in(store, dtype)
+    found = run_in(store, dtype)
     again = len(taken) - taken.index(-1) - 1
     assert again == (3 if spared == 0 else 5) * STEPS
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     before = len(taken)
-    assert all(torch.equal(tensor, found[name]) for name, tensor in run_in(store).items())
+    assert all(torch.equal(tensor, found[name]) for name, tensor in run_in(store, dtype).items())
     assert len(taken) == before  # A third run trains nothing,
     kept = [json.loads((e.path / HEADER).read_text())["identity"] for e in store.entries()]
     assert [one["epochs"] for one in kept if "epochs" in one] == [0]  # and nothing else is left.
+
+
+def test_a_scale_of_the_loss_that_was_lowered_is_resumed() -> None:
+    reached = [prepared() for _ in range(2)]
+    del reached[0].scales[:2]
+    assert reached[1].scales[0] != reached[0].scales[0]
+    reached[1].restore_(reached[0].entry(0.0))
+    assert reached[1].scales == reached[0].scales
+
+
+def prepared() -> Reached:
+    """A training of one parameter after a step."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    return Reached([parameter], optimizer, schedule, [torch.ones(3)], [1.0, 0.5, 0.25], 2.0, 1.0)

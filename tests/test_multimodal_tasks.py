@@ -92,3 +92,8 @@ def test_an_answer_needs_room(folder: Path, model: PreTrainedModel, processor: A
     tasks = load_tasks(ZeroShot([TASK], path=str(folder)))
     with pytest.raises(DataError, match=r"up to 512 tokens, which do not fit the model's context"):
         zero_shot(model, processor.tokenizer, tasks, processor=processor)
+    model.config.text_config.max_position_embeddings = 530
+    with pytest.raises(
+        DataError, match=r"has \d+ tokens, and the context leaves 18"
+    ):
+        zero_shot(model, processor.tokenizer, tasks, processor=processor)

@@ -24,7 +24,7 @@ _ENTRIES = {
     "scores": ("iosvd.scoring",),
     "curvature": ("iosvd.statistics.block_curvature",),
     "blocks": ("iosvd.correction.blockwise", "iosvd.truncation"),  # And the whitening's module.
-    "training": ("iosvd.correction.ladder", "iosvd.truncation"),  # And the whitening's module.
+    "trainings": ("iosvd.correction.ladder", "iosvd.truncation"),  # And the whitening's module.
     "trials": ("iosvd.trials", "iosvd.factorization"),
 }
 _APART = ("iosvd.errors", "iosvd.system.")  # They report and store; they change no value.

@@ -134,13 +134,12 @@ class SpectrumKeys:
             correction: its class and all its options.
             epochs: 0 for the result of the training.
         """
-        return self._correction(
-            "training", sites, ranks, {"correction": correction, "epochs": epochs}
-        )
+        of = {"correction": correction, "epochs": epochs}
+        return self._correction("trainings", sites, ranks, of)
 
     def _correction(
         self,
-        code: str,
+        kind: str,
         sites: Collection[str],
         ranks: Mapping[str, int],
         of: Mapping[str, Any],
@@ -151,9 +150,9 @@ class SpectrumKeys:
             "sites": list(sites),
             "ranks": dict(ranks),
             **of,
-            "code": code_digest(code, type(self.whitening)),
+            "code": code_digest(kind, type(self.whitening)),
         }
-        return Key("blocks", identity)
+        return Key(kind, identity)
 
     def _losses(self) -> dict[str, Any]:
         tokens = self.calibration.tokens

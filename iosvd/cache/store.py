@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iosvd.system.timing import Stage, measured
 
-KINDS = ("blocks", "scores", "spectra", "statistics", "tokens", "trials")
+KINDS = ("blocks", "scores", "spectra", "statistics", "tokens", "trainings", "trials")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,11 @@ class CorrectionInputs:
         """The keys of the spectra that were truncated."""
         return SpectrumKeys(self.calibration.keys, self.whitening, self.factorization)
 
+    @property
+    def factorised(self) -> Mapping[str, int]:
+        """The ranks of the sites that do not stay dense."""
+        return self.sites.budget.factorised(self.sites.ranks)
+
 
 @dataclass(frozen=True)
 class CorrectionResult:

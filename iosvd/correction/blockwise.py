@@ -170,8 +170,8 @@ def _curvatures(
 
 
 def _key(inputs: CorrectionInputs, steps: BlockSteps, number: int) -> Key:
-    ranks = inputs.sites.budget.factorised(inputs.sites.ranks)
-    return inputs.spectra.block(list(inputs.sites), ranks, options_of(steps), number)
+    names, ranks = list(inputs.sites), inputs.factorised
+    return inputs.spectra.block(names, ranks, options_of(steps), number)
 
 
 def _layout(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from iosvd.cache.calibration import Calibration
 from iosvd.cache.store import Entry, Key
 from iosvd.correction.base import CorrectionResult
 from iosvd.correction.distilled import kl_from
-from iosvd.correction.epochs import Trail
+from iosvd.correction.epochs import Trail, forget
 from iosvd.correction.stored_block import tensors_of, update_from
 from iosvd.correction.training import Fit, Optimization, own_parameters_, update_of
 from iosvd.layers.replacement import install_, set_parameters_, twin_of
@@ -19,6 +21,8 @@ from iosvd.models.blocks import checkpointed
 from iosvd.models.sites import named_blocks, names_within
 from iosvd.system.timing import measured
 from iosvd.types import Site
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,23 +57,31 @@ class EndToEnd(Optimization):
             start: the result.
             key: of what is reached after some epochs; 0: of the end.
         """
-        store, trail = calibration.store, Trail(calibration.store, key)
-        entry, spent = store.get(key(0)), 0.0
-        if entry is not None:
-            spent = entry.cost.seconds
-        else:
-            with store.locked([key(0)]):
-                with measured() as took:
-                    tensors = self._trained(calibration, start, trail)
-                spent = trail.earlier
-                cost = replace(took(), seconds=took().seconds + spent)
-                entry = store.put(key(0), Entry(tensors, cost))
-            trail.forget(self.epochs)
-        dense = calibration.model
-        update = update_from(entry.tensors, start.sites, dense.device)
+        entry, spent = self._entry(calibration, start, key)
+        forget(calibration.store, key, self.epochs)
+        # In main memory, like all truncated sites: blocks may lie on several devices.
+        update = update_from(entry.tensors, start.sites, torch.device("cpu"))
         costs = [*start.costs, replace(entry.cost, seconds=spent)]
         parameters = {**start.parameters, **update.parameters}
         return replace(start, sites=update.sites, parameters=parameters, costs=costs)
+
+    def _entry(
+        self, calibration: Calibration, start: CorrectionResult, key: Callable[[int], Key]
+    ) -> tuple[Entry, float]:
+        """Return what is kept of the whole training, and the seconds that earlier runs spent."""
+        store, end = calibration.store, key(0)
+        entry = store.get(end)
+        if entry is None:
+            with store.locked([end]):
+                entry = store.get(end)  # Another process may have trained it meanwhile.
+                if entry is None:
+                    trail = Trail(store, key)
+                    with measured() as took:
+                        tensors = self._trained(calibration, start, trail)
+                    cost = replace(took(), seconds=took().seconds + trail.earlier)
+                    return store.put(end, Entry(tensors, cost)), trail.earlier
+        log.info("trained before, in %.0f s", entry.cost.seconds)
+        return entry, entry.cost.seconds
 
     def _trained(
         self, calibration: Calibration, start: CorrectionResult, trail: Trail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +29,9 @@ class Reached:
     optimizer: AdamW
     schedule: LambdaLR
     best: Sequence[Tensor]  # Parameters of the epoch with the least loss.
-    start: float  # The loss before any training.
-    least: float
+    scales: list[float]  # Of the loss; fewer once gradients have overflowed.
+    start: float = math.nan  # The loss before any training.
+    least: float = math.nan
     epochs: int = 0
 
     def entry(self, seconds: float) -> Entry:
@@ -44,6 +46,7 @@ class Reached:
             "least": self.least,
             "epochs": self.epochs,
             "steps": self.schedule.last_epoch,
+            "scale": self.scales[0],
             "rate": self.optimizer.param_groups[0]["lr"],
         }
         return Entry(tensors, Stage(seconds, 0), numbers)
@@ -51,7 +54,7 @@ class Reached:
     @torch.no_grad()
     def restore_(self, entry: Entry) -> None:
         """Go on from a state that was kept."""
-        numbers = {name: value or 0.0 for name, value in entry.numbers.items()}
+        numbers = {name: value for name, value in entry.numbers.items() if value is not None}
         steps = int(numbers["steps"])
         for number, (master, best) in enumerate(zip(self.masters, self.best, strict=True)):
             master.copy_(entry.tensors[f"master:{number}"])
@@ -64,6 +67,7 @@ class Reached:
         for group in self.optimizer.param_groups:
             group["lr"] = numbers["rate"]
         self.schedule.last_epoch = steps
+        del self.scales[: self.scales.index(numbers["scale"])]
         self.start, self.least = numbers["start"], numbers["least"]
         self.epochs = int(numbers["epochs"])
 
@@ -72,23 +76,30 @@ class Reached:
 class Trail:
     """Keeps the state after an epoch, unless less than `SPARED` was spent since one was kept.
 
-    A state is about five times as large as what is trained; one is kept at a time.
+    A state holds what is trained four times in float32, of half precision the equal of seven times.
+    One is kept at a time; the next is written before it is removed.
     """
 
     store: Store = NoStore()  # noqa: RUF009 (frozen)
-    key: Callable[[int], Key] = lambda epochs: Key("blocks", {"epochs": epochs})
+    key: Callable[[int], Key] = lambda epochs: Key("trainings", {"epochs": epochs})
     earlier: float = 0.0  # Seconds that went into the state that was resumed.
     started: float = field(default_factory=time.monotonic)
     kept_at: float = field(default_factory=time.monotonic)
 
-    def resume_(self, reached: Reached, epochs: int) -> None:
-        """Bring a training to the last state that was kept, after at most so many epochs."""
+    def resume_(self, reached: Reached, epochs: int) -> bool:
+        """Bring a training to the last state that was kept; return whether there is one.
+
+        Args:
+            reached: at its start.
+            epochs: of the whole training.
+        """
         for number in range(epochs, 0, -1):
             if (entry := self.store.get(self.key(number))) is not None:
                 reached.restore_(entry)
                 self.earlier = entry.cost.seconds
                 log.info("%d of %d epochs were trained before", number, epochs)
-                return
+                return True
+        return False
 
     def keep(self, reached: Reached) -> None:
         """Keep a state in place of those before it."""
@@ -98,10 +109,11 @@ class Trail:
         key = self.key(reached.epochs)
         with self.store.locked([key]):
             self.store.put(key, reached.entry(self.earlier + now - self.started))
-        self.forget(reached.epochs - 1)
+        forget(self.store, self.key, reached.epochs - 1)
         self.kept_at = time.monotonic()
 
-    def forget(self, epochs: int) -> None:
-        """Remove the states after at most so many epochs."""
-        for number in range(1, epochs + 1):
-            self.store.drop(self.key(number))
+
+def forget(store: Store, key: Callable[[int], Key], epochs: int) -> None:
+    """Remove the states after at most so many epochs."""
+    for number in range(1, epochs + 1):
+        store.drop(key(number))

@@ -63,6 +63,6 @@ class Ladder(Correction):
             result = correct_blocks(inputs, BlockSteps(self.closed_form, self.refinement))
         if self.end_to_end is None:
             return result
-        ranks = inputs.sites.budget.factorised(inputs.sites.ranks)
-        key = partial(inputs.spectra.training, list(inputs.sites), ranks, options_of(self))
+        names, ranks = list(inputs.sites), inputs.factorised
+        key = partial(inputs.spectra.training, names, ranks, options_of(self))
         return self.end_to_end.train(inputs.calibration, result, key)

@@ -105,8 +105,9 @@ class Fit:
         if not self.parameters:
             return
         batches = self._batches()
-        reached = self._at_start(len(batches))
-        self.trail.resume_(reached, self.options.epochs)
+        reached = self._prepared(len(batches))
+        if not self.trail.resume_(reached, self.options.epochs):
+            reached.start = reached.least = self._start()
         self._set_(self.masters)
         for _ in self._epochs(batches, reached):
             found = self._judged()
@@ -118,7 +119,8 @@ class Fit:
                 reached.least = found
                 for kept, parameter in zip(reached.best, self.parameters, strict=True):
                     kept.copy_(parameter)
-            self.trail.keep(reached)
+            if reached.epochs < self.options.epochs:
+                self.trail.keep(reached)
         self._set_(reached.best)
         log.info("%s: %.4g, trained %.4g", self.what, reached.start, reached.least)
 
@@ -133,14 +135,17 @@ class Fit:
             for batch in torch.randperm(trained, generator=generator).split(options.batch_windows)
         ]
 
-    def _at_start(self, steps: int) -> Reached:
-        from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
-
+    def _start(self) -> float:
         start = self._judged()
         if not math.isfinite(start):
             raise NumericalError(
                 f"the {self.what} is not finite before any training; try model.dtype=bfloat16"
             )
+        return start
+
+    def _prepared(self, steps: int) -> Reached:
+        from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
+
         options = self.options
         optimizer = torch.optim.AdamW(
             self.masters, lr=options.learning_rate, weight_decay=options.weight_decay
@@ -148,7 +153,7 @@ class Fit:
         warm_up = min(math.ceil(_WARM_UP * steps), steps - 1)
         schedule = cosine(optimizer, warm_up, steps, min_lr_rate=_LAST_RATE)
         best = [parameter.detach().clone() for parameter in self.parameters]
-        return Reached(self.masters, optimizer, schedule, best, start, least=start)
+        return Reached(self.masters, optimizer, schedule, best, self.scales)
 
     def _epochs(self, batches: Sequence[Tensor], reached: Reached) -> Iterator[None]:
         """Take the steps that are left; yield after each epoch."""

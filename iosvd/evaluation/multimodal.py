@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from iosvd.errors import extra
+from iosvd.errors import DataError, extra
 from iosvd.system.progress import counted
 
 if TYPE_CHECKING:  # Both take seconds to import.
@@ -32,6 +32,17 @@ def seeing_lm(model: PreTrainedModel, processor: ProcessorMixin, batch_size: int
             with counted(len(requests), "zero-shot", "answer") as self.progress:
                 found: list[str] = super().generate_until(requests, disable_tqdm)
                 return found
+
+        def tok_batch_multimodal_encode(self, *given: Any, **options: Any) -> Any:
+            room = options.pop("left_truncate_len", None)
+            found = super().tok_batch_multimodal_encode(*given, **options)
+            if room is not None and (tokens := found["input_ids"].shape[1]) > room:
+                # lm-eval would cut it from the left, where the images are.
+                raise DataError(
+                    f"a question with its images has {tokens} tokens, and the context leaves"
+                    f" {room} beside the answer; leave its task out of eval.zero_shot.tasks"
+                )
+            return found
 
         def _model_multimodal_generate(self, inputs: Any, *rest: Any, **options: Any) -> Any:
             found = super()._model_multimodal_generate(inputs, *rest, **options)

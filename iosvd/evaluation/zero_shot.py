@@ -87,7 +87,7 @@ def load_tasks(options: ZeroShot) -> list[Task]:
 
 def shows_images(task: Task) -> bool:
     """Whether a task's items have images; their answers are generated."""
-    return bool(task.MULTIMODAL)
+    return task.config.doc_to_image is not None
 
 
 def zero_shot(
@@ -122,7 +122,7 @@ def zero_shot(
     if with_images:
         assert processor is not None
         lm = seeing_lm(model, processor, batch_size)
-        _check_room(tasks, lm.max_length)
+        _check_room(tasks, lm)
     else:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         _report(lm, model)
@@ -134,11 +134,14 @@ def zero_shot(
                 limit=limit or None,
                 task_manager=_manager(),
                 apply_chat_template=with_images,
-                random_seed=None,
+                # lm-eval guesses where it reads no answer.
+                random_seed=0 if with_images else None,
                 numpy_random_seed=None,
                 torch_random_seed=None,
             )
     except AssertionError as error:  # lm-eval's way to report an answer longer than the context.
+        if with_images:
+            raise
         raise DataError(
             f"lm-eval refused a request, most likely an answer longer than the context of"
             f" {lm.max_length} tokens; leave its task out of eval.zero_shot.tasks"
@@ -150,13 +153,13 @@ def zero_shot(
     )
 
 
-def _check_room(tasks: Sequence[Task], length: int) -> None:
+def _check_room(tasks: Sequence[Task], lm: Any) -> None:
     for task in tasks:
-        answer = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
-        if answer >= length:
+        answer = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
+        if answer >= lm.max_length:
             raise DataError(
                 f"{task.config.task} generates answers of up to {answer} tokens, which do not fit"
-                f" the model's context of {length}; leave it out of eval.zero_shot.tasks"
+                f" the model's context of {lm.max_length}; leave it out of eval.zero_shot.tasks"
             )
 
 
