@@ -93,7 +93,5 @@ def test_an_answer_needs_room(folder: Path, model: PreTrainedModel, processor: A
     with pytest.raises(DataError, match=r"up to 512 tokens, which do not fit the model's context"):
         zero_shot(model, processor.tokenizer, tasks, processor=processor)
     model.config.text_config.max_position_embeddings = 530
-    with pytest.raises(
-        DataError, match=r"has \d+ tokens, and the context leaves 18"
-    ):
+    with pytest.raises(DataError, match=r"has \d+ tokens, and the context leaves 18"):
         zero_shot(model, processor.tokenizer, tasks, processor=processor)
