@@ -68,17 +68,17 @@ TEMPLATE = (
 class Recipe(Schedule):
     """Everything the weights depend on, besides the drawn items and the versions."""
 
-    width: int = 96
-    layers: int = 4
+    width: int = 64
+    layers: int = 3
     heads: int = 4
     key_value_heads: int = 2
-    mlp_width: int = 192
-    eye_width: int = 64
+    mlp_width: int = 128
+    eye_width: int = 48
     eye_layers: int = 2
     eye_heads: int = 4
     batch: int = 64  # Images.
-    eye_steps: int = 600  # Of the vision tower alone.
-    steps: int = 1500
+    eye_steps: int = 400  # Of the vision tower alone.
+    steps: int = 1600
     questions: int = 4  # About each image, at most.
     warmup_steps: int = 100
     learning_rate: float = 2e-3
