@@ -230,7 +230,17 @@ def test_the_page_of_the_language_model_is_of_rendered_tables() -> None:
     apart = ("Dense", "KFAC-SVD, uniform ranks")
     stabilisers = [row for row in stabilised if row[1] not in apart]
     accuracies = [[*row[:2], *row[5:10]] for row in tasks]
-    assert rows_of(shown) == [*rows_of(topk), *accuracies, *stabilisers]
+    trained = trained_rows()
+    assert rows_of(shown) == [*rows_of(topk), *trained, *accuracies, *stabilisers]
+    for start in (2, 5):  # The rows of IO-SVD at 0.8 and at 0.6.
+        dense, io_svd, _, last = (
+            numpy.log([float(cell) for cell in trained[row][2:5]])
+            for row in (1, start, start + 1, start + 2)
+        )
+        removed = [f"{100 * share:.0f}" for share in 1 - (last - dense) / (io_svd - dense)]
+        text = f"{removed[0]}, {removed[1]} and {removed[2]} % at {trained[start][0]}"
+        assert text in " ".join(shown.split())
+    assert f"it is at {trained[4][2]}" in README
     assert "0.2245 against 0.2499" in shown  # The predicted KL of spectral and loss-aware ranks.
     predicted = {row[1]: row[-1] for row in rows_of(topk)}
     assert predicted["io_svd_spectral[whitening.top_k=5]"] == "0.2245"
@@ -245,6 +255,17 @@ def test_the_page_of_the_language_model_is_of_rendered_tables() -> None:
     spectral = numpy.exp(damage["IO-SVD+, spectral (ours)"])
     assert " / ".join(f"{value:.2f}" for value in spectral) in shown
     assert (damage["SAES-SVD"] > damage["SVD-LLM"]).all()
+
+
+def trained_rows() -> list[list[str]]:
+    """IO-SVD, tuned and trained, at two ratios, from two tables."""
+    found = {}
+    for name in ("beyond", "methods"):  # IO-SVD is in the second alone.
+        text = (ROOT / "results" / "tables" / f"{name}-smollm2_135m.md").read_text()
+        found |= {(row[0], row[1]): row[:5] for row in rows_of(text) if row[2] != "–"}
+    names = ["IO-SVD", "IO-SVD, tuned (ours)", "IO-SVD, end to end (ours)"]
+    wanted = [("ratio", "method"), ("1", "Dense"), *((r, n) for r in ("0.8", "0.6") for n in names)]
+    return [found[key] for key in wanted]
 
 
 def test_int8_at_the_same_bytes_is_the_rendered_table() -> None:
