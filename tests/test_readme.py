@@ -267,6 +267,9 @@ def test_the_page_of_models_that_see_is_of_rendered_tables() -> None:
     assert shown[start : start + len(once)] == once
     start = shown.index(spread[0])
     assert shown[start : start + len(spread)] == spread
+    images = rows_of((tables / "vlm_images-tiny_vlm.md").read_text())
+    blind = {row[0]: row[2] for row in images if row[1] == "io_svd[dataset=drawn_text]"}
+    assert f"IO-SVD keeps {blind['0.8']} at 0.8 and {blind['0.6']} at 0.6" in page("vlm")
 
 
 def trained_rows() -> list[list[str]]:
