@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from iosvd.errors import DataError, extra
 from iosvd.system.progress import counted
 
 if TYPE_CHECKING:  # Both take seconds to import.
+    from lm_eval.api.task import Task
     from lm_eval.models.hf_vlms import HFMultimodalLM
     from transformers import PreTrainedModel, ProcessorMixin
 
@@ -50,3 +52,14 @@ def seeing_lm(model: PreTrainedModel, processor: ProcessorMixin, batch_size: int
             return found
 
     return Seeing(pretrained=model, batch_size=batch_size)  # type: ignore[no-any-return]
+
+
+def check_room(tasks: Sequence[Task], lm: HFMultimodalLM) -> None:
+    """Raise DataError if the answers of a task do not fit the model's context."""
+    for task in tasks:
+        answer = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
+        if answer >= lm.max_length:
+            raise DataError(
+                f"{task.config.task} generates answers of up to {answer} tokens, which do not fit"
+                f" the model's context of {lm.max_length}; leave it out of eval.zero_shot.tasks"
+            )

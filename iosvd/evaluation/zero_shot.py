@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from iosvd.errors import DataError, check_at_least, extra, one_line
 from iosvd.evaluation import pydoc_task
-from iosvd.evaluation.multimodal import seeing_lm
+from iosvd.evaluation.multimodal import check_room, seeing_lm
 from iosvd.system.hub_cache import unwritable_cache
 from iosvd.system.progress import bars_for_people, counted
 
@@ -118,11 +118,10 @@ def zero_shot(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-    with_images = shows_images(tasks[0])
-    if with_images:
+    if with_images := shows_images(tasks[0]):
         assert processor is not None
         lm = seeing_lm(model, processor, batch_size)
-        _check_room(tasks, lm)
+        check_room(tasks, lm)
     else:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         _report(lm, model)
@@ -151,16 +150,6 @@ def zero_shot(
         scores={name: _score(found, name) for name in found["results"]},
         correct={name: _correct(samples) for name, samples in found["samples"].items()},
     )
-
-
-def _check_room(tasks: Sequence[Task], lm: Any) -> None:
-    for task in tasks:
-        answer = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
-        if answer >= lm.max_length:
-            raise DataError(
-                f"{task.config.task} generates answers of up to {answer} tokens, which do not fit"
-                f" the model's context of {lm.max_length}; leave it out of eval.zero_shot.tasks"
-            )
 
 
 def _report(lm: Any, model: PreTrainedModel) -> None:
