@@ -227,7 +227,7 @@ def _numbers(recipe: Recipe, step: int) -> range:
     return range(step * recipe.batch, (step + 1) * recipe.batch)
 
 
-def train(recipe: Recipe, folder: Path = TARGET) -> None:
+def train(recipe: Recipe) -> None:
     """Train the model, and write its folder."""
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
@@ -255,10 +255,10 @@ def train(recipe: Recipe, folder: Path = TARGET) -> None:
         lambda step: loss_of(model, *batch_of(processor, examples(recipe, step))),
         measured,
     )
-    model.eval().bfloat16().save_pretrained(folder)
-    processor.save_pretrained(folder)
+    model.eval().bfloat16().save_pretrained(TARGET)
+    processor.save_pretrained(TARGET)
     write_record(
-        folder,
+        TARGET,
         recipe,
         model,
         [*first, *curve],

@@ -127,7 +127,7 @@ class SpectrumKeys:
         correction: Mapping[str, Any],
         epochs: int,
     ) -> Key:
-        """Return the key of what a training of all blocks has reached after some epochs.
+        """Return the key of the state of a training of all blocks after some epochs.
 
         Args:
             sites, ranks: as above.

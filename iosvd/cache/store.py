@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -66,7 +66,11 @@ class Store(Protocol):
 
 
 def get_or_compute(
-    store: Store, key: Key, lock: Key, compute: Callable[[], Mapping[str, Tensor]]
+    store: Store,
+    key: Key,
+    lock: Key,
+    compute: Callable[[], Mapping[str, Tensor]],
+    earlier: Callable[[], float] = lambda: 0.0,
 ) -> tuple[Entry, bool]:
     """Return an entry, and whether this call computed it.
 
@@ -75,6 +79,8 @@ def get_or_compute(
         key: of the entry.
         lock: the key to lock during the computation.
         compute: returns the tensors of a missing entry.
+        earlier: asked afterwards for the seconds that an interrupted computation had spent before
+            this one resumed it; they are part of the cost.
     """
     if (entry := store.get(key)) is not None:
         return entry, False
@@ -83,7 +89,8 @@ def get_or_compute(
             return entry, False
         with measured() as took:
             tensors = compute()
-        return store.put(key, Entry(tensors, took())), True
+        cost = replace(took(), seconds=took().seconds + earlier())
+        return store.put(key, Entry(tensors, cost)), True
 
 
 class NoStore(Store):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from iosvd.cache.calibration import Calibration
-from iosvd.cache.store import Entry, Key
+from iosvd.cache.store import Key, get_or_compute
 from iosvd.correction.base import CorrectionResult
 from iosvd.correction.distilled import kl_from
 from iosvd.correction.epochs import Trail, forget
@@ -19,10 +19,7 @@ from iosvd.correction.training import Fit, Optimization, own_parameters_, update
 from iosvd.layers.replacement import install_, set_parameters_, twin_of
 from iosvd.models.blocks import checkpointed
 from iosvd.models.sites import named_blocks, names_within
-from iosvd.system.timing import measured
 from iosvd.types import Site
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class EndToEnd(Optimization):
 
     Cost: beside the dense model, what is trained five times in float32 (masters, two gradients,
     AdamW's moments) and three times in the model's dtype; per epoch a forward pass of the dense
-    model and a training step's work of the compressed one.
+    model and a training step's work of the compressed one; in a store, the states of `Trail`.
     """
 
     epochs: int = 4
@@ -54,34 +51,20 @@ class EndToEnd(Optimization):
 
         Args:
             calibration: its store keeps the training.
-            start: the result.
-            key: of what is reached after some epochs; 0: of the end.
+            start: the correction that the training starts from.
+            key: of the state after some epochs; 0: of the result.
         """
-        entry, spent = self._entry(calibration, start, key)
-        forget(calibration.store, key, self.epochs)
+        store = calibration.store
+        trail = Trail(store, key)
+        train = partial(self._trained, calibration, start, trail)
+        entry, now = get_or_compute(store, key(0), key(0), train, lambda: trail.earlier)
+        forget(store, key, self.epochs)
         # In main memory, like all truncated sites: blocks may lie on several devices.
         update = update_from(entry.tensors, start.sites, torch.device("cpu"))
+        spent = trail.earlier if now else entry.cost.seconds
         costs = [*start.costs, replace(entry.cost, seconds=spent)]
         parameters = {**start.parameters, **update.parameters}
         return replace(start, sites=update.sites, parameters=parameters, costs=costs)
-
-    def _entry(
-        self, calibration: Calibration, start: CorrectionResult, key: Callable[[int], Key]
-    ) -> tuple[Entry, float]:
-        """Return what is kept of the whole training, and the seconds that earlier runs spent."""
-        store, end = calibration.store, key(0)
-        entry = store.get(end)
-        if entry is None:
-            with store.locked([end]):
-                entry = store.get(end)  # Another process may have trained it meanwhile.
-                if entry is None:
-                    trail = Trail(store, key)
-                    with measured() as took:
-                        tensors = self._trained(calibration, start, trail)
-                    cost = replace(took(), seconds=took().seconds + trail.earlier)
-                    return store.put(end, Entry(tensors, cost)), trail.earlier
-        log.info("trained before, in %.0f s", entry.cost.seconds)
-        return entry, entry.cost.seconds
 
     def _trained(
         self, calibration: Calibration, start: CorrectionResult, trail: Trail

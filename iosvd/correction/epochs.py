@@ -1,4 +1,4 @@
-"""What a training has reached after some epochs, and where that is kept for a later run."""
+"""The state of a training between epochs, kept in a store so that a later run can resume it."""
 
 from __future__ import annotations
 
@@ -76,23 +76,24 @@ class Reached:
 class Trail:
     """Keeps the state after an epoch, unless less than `SPARED` was spent since one was kept.
 
-    A state holds what is trained four times in float32, of half precision the equal of seven times.
-    One is kept at a time; the next is written before it is removed.
+    A state is four times the size of the trained parameters in float32, and seven times in half
+    precision. One is kept at a time; the next is written before it is removed.
     """
 
     store: Store = NoStore()  # noqa: RUF009 (frozen)
     key: Callable[[int], Key] = lambda epochs: Key("trainings", {"epochs": epochs})
     earlier: float = 0.0  # Seconds that went into the state that was resumed.
-    started: float = field(default_factory=time.monotonic)
-    kept_at: float = field(default_factory=time.monotonic)
+    started: float = field(init=False)  # When `resume_` was called; waiting for a lock is no work.
+    kept_at: float = field(init=False)
 
     def resume_(self, reached: Reached, epochs: int) -> bool:
-        """Bring a training to the last state that was kept; return whether there is one.
+        """Begin: bring a training to the last state that was kept; return whether there is one.
 
         Args:
             reached: at its start.
             epochs: of the whole training.
         """
+        self.started = self.kept_at = time.monotonic()
         for number in range(epochs, 0, -1):
             if (entry := self.store.get(self.key(number))) is not None:
                 reached.restore_(entry)

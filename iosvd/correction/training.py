@@ -106,9 +106,10 @@ class Fit:
             return
         batches = self._batches()
         reached = self._prepared(len(batches))
-        if not self.trail.resume_(reached, self.options.epochs):
+        if self.trail.resume_(reached, self.options.epochs):
+            self._set_(self.masters)
+        else:
             reached.start = reached.least = self._start()
-        self._set_(self.masters)
         for _ in self._epochs(batches, reached):
             found = self._judged()
             if not math.isfinite(found):
