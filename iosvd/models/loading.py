@@ -16,6 +16,7 @@ from iosvd.models.auto_class import LANGUAGE, auto_class_of
 from iosvd.models.completeness import check_complete
 from iosvd.models.gguf import GgufFile, context_length, described, make_ordinary_
 from iosvd.models.linear_form import to_linear_form_
+from iosvd.models.processor import processor_class
 from iosvd.models.sites import SiteSelection, decoder_of
 from iosvd.models.visiting import visit_
 from iosvd.system.files import check_no_pointers
@@ -152,7 +153,7 @@ def load_processor(model: Model) -> ProcessorMixin | None:
     """
     if _auto_class(model) == LANGUAGE:
         return None
-    found = _load("AutoProcessor", model, {})
+    found = _load(processor_class(load_config(model)), model, {})
     if getattr(found, "image_processor", None) is None:
         raise ModelError(
             f"{folder_of(model) or model.hub_id} has no processor of images beside the model; its"
@@ -249,7 +250,8 @@ def _not_on_hub(model: Model, error: BaseException) -> ModelError:
     )
 
 
-def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
+def _load(loader: Any, model: Model, options: dict[str, Any]) -> Any:
+    """Call `from_pretrained` of a class, or of transformers' class of a name."""
     import transformers
 
     folder = _source_of(model)
@@ -270,7 +272,8 @@ def _load(loader: str, model: Model, options: dict[str, Any]) -> Any:
     source = folder or model.hub_id
     try:
         with nullcontext() if model.gguf_file is None else bars_for_people():
-            return getattr(transformers, loader).from_pretrained(source, **options)
+            loader = getattr(transformers, loader) if isinstance(loader, str) else loader
+            return loader.from_pretrained(source, **options)
     except IosvdError:
         raise
     # transformers, safetensors and the hub client raise many types for a model they cannot load.

@@ -31,7 +31,8 @@ class Reader:
             if run.sees:
                 raise
             processor, missing = None, str(error)
-        return cls(run.model.name, load_tokenizer(run.model), processor, missing)
+        tokenizer = load_tokenizer(run.model) if processor is None else processor.tokenizer
+        return cls(run.model.name, tokenizer, processor, missing)
 
     @property
     def processor(self) -> ProcessorMixin:
