@@ -439,3 +439,19 @@ def test_a_cache_that_does_not_fit_is_named_before_it_is_filled() -> None:
     check_fits(model, batch=8, tokens=256)
     with pytest.raises(ModelError, match=r"cache of 1024 × 1000000000 tokens.*GiB too few"):
         check_fits(model, batch=1024, tokens=10**9)
+
+
+def test_in_float64_only_the_angles_are_rounded() -> None:
+    """Transformers computes them in float32; a row with padding has others than its indices say."""
+    model = low_rank_(small_model("llama")).double()
+    prepared = iosvd.prepare_for_generation(copy.deepcopy(model), "latent", "latent")
+    tokens, mask = prompts(model).values()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, found = DynamicCache(), []
+    for part in (slice(0, 9), slice(9, 10), slice(10, 11), slice(11, 12)):
+        given = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
+        found.append(prepared(input_ids=tokens[:, part], past_key_values=cache, **given).logits)
+    expected = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    difference = (torch.cat(found, dim=1) - expected).abs() * mask[..., None]
+    assert difference.max() < 1e-5
+    assert difference[0].max() < 1e-12  # The first row has no padding.

@@ -232,7 +232,8 @@ class GenerationAttention(PackedModule):
             scores = scores.masked_fill(~mask, -torch.inf)
         elif mask is not None:
             scores = scores + mask
-        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        precise = torch.promote_types(query.dtype, torch.float32)
+        weights = scores.softmax(-1, dtype=precise).to(query.dtype)
         if not self.latent_v:
             return self.o_proj(torch.matmul(weights, value).flatten(1).unsqueeze(1))
         latents = weights.flatten(1, 2).bmm(value[:, 0])  # (B, heads, k): all heads read Z_v once.
