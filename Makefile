@@ -28,9 +28,9 @@ DATA_OPTIONS = dataset=wikitext2 eval=$(EVAL) 'dataset.path=$(DATA)/text/$${data
 	$(foreach text,$(TEXTS),eval.texts.$(text).path=$(DATA)/text/$(text))
 # Of models that see: questions about images.
 QUESTIONS := scienceqa seed_bench
-%-vlm %-vlm_seeds %-vlm_qkv: ASKED = $(if $(filter tiny_vlm,$(MODEL)),dataset=drawn eval=drawn)
+%-vlm %-vlm_seeds %-vlm_qkv %-vlm_cache: ASKED = $(if $(filter tiny_vlm,$(MODEL)),dataset=drawn eval=drawn)
 %-vlm_images: ASKED =
-%-vlm %-vlm_seeds %-vlm_qkv: DATA_OPTIONS = 'dataset.path=$(DATA)/$${dataset.name}' \
+%-vlm %-vlm_seeds %-vlm_qkv %-vlm_cache: DATA_OPTIONS = 'dataset.path=$(DATA)/$${dataset.name}' \
 	$(foreach name,$(QUESTIONS),eval.questions.$(name).path=$(DATA)/$(name))
 OPTIONS = $(strip $(if $(MODEL),$(MODEL_OPTIONS)) $(if $(DATA),$(DATA_OPTIONS)) $(ARGS))
 SWEEP = $(BIN)/python experiments

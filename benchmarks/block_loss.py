@@ -76,7 +76,7 @@ def measured_blocks(
     windows: Tensor,
 ) -> Iterator[dict[str, float]]:
     """Yield a row for every block that the ratio truncates."""
-    budget = replace(run.goal, ratio=ratio).budget(calibration.sites, run.method)
+    budget = replace(run.goal, ratio=ratio).budget(calibration, run.method)
     objective = TruncationTrials(calibration, spectra, budget)
     chosen = run.method.allocation(spectra, budget, objective)
     ranks, model, size = budget.factorised(chosen), calibration.model, batch_size(run, windows)

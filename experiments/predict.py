@@ -85,7 +85,7 @@ def predicted_kl(
 ) -> tuple[float, float] | None:
     """Return a ratio and its predicted KL, None if the sites do not allow it."""
     try:
-        budget = _goal(run, ratio).budget(calibration.sites, run.method)
+        budget = _goal(run, ratio).budget(calibration, run.method)
     except BudgetError:
         return None
     objective = TruncationTrials(calibration, spectra, budget)

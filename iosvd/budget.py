@@ -19,7 +19,8 @@ class Shape:
     m: int
     n: int
     adds_bias: bool = False  # Whether it gets a bias when it is factorised.
-    cached_tokens: int = 0  # Tokens whose output (latent, if factorised) is cached.
+    cached_width: int = 0  # Entries of a cache for each token; of a latent, its rank.
+    cached_tokens: int = 0  # Tokens whose keys and values count.
 
     @property
     def full_rank(self) -> int:
@@ -32,7 +33,11 @@ class Shape:
     @property
     def counted_entries(self) -> int:
         """Entries of the dense weight, and of the cache that counts beside it."""
-        return self.entries + self.m * self.cached_tokens
+        return self.entries + self.cached_entries(self.cached_width)
+
+    def cached_entries(self, width: int) -> int:
+        """Entries of the cache that counts, for so many of each token."""
+        return width * self.cached_tokens if self.cached_width else 0
 
     def entries_at(self, rank: int) -> int:
         """Entries of the two factors, and of the bias that comes with them."""
@@ -63,10 +68,10 @@ class SiteCost:
         """Return the cost with a bias of this many outputs if the site is factorised."""
         return replace(self, fixed=self.fixed + ENTRY_BITS * outputs)
 
-    def with_cache(self, outputs: int, tokens: int) -> SiteCost:
-        """Return the cost with a cache of so many tokens: of outputs if dense, else of latents."""
+    def with_cache(self, width: int, tokens: int) -> SiteCost:
+        """Return the cost with so many cached tokens: of this width if dense, else of latents."""
         token = ENTRY_BITS * tokens
-        return replace(self, dense=self.dense + outputs * token, component=self.component + token)
+        return replace(self, dense=self.dense + width * token, component=self.component + token)
 
 
 def sixteen_bits(shape: Shape) -> SiteCost:
@@ -77,10 +82,11 @@ def sixteen_bits(shape: Shape) -> SiteCost:
 def site_cost(shape: Shape, cost_of: Callable[[Shape], SiteCost]) -> SiteCost:
     """Return the cost of a site under a quantisation, with its bias and its share of a cache."""
     cost = cost_of(shape).with_bias(shape.m if shape.adds_bias else 0)
-    if shape.cached_tokens:
-        cost = cost.with_cache(shape.m, shape.cached_tokens)
-        # A long cache would pay for factors of any rank, but full rank means dense everywhere.
-        cost = replace(cost, largest_rank=shape.full_rank - 1)
+    if shape.cached_tokens and shape.cached_width:
+        cost = cost.with_cache(shape.cached_width, shape.cached_tokens)
+        # A long cache would pay for factors of any rank. But a latent is no wider than what it
+        # stands for, and full rank means dense everywhere.
+        cost = replace(cost, largest_rank=min(shape.cached_width, shape.full_rank - 1))
     return cost
 
 
@@ -148,7 +154,7 @@ class Budget:
     @cached_property
     def counts_cache(self) -> bool:
         """Whether entries of a cache count beside those of weights."""
-        return any(shape.cached_tokens for shape in self.shapes.values())
+        return any(shape.cached_entries(1) for shape in self.shapes.values())
 
     @cached_property
     def limit(self) -> int:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import nn
 
 from iosvd.allocation import Allocation
 from iosvd.budget import Budget, Shape
+from iosvd.cache.calibration import Calibration
 from iosvd.correction import Correction, NoCorrection
 from iosvd.errors import ConfigError, check_at_least, check_installed
 from iosvd.factorization import Factorization
 from iosvd.models.linear_form import RoutedLinear
-from iosvd.models.sites import is_key_or_value
+from iosvd.models.sites import cached_widths
 from iosvd.quantization import NoQuantization, Quantization
 from iosvd.target import check_target
 from iosvd.whitening import Whitening
@@ -71,16 +69,17 @@ class Goal:
                 " planned together"
             )
 
-    def shapes(self, sites: Mapping[str, nn.Linear], method: Method) -> dict[str, Shape]:
-        """Return the shapes of sites, with what the method and the goal add to them.
+    def shapes(self, calibration: Calibration, method: Method) -> dict[str, Shape]:
+        """Return the shapes of the sites, with what the method and the goal add to them.
 
         Raises:
             ConfigError: tokens are cached, but no site makes keys or values.
         """
-        if self.cache_tokens and not any(is_key_or_value(name) for name in sites):
+        sites = calibration.sites
+        widths = cached_widths(calibration.model, sites)
+        if self.cache_tokens and not any(widths.values()):
             raise ConfigError(
-                f"cache_tokens={self.cache_tokens}, but no site is called k_proj or v_proj; set it"
-                " to 0"
+                f"cache_tokens={self.cache_tokens}, but no site makes keys or values; set it to 0"
             )
         return {
             name: Shape(
@@ -90,18 +89,19 @@ class Goal:
                 adds_bias=method.correction.adds_bias
                 and site.bias is None
                 and not isinstance(site, RoutedLinear),
-                cached_tokens=self.cache_tokens if is_key_or_value(name) else 0,
+                cached_width=widths[name],
+                cached_tokens=self.cache_tokens,
             )
             for name, site in sites.items()
         }
 
-    def budget(self, sites: Mapping[str, nn.Linear], method: Method) -> Budget:
-        """Return the budget of the ratio (of ratio 1 for a target_kl) over these sites.
+    def budget(self, calibration: Calibration, method: Method) -> Budget:
+        """Return the budget of the ratio (of ratio 1 for a target_kl) over the sites.
 
         Raises:
             BudgetError: it cannot be met.
         """
-        shapes = self.shapes(sites, method)
+        shapes = self.shapes(calibration, method)
         ratio = 1.0 if self.ratio is None else self.ratio
         budget = Budget(shapes, ratio, method.quantization.cost, method.min_rank_fraction)
         method.quantization.rank_budgets(budget)  # Raises if the ranks cannot be planned.

@@ -151,7 +151,7 @@ def compress_to(
     if visits(calibration.model):
         method.check_visits()
     model, clock = calibration.model, StageClock()
-    budget = goal.budget(calibration.sites, method)
+    budget = goal.budget(calibration, method)
     factorized = factorized or spectra_for(goal, method, calibration)
     spectra = factorized.spectra
     with clock.stage("allocation"):
@@ -183,10 +183,10 @@ def spectra_for(goal: Goal, method: Method, calibration: Calibration) -> Factori
         widths = {name: site.in_features for name, site in calibration.sites.items()}
         warn_if_few(calibration.windows, widths)
     elif goal.ratio is not None:
-        budget = goal.budget(calibration.sites, method)
+        budget = goal.budget(calibration, method)
         if all(under.fits_dense for under in method.quantization.rank_budgets(budget)):
             return without_components(calibration.sites)
-    shapes = goal.shapes(calibration.sites, method)
+    shapes = goal.shapes(calibration, method)
     spectra_of = SpectraOf(
         whitening=method.whitening,
         scored=method.allocation.needs,

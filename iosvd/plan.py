@@ -127,7 +127,7 @@ def _site_plan(
     added = shape.adds_bias and not dense
     change = spectrum.loss_change
     rounded, rows = (0, 0) if stored is None else stored.rounded
-    cached = ENTRY_BITS * shape.cached_tokens * (shape.m if dense else kept)
+    cached = ENTRY_BITS * shape.cached_entries(shape.cached_width if dense else kept)
     bits = cost.at(kept) - cached if stored is None else stored.bits + ENTRY_BITS * shape.m * added
     return SitePlan(
         out_features=shape.m,

@@ -23,8 +23,8 @@ from iosvd.errors import ModelError
 from iosvd.layers.modules import LowRankLinear
 from iosvd.layers.replacement import low_rank_layers, twin_of
 from iosvd.method import Goal, Method
-from iosvd.models.attention_form import JOINT, Form, cached_width, form_of, from_form_, to_form_
-from iosvd.models.sites import SiteSelection, decoder_of, find_sites
+from iosvd.models.attention_form import JOINT, Form, form_of, from_form_, to_form_
+from iosvd.models.sites import SiteSelection, cached_widths, decoder_of, find_sites
 from iosvd.pipeline import factorize
 from iosvd.presets import preset
 from iosvd.runs.config import compose_run
@@ -151,8 +151,18 @@ def test_what_is_cached() -> None:
         names = find_sites(model, selection)
         attention = model.model.layers[0].self_attn
         keys = model.config.num_key_value_heads * attention.head_dim
-        widths = [cached_width(model, n) for n in names if n.startswith("model.layers.0.")]
-        assert sum(widths) == 2 * keys, form
+        widths = cached_widths(model, names)
+        assert sum(widths.values()) == 2 * keys * model.config.num_hidden_layers, form
+
+
+def test_a_vision_tower_caches_nothing() -> None:
+    model = build_seeing("llava")
+    names = [name for name, module in model.named_modules() if name.endswith("k_proj")]
+    widths = cached_widths(model, names)
+    assert {name for name, width in widths.items() if width} == {
+        name for name in names if "language_model" in name
+    }
+    assert any("vision_tower" in name for name in names)
 
 
 def test_importance_is_the_rms_of_the_derivatives_of_single_windows() -> None:
@@ -163,7 +173,7 @@ def test_importance_is_the_rms_of_the_derivatives_of_single_windows() -> None:
     spectra = factorize(
         model, TOKENS, method="svd", ratio=0.5, selection=replace(JOINED, include=[name])
     ).spectra
-    budget = Goal(0.5).budget(calibration.sites, preset("svd", 0.5))
+    budget = Goal(0.5).budget(calibration, preset("svd", 0.5))
     trials = TruncationTrials(calibration, spectra, budget)
     count = len(spectra[name].right)
     found = [trials.component_derivatives({name: count}, torch.tensor([w])) for w in range(8)]
@@ -296,3 +306,20 @@ def test_families_without_other_forms_are_not_touched() -> None:
     assert all(form_of(build(family)) is Form.separate for family in FAMILIES)
     result = iosvd.compress(build("llama"), TOKENS, **divided({}), ratio=0.5)
     assert "form" not in result.model.config.quantization_config.to_dict()
+
+
+@pytest.mark.parametrize("selection", BOTH, ids=lambda s: s.form.value)
+@pytest.mark.parametrize("asked", [0.6, 0.3])
+def test_a_budget_of_the_cache_alone_is_met(selection: SiteSelection, asked: float) -> None:
+    """With a long enough cache the ratio is that of its entries, whatever the layers' form."""
+    model = build("llama")
+    found = iosvd.compress(
+        model, TOKENS, method="svd", ratio=asked, cache_tokens=10**7, selection=selection
+    )
+    sites = found.plan.sites
+    widths = cached_widths(model, sites)
+    kept = {name: sites[name].rank for name, width in widths.items() if width}
+    assert all(rank <= widths[name] for name, rank in kept.items())
+    total = sum(widths.values())
+    assert total == 2 * 2 * model.config.num_key_value_heads * model.config.head_dim
+    assert asked - len(kept) / total <= sum(kept.values()) / total <= asked

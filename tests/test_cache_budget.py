@@ -28,7 +28,7 @@ CACHED = 40
 
 
 def test_the_cost_of_a_cached_site_counts_every_entry() -> None:
-    shapes = {"k_proj": Shape(6, 10, cached_tokens=7), "o_proj": Shape(6, 10)}
+    shapes = {"k_proj": Shape(6, 10, cached_width=6, cached_tokens=7), "o_proj": Shape(6, 10)}
     budget = Budget(shapes, 0.5)
     assert budget.total == 16 * (6 * 10 + 6 * 7 + 6 * 10)
     for rank in range(1, 7):
@@ -87,7 +87,8 @@ def ranks_of(allocation: Any, ratio: float, tokens: int) -> tuple[Budget, dict[s
     for name, m, n in (("q", 24, 24), ("k", 8, 24), ("v", 8, 24), ("up", 48, 24), ("down", 24, 48)):
         for layer in range(2):
             site = f"layers.{layer}.{name}_proj"
-            shapes[site] = Shape(m, n, cached_tokens=tokens if name in "kv" else 0)
+            width = m if name in "kv" else 0
+            shapes[site] = Shape(m, n, cached_width=width, cached_tokens=tokens)
             weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
             left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
             fall = torch.exp(-torch.arange(len(sigma)) / 4)
@@ -155,7 +156,7 @@ def test_spectral_ranks_lose_little_more_than_the_convex_hull(tokens: int) -> No
 
 def test_full_rank_is_dense_however_long_the_cache() -> None:
     """Also where outputs are wider than inputs, and a latent of full rank would be smaller."""
-    budget = Budget({"k_proj": Shape(24, 8, cached_tokens=10**6)}, 0.9)
+    budget = Budget({"k_proj": Shape(24, 8, cached_width=24, cached_tokens=10**6)}, 0.9)
     cost = budget.costs["k_proj"]
     assert cost.break_even_rank == 7
     assert not budget.is_factorised("k_proj", 8) and cost.at(8) == cost.dense
@@ -200,5 +201,5 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         compose_run(["cache_tokens=-1"])
     with pytest.raises(ConfigError, match=r"cache_tokens=1\.5 is not a whole number"):
         compose_run(["cache_tokens=1.5"])
-    with pytest.raises(ConfigError, match="no site is called k_proj or v_proj"):
+    with pytest.raises(ConfigError, match="no site makes keys or values"):
         iosvd.compress(build("gpt_neox"), TOKENS, **divided({}), ratio=0.6, cache_tokens=9)

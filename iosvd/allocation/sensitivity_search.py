@@ -67,7 +67,7 @@ class SensitivitySearch(Allocation):
 
 
 def _rank(ratio: float, shape: Shape) -> int:
-    component = shape.m + shape.n + shape.cached_tokens
+    component = shape.m + shape.n + shape.cached_entries(1)
     return max(1, int((ratio * shape.counted_entries - shape.entries_at(0)) / component))
 
 

@@ -128,17 +128,6 @@ def from_form_(model: nn.Module) -> None:
             delattr(module, JOINT)
 
 
-def cached_width(model: nn.Module, site: str) -> int:
-    """Return how many entries of a cache of keys and values a site makes for each token."""
-    parent, _, last = site.rpartition(".")
-    if last == JOINT:
-        parts = [model.get_submodule(f"{parent}.{name}") for name in PROJECTIONS[1:]]
-        return sum(part.out_features for part in parts)  # type: ignore[misc]
-    if set(site.split(".")[-2:]) & set(PROJECTIONS[1:]):
-        return model.get_submodule(site).out_features  # type: ignore[return-value]
-    return 0
-
-
 def _has_projections(module: nn.Module) -> bool:
     layers = [getattr(module, name, None) for name in PROJECTIONS]
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.errors import ConfigError, ModelError, NumericalError
-from iosvd.models.attention_form import Form, to_form_
+from iosvd.models.attention_form import JOINT, PROJECTIONS, Form, to_form_
 from iosvd.models.linear_form import expert_of, to_linear_form_
 from iosvd.windows import Windows
 
@@ -164,6 +164,28 @@ def reading_tokens(model: nn.Module) -> set[nn.Module]:
     return {*decoder_of(model).modules(), *([] if head is None else [head])}
 
 
+def cached_widths(model: nn.Module, sites: Iterable[str]) -> dict[str, int]:
+    """Return the entries of a cache of keys and values that each site makes for each token.
+
+    The attention of a vision tower caches nothing.
+    """
+    reading = set(decoder_of(model).modules())
+    return {
+        site: _cached_width(model, site) if model.get_submodule(site) in reading else 0
+        for site in sites
+    }
+
+
+def _cached_width(model: nn.Module, site: str) -> int:
+    parent, _, last = site.rpartition(".")
+    if last == JOINT:
+        parts = [model.get_submodule(f"{parent}.{name}") for name in PROJECTIONS[1:]]
+        return sum(part.out_features for part in parts)  # type: ignore[misc]
+    if set(site.split(".")[-2:]) & set(PROJECTIONS[1:]):
+        return model.get_submodule(site).out_features  # type: ignore[return-value]
+    return 0
+
+
 def _weights_in(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
 
@@ -177,11 +199,6 @@ def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def names_within(start: str, names: Iterable[str]) -> dict[str, str]:
     """Return those names that begin so, by what follows."""
     return {name.removeprefix(start): name for name in names if name.startswith(start)}
-
-
-def is_key_or_value(site: str) -> bool:
-    """Whether a generation caches what a site computes, or its latent: keys and values."""
-    return site.rpartition(".")[2] in ("k_proj", "v_proj")
 
 
 def layer_and_role(site: str) -> tuple[int, str]:

@@ -21,9 +21,8 @@ from iosvd.errors import ModelError, RecordError
 from iosvd.evaluation.divergence import Context, divergences
 from iosvd.layers.reloading import check_reloads
 from iosvd.layers.replacement import stored_bytes, truncated_weights
-from iosvd.models.attention_form import cached_width
 from iosvd.models.loading import gguf_of, hub_revision, load_config
-from iosvd.models.sites import find_sites
+from iosvd.models.sites import cached_widths, find_sites
 from iosvd.pipeline import Compressed, compress_to, spectra_for
 from iosvd.plan import Plan
 from iosvd.runs.compressed import compressed_again
@@ -70,7 +69,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
             _check_length(run, windows)
     calibration = calibration_of(run, model, tokens, cache)
     # Before the work: an impossible budget should not cost a pass over the calibration set.
-    run.goal.budget(calibration.sites, run.method)
+    run.goal.budget(calibration, run.method)
     share = calibration.covered_share
     factorized = spectra_for(run.goal, run.method, calibration)
     compressed = compress_to(run.goal, run.method, calibration, factorized)
@@ -209,7 +208,7 @@ def _other_ratios(model: PreTrainedModel, plan: Plan) -> dict[str, float]:
     )
     kept = sum(site.bits for site in plan.sites.values()) / ENTRY_BITS
     whole = (kept + rest) / (plan.parameters_total + rest)
-    widths = {name: cached_width(model, name) for name in plan.sites}
+    widths = cached_widths(model, plan.sites)
     cached = {name: plan.sites[name] for name, width in widths.items() if width}
     entries = sum(widths[name] for name in cached)
     latent = sum(widths[n] if s.dense else min(widths[n], s.rank) for n, s in cached.items())
