@@ -12,7 +12,7 @@ from iosvd.models.loading import Model
 
 @pytest.fixture(scope="module")
 def bench(baby: Model, stories: Dataset) -> Bench:
-    return Bench(baby, stories, windows=400, seeds=(0, 1, 2))
+    return Bench(baby, stories, windows=200, seeds=(0, 1, 2))
 
 
 def test_io_svd_at_080_is_within_three_percent_of_dense(bench: Bench) -> None:
