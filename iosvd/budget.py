@@ -84,9 +84,8 @@ def site_cost(shape: Shape, cost_of: Callable[[Shape], SiteCost]) -> SiteCost:
     cost = cost_of(shape).with_bias(shape.m if shape.adds_bias else 0)
     if shape.cached_tokens and shape.cached_width:
         cost = cost.with_cache(shape.cached_width, shape.cached_tokens)
-        # A long cache would pay for factors of any rank. But a latent is no wider than what it
-        # stands for, and full rank means dense everywhere.
-        cost = replace(cost, largest_rank=min(shape.cached_width, shape.full_rank - 1))
+        # A long cache would pay for factors of any rank, but full rank means dense everywhere.
+        cost = replace(cost, largest_rank=shape.full_rank - 1)
     return cost
 
 

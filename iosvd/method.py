@@ -79,7 +79,8 @@ class Goal:
         widths = cached_widths(calibration.model, sites)
         if self.cache_tokens and not any(widths.values()):
             raise ConfigError(
-                f"cache_tokens={self.cache_tokens}, but no site makes keys or values; set it to 0"
+                f"cache_tokens={self.cache_tokens}, but no site is called k_proj or v_proj; set it"
+                " to 0"
             )
         return {
             name: Shape(

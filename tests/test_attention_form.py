@@ -308,6 +308,14 @@ def test_families_without_other_forms_are_not_touched() -> None:
     assert "form" not in result.model.config.quantization_config.to_dict()
 
 
+def test_a_joint_layer_of_the_architecture_itself_is_an_ordinary_site() -> None:
+    model = small_model("phi3")
+    tokens = TOKENS % model.config.vocab_size
+    found = iosvd.compress(model, tokens, method="svd", ratio=0.5)
+    assert any(name.endswith(f"self_attn.{JOINT}") for name in found.plan.sites)
+    assert not any(cached_widths(model, found.plan.sites).values())
+
+
 @pytest.mark.parametrize("selection", BOTH, ids=lambda s: s.form.value)
 @pytest.mark.parametrize("asked", [0.6, 0.3])
 def test_a_budget_of_the_cache_alone_is_met(selection: SiteSelection, asked: float) -> None:

@@ -201,5 +201,5 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         compose_run(["cache_tokens=-1"])
     with pytest.raises(ConfigError, match=r"cache_tokens=1\.5 is not a whole number"):
         compose_run(["cache_tokens=1.5"])
-    with pytest.raises(ConfigError, match="no site makes keys or values"):
+    with pytest.raises(ConfigError, match="no site is called k_proj or v_proj"):
         iosvd.compress(build("gpt_neox"), TOKENS, **divided({}), ratio=0.6, cache_tokens=9)

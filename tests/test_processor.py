@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 from seeing import CONFIGS
 from transformers import AutoModelForImageTextToText, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.utils.import_utils import DummyObject
 
 from experiments.train_tiny_vlm import processor_of
 from iosvd.data.drawn import drawn_item
 from iosvd.data.image_text import Prompt, encode
 from iosvd.layers.replacement import compressed_layers
 from iosvd.models.loading import Dtype, Model, load_processor
+from iosvd.models.processor import can_do_without, reading_class
 from iosvd.runs.config import compose_run
 from iosvd.runs.execution import Outcome, execute
 from iosvd.runs.records import read_metrics, run_folder
@@ -62,6 +66,37 @@ def processor(source: Model) -> ProcessorMixin:
     return found
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("qwen2_vl.Qwen2VL", True),
+        ("qwen2_5_vl.Qwen2_5_VL", True),
+        ("internvl.InternVL", True),
+        ("llava_onevision.LlavaOnevision", True),
+        ("smolvlm.SmolVLM", False),  # Asks the part for the number of frames of any prompt.
+        ("llava_next_video.LlavaNextVideo", False),  # The part is the first.
+        ("idefics3.Idefics3", False),  # Has no such part.
+    ],
+)
+def test_which_processors_can_do_without_videos(kind: str, expected: bool) -> None:
+    family, _, name = kind.partition(".")
+    module = importlib.import_module(f"transformers.models.{family}.processing_{family}")
+    assert can_do_without(getattr(module, f"{name}Processor")) is expected
+
+
+def test_what_stands_for_a_class_whose_libraries_are_missing_cannot() -> None:
+    class Missing(metaclass=DummyObject):
+        _backends = ("torchvision",)
+
+    assert not can_do_without(Missing)
+
+
+def test_without_the_part_all_else_is_read(source: Model) -> None:
+    found = reading_class(Qwen2VLProcessor).from_pretrained(source.path)
+    assert not hasattr(found, "video_processor") and found.chat_template == TEMPLATE
+    assert type(found).__name__ == "Qwen2VLProcessor"
+
+
 def question(found: ProcessorMixin) -> dict[str, Any]:
     item = drawn_item("test", 0)
     return encode(found, item, Prompt().text(found, item))
@@ -92,6 +127,9 @@ def test_a_run_asks_about_images_and_saves_the_processor(source: Model, tmp_path
     folder = run_folder(run) / "checkpoint"
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert compressed_layers(model)
+    kept = json.loads((folder / "processor_config.json").read_text())
+    # transformers takes the settings for images where a folder has none for videos.
+    assert kept["video_processor"]["patch_size"] == kept["image_processor"]["patch_size"] == 4
     given = question(processor(Model("again", path=str(folder))))
     assert all(torch.equal(given[name], x) for name, x in question(processor(source)).items())
     with torch.no_grad():

@@ -16,7 +16,7 @@ from iosvd.models.auto_class import LANGUAGE, auto_class_of
 from iosvd.models.completeness import check_complete
 from iosvd.models.gguf import GgufFile, context_length, described, make_ordinary_
 from iosvd.models.linear_form import to_linear_form_
-from iosvd.models.processor import processor_class
+from iosvd.models.processor import without_videos
 from iosvd.models.sites import SiteSelection, decoder_of
 from iosvd.models.visiting import visit_
 from iosvd.system.files import check_no_pointers
@@ -153,7 +153,13 @@ def load_processor(model: Model) -> ProcessorMixin | None:
     """
     if _auto_class(model) == LANGUAGE:
         return None
-    found = _load(processor_class(load_config(model)), model, {})
+    try:
+        found = _load("AutoProcessor", model, {})
+    except ModelError:
+        reading = without_videos(load_config(model))
+        if reading is None:
+            raise
+        found = _load(reading, model, {})
     if getattr(found, "image_processor", None) is None:
         raise ModelError(
             f"{folder_of(model) or model.hub_id} has no processor of images beside the model; its"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from iosvd.errors import ConfigError, ModelError, NumericalError
-from iosvd.models.attention_form import JOINT, PROJECTIONS, Form, to_form_
+from iosvd.models.attention_form import JOINT, PROJECTIONS, Form, Part, to_form_
 from iosvd.models.linear_form import expert_of, to_linear_form_
 from iosvd.windows import Windows
 
@@ -178,9 +178,9 @@ def cached_widths(model: nn.Module, sites: Iterable[str]) -> dict[str, int]:
 
 def _cached_width(model: nn.Module, site: str) -> int:
     parent, _, last = site.rpartition(".")
-    if last == JOINT:
-        parts = [model.get_submodule(f"{parent}.{name}") for name in PROJECTIONS[1:]]
-        return sum(part.out_features for part in parts)  # type: ignore[misc]
+    if last == JOINT:  # Ours; Phi-3 has one of its own, of which we do not know what is cached.
+        parts = [getattr(model.get_submodule(parent), name, None) for name in PROJECTIONS[1:]]
+        return sum(part.out_features for part in parts if isinstance(part, Part))
     if set(site.split(".")[-2:]) & set(PROJECTIONS[1:]):
         return model.get_submodule(site).out_features  # type: ignore[return-value]
     return 0

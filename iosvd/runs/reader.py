@@ -31,8 +31,7 @@ class Reader:
             if run.sees:
                 raise
             processor, missing = None, str(error)
-        tokenizer = load_tokenizer(run.model) if processor is None else processor.tokenizer
-        return cls(run.model.name, tokenizer, processor, missing)
+        return cls(run.model.name, load_tokenizer(run.model), processor, missing)
 
     @property
     def processor(self) -> ProcessorMixin:
