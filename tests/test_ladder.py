@@ -38,7 +38,7 @@ from iosvd.pipeline import compress
 from iosvd.whitening import InputOutput
 
 MANY = torch.randint(0, 31, (96, 12), generator=torch.Generator().manual_seed(2))
-LAST = EndToEnd(epochs=4, learning_rate=3e-3, batch_windows=16)
+LAST = EndToEnd(epochs=4, learning_rate=1e-2, batch_windows=16)
 KL_BLOCKS = Refinement(loss=BlockLoss.kl, epochs=8, learning_rate=3e-3, batch_windows=16)
 
 
@@ -56,6 +56,13 @@ def test_every_rung_lowers_the_divergence(family: str) -> None:
     third = kl(Ladder(RefitOptions(), KL_BLOCKS, LAST), family)
     assert second < 0.97 * first
     assert third < 0.97 * second
+
+
+def test_the_rate_grows_with_the_root_of_the_divergence() -> None:
+    """Errors of the weights twice as large have four times the divergence: steps twice as long."""
+    assert LAST.rate(1.0) == LAST.learning_rate
+    assert LAST.rate(0.04) == pytest.approx(2 * LAST.rate(0.01))
+    assert LAST.rate(-1e-9) == 0.0  # Of the dense model, by rounding.
 
 
 def test_rungs_may_be_left_out() -> None:
@@ -191,4 +198,4 @@ def prepared() -> Reached:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     parameter.grad = torch.ones(3)
     optimizer.step()
-    return Reached([parameter], optimizer, schedule, [torch.ones(3)], [1.0, 0.5, 0.25], 2.0, 1.0)
+    return Reached([parameter], optimizer, schedule, [torch.ones(3)], [1.0, 0.5, 0.25], 1.0)

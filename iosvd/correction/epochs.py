@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,8 +29,7 @@ class Reached:
     schedule: LambdaLR
     best: Sequence[Tensor]  # Parameters of the epoch with the least loss.
     scales: list[float]  # Of the loss; fewer once gradients have overflowed.
-    start: float = math.nan  # The loss before any training.
-    least: float = math.nan
+    least: float  # Loss, that of the best.
     epochs: int = 0
 
     def entry(self, seconds: float) -> Entry:
@@ -42,7 +40,6 @@ class Reached:
             parts = {"master": master.detach(), "best": best, **moments}
             tensors |= {f"{part}:{number}": value for part, value in parts.items()}
         numbers = {
-            "start": self.start,
             "least": self.least,
             "epochs": self.epochs,
             "steps": self.schedule.last_epoch,
@@ -68,7 +65,7 @@ class Reached:
             group["lr"] = numbers["rate"]
         self.schedule.last_epoch = steps
         del self.scales[: self.scales.index(numbers["scale"])]
-        self.start, self.least = numbers["start"], numbers["least"]
+        self.least = numbers["least"]
         self.epochs = int(numbers["epochs"])
 
 

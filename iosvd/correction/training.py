@@ -53,6 +53,10 @@ class Optimization:
         """The name of these options within `correction`."""
         raise NotImplementedError
 
+    def rate(self, start: float) -> float:
+        """Return the learning rate of a training whose loss is `start` before it."""
+        return self.learning_rate
+
     def trained_windows(self, windows: int) -> int:
         """Return how many windows are trained on; the others are held out.
 
@@ -104,12 +108,10 @@ class Fit:
         """Train, and leave the parameters of the epoch with the least loss."""
         if not self.parameters:
             return
-        batches = self._batches()
-        reached = self._prepared(len(batches))
+        batches, start = self._batches(), self._start()
+        reached = self._prepared(len(batches), start)
         if self.trail.resume_(reached, self.options.epochs):
             self._set_(self.masters)
-        else:
-            reached.start = reached.least = self._start()
         for _ in self._epochs(batches, reached):
             found = self._judged()
             if not math.isfinite(found):
@@ -123,7 +125,7 @@ class Fit:
             if reached.epochs < self.options.epochs:
                 self.trail.keep(reached)
         self._set_(reached.best)
-        log.info("%s: %.4g, trained %.4g", self.what, reached.start, reached.least)
+        log.info("%s: %.4g, trained %.4g", self.what, start, reached.least)
 
     def _batches(self) -> list[Tensor]:
         """Return the windows of every step of all epochs."""
@@ -144,17 +146,17 @@ class Fit:
             )
         return start
 
-    def _prepared(self, steps: int) -> Reached:
+    def _prepared(self, steps: int, start: float) -> Reached:
         from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
 
         options = self.options
         optimizer = torch.optim.AdamW(
-            self.masters, lr=options.learning_rate, weight_decay=options.weight_decay
+            self.masters, lr=options.rate(start), weight_decay=options.weight_decay
         )
         warm_up = min(math.ceil(_WARM_UP * steps), steps - 1)
         schedule = cosine(optimizer, warm_up, steps, min_lr_rate=_LAST_RATE)
         best = [parameter.detach().clone() for parameter in self.parameters]
-        return Reached(self.masters, optimizer, schedule, best, self.scales)
+        return Reached(self.masters, optimizer, schedule, best, self.scales, start)
 
     def _epochs(self, batches: Sequence[Tensor], reached: Reached) -> Iterator[None]:
         """Take the steps that are left; yield after each epoch."""
