@@ -180,11 +180,11 @@ def page(found: Sequence[Tried]) -> str:
         "# Architectures",
         "",
         f"{len(passed)} architectures pass, of {len(found)} whose small models run in this version"
-        " of transformers; the others are refused in one line. Written by `make architectures`: a"
-        " small random model of each is compressed to 0.6 by `svd_llm`, `io_svd` and"
-        f" `io_svd_anchored` (`{INSTEAD}` where blocks pass more than hidden states to each other),"
-        " and saved; another process loads the checkpoints, whose logits and generated tokens are"
-        " equal to the bit.",
+        " of transformers; the others are refused with a one-line error, listed at the end. `make"
+        " architectures` writes this page. It compresses a small random model of each to a ratio"
+        f" of 0.6 by `svd_llm`, `io_svd` and `io_svd_anchored` (`{INSTEAD}` where blocks pass more"
+        " than hidden states to each other) and saves it. To pass, another process must load the"
+        " checkpoints and get bit-identical logits and generated tokens.",
         "",
         "| architecture | sites | of the blocks' weights | correction | `model.sites.exclude` |",
         "|---|--:|--:|---|---|",
