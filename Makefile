@@ -104,7 +104,7 @@ dashboard: install ## One page that compares all runs: results/dashboard.html
 	@$(SWEEP)/dashboard.py
 
 test: install ## Run the tests that need no GPU and no network
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not gpu and not network and not faults'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 -m 'not gpu and not network and not faults'
 
 fault-test: install ## Kill a sweep at twenty random moments: it ends as if it had not been
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_faults.py -k 'not short'
