@@ -39,7 +39,7 @@ PROMPT ?=
 COMPARE ?=
 
 .PHONY: help install demo predict status plan cache tables table1 table2 table3 table4 table6 figure3 \
-	figures compare dashboard test fault-test check architectures tiny-model tiny-vlm smollm2 bench bench-inference figure4 generate gpu-report block-loss rounding clean
+	figures compare dashboard test slow-test check architectures tiny-model tiny-vlm smollm2 bench bench-inference figure4 generate gpu-report block-loss rounding clean
 help: ## List the targets
 	@grep -hE '^[a-z0-9%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
@@ -103,11 +103,11 @@ cache: install ## What statistics and spectra are kept; ARGS=keep_gib=50 removes
 dashboard: install ## One page that compares all runs: results/dashboard.html
 	@$(SWEEP)/dashboard.py
 
-test: install ## Run the tests that need no GPU and no network
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 -m 'not gpu and not network and not faults'
+test: install ## Run the tests, but for those that need a GPU, the network or minutes each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 -m 'not gpu and not network and not slow'
 
-fault-test: install ## Kill a sweep at twenty random moments: it ends as if it had not been
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_faults.py -k 'not short'
+slow-test: install ## Run the tests that take minutes each: twenty kills of a sweep, claims, architectures
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m slow
 
 check: install ## Lint, format and types
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ class Shape:
     n: int
     adds_bias: bool = False  # Whether it gets a bias when it is factorised.
     cached_width: int = 0  # Entries of a cache for each token; of a latent, its rank.
-    cached_tokens: int = 0  # Tokens whose keys and values count.
+    cached_tokens: int = 0  # Tokens whose entries count; 0 where nothing is cached.
 
     @property
     def full_rank(self) -> int:
@@ -37,7 +37,7 @@ class Shape:
 
     def cached_entries(self, width: int) -> int:
         """Entries of the cache that counts, for so many of each token."""
-        return width * self.cached_tokens if self.cached_width else 0
+        return width * self.cached_tokens
 
     def entries_at(self, rank: int) -> int:
         """Entries of the two factors, and of the bias that comes with them."""
@@ -82,7 +82,7 @@ def sixteen_bits(shape: Shape) -> SiteCost:
 def site_cost(shape: Shape, cost_of: Callable[[Shape], SiteCost]) -> SiteCost:
     """Return the cost of a site under a quantisation, with its bias and its share of a cache."""
     cost = cost_of(shape).with_bias(shape.m if shape.adds_bias else 0)
-    if shape.cached_tokens and shape.cached_width:
+    if shape.cached_tokens:
         cost = cost.with_cache(shape.cached_width, shape.cached_tokens)
         # A long cache would pay for factors of any rank, but full rank means dense everywhere.
         cost = replace(cost, largest_rank=shape.full_rank - 1)

@@ -91,7 +91,7 @@ class Goal:
                 and site.bias is None
                 and not isinstance(site, RoutedLinear),
                 cached_width=widths[name],
-                cached_tokens=self.cache_tokens,
+                cached_tokens=self.cache_tokens if widths[name] else 0,
             )
             for name, site in sites.items()
         }

@@ -87,8 +87,8 @@ def ranks_of(allocation: Any, ratio: float, tokens: int) -> tuple[Budget, dict[s
     for name, m, n in (("q", 24, 24), ("k", 8, 24), ("v", 8, 24), ("up", 48, 24), ("down", 24, 48)):
         for layer in range(2):
             site = f"layers.{layer}.{name}_proj"
-            width = m if name in "kv" else 0
-            shapes[site] = Shape(m, n, cached_width=width, cached_tokens=tokens)
+            cache = {"cached_width": m, "cached_tokens": tokens} if name in "kv" else {}
+            shapes[site] = Shape(m, n, **cache)
             weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
             left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
             fall = torch.exp(-torch.arange(len(sigma)) / 4)

@@ -45,7 +45,7 @@ def undisturbed(source: Path) -> Sweep:
 
 
 @pytest.mark.parametrize(
-    "kills", [3, pytest.param(20, marks=pytest.mark.faults)], ids=["short", "long"]
+    "kills", [3, pytest.param(20, marks=pytest.mark.slow)], ids=["short", "long"]
 )
 def test_a_sweep_that_is_killed_ends_as_if_it_had_not_been(
     kills: int, source: Path, undisturbed: Sweep, capsys: pytest.CaptureFixture[str]

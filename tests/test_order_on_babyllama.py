@@ -9,6 +9,8 @@ from method_order import Bench
 from iosvd.data.texts import Dataset
 from iosvd.models.loading import Model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bench(baby: Model, stories: Dataset) -> Bench:
