@@ -1,12 +1,13 @@
 """Seconds and peak memory of each stage, as ratios to one training step in the same run: make bench
 
     python benchmarks/stages.py model=local model.path=FOLDER model.seq_len=256
+    python benchmarks/stages.py table=corrections  # one of the two tables
 
 The reference is forward and backward of a plain training step (gradients of all weights, no
 optimiser) over the same tokens in the same batches; of several repetitions the fastest counts.
 The limit is arithmetic: multiplications of the statistics over those of the training step, with
-attention, norms and the softmax left out of both. Prints the table and writes it to
-<results>/tables/benchmark-<model>.md.
+attention, norms and the softmax left out of both. Prints the tables and writes them to
+<results>/tables/benchmark-<model>.md and benchmark-corrections-<model>.md.
 """
 
 from __future__ import annotations
@@ -37,12 +38,19 @@ from iosvd.system.timing import Stage, StageClock
 from iosvd.system.versions import commit
 
 RELATIVE_TO = "svd_llm"
-METHODS = (
-    *("svd", "fwsvd", "asvd", RELATIVE_TO, "svd_llm_v2", "dip_svd", "zs_svd", "obd_llm", "gfwsvd"),
-    *("io_svd", "io_svd_plus", "io_svd_spectral", "io_svd_hull"),
-    *("saes_svd", "svd_llm_lora", "zs_svd_corrected", "io_svd_anchored", "io_svd_distilled"),
-)
-REPETITIONS = 1  # Ten minutes for the embedded model; repetitions=3 for less noise.
+TABLES = {
+    "truncations": (
+        *("svd", "fwsvd", "asvd", RELATIVE_TO, "svd_llm_v2", "dip_svd", "zs_svd", "obd_llm"),
+        *("gfwsvd", "kfac_svd", "kfac_lems"),
+        *("io_svd", "io_svd_plus", "io_svd_spectral", "io_svd_hull", "io_svd_tuned"),
+    ),
+    "corrections": (
+        *(RELATIVE_TO, "saes_svd", "svd_llm_lora", "zs_svd_corrected", "aa_svd_brief"),
+        *("io_svd_anchored", "io_svd_distilled", "io_svd_refined_brief"),
+        *("io_svd_end_to_end_brief", "io_svd_full_brief"),
+    ),
+}
+REPETITIONS = 1  # Half an hour for the embedded model; repetitions=3 for less noise.
 
 
 def train(model: PreTrainedModel, tokens: Tensor, size: int) -> None:
@@ -80,18 +88,27 @@ def arithmetic_limit(run: Run, shapes: Outline, length: int) -> float:
 
 
 def benchmark(overrides: list[str]) -> None:
-    """Measure, print and write the table."""
+    """Measure, print and write the tables."""
     asked, overrides = own_option(overrides, "repetitions")
     if asked is not None and not asked.isdecimal():
         raise ConfigError(f"repetitions={asked} is no number; for instance repetitions=3")
     repetitions = REPETITIONS if asked is None else int(asked)
     check_at_least(1, repetitions=repetitions)
-    runs = {method: compose_run([*overrides, f"method={method}"]) for method in METHODS}
-    base = runs[METHODS[0]]
+    only, overrides = own_option(overrides, "table")
+    if only is not None and only not in TABLES:
+        raise ConfigError(f"no table is called {only}; choose from: {', '.join(TABLES)}")
+    for name in TABLES if only is None else [only]:
+        _table(name, overrides, repetitions)
+
+
+def _table(name: str, overrides: list[str], repetitions: int) -> None:
+    methods = TABLES[name]
+    runs = {method: compose_run([*overrides, f"method={method}"]) for method in methods}
+    base = runs[RELATIVE_TO]
     data, c = base.data.text, base.data.calibration
     tokens = calibration_windows(load_tokenizer(base.model), data, c.windows, c.seq_len, c.seed)
     references: list[Stage] = []
-    stages: dict[str, list[dict[str, Stage]]] = {method: [] for method in METHODS}
+    stages: dict[str, list[dict[str, Stage]]] = {method: [] for method in methods}
     for _ in range(repetitions):  # Interleaved, so that a busy moment affects all methods equally.
         references.append(measure_training(base, tokens))
         for method, run in runs.items():
@@ -99,10 +116,11 @@ def benchmark(overrides: list[str]) -> None:
     reference = min(references, key=lambda stage: stage.seconds)
     unit = min(_seconds(one) for one in stages[RELATIVE_TO])
     rows = [
-        row(method, runs[method], stages[method], reference, unit, tokens) for method in METHODS
+        row(method, runs[method], stages[method], reference, unit, tokens) for method in methods
     ]
     text = report(pandas.DataFrame(rows), reference, base, tokens, repetitions)
-    target = Path(base.runtime.output.results) / "tables" / f"benchmark-{base.model.name}.md"
+    suffix = base.model.name if name == "truncations" else f"{name}-{base.model.name}"
+    target = Path(base.runtime.output.results) / "tables" / f"benchmark-{suffix}.md"
     made(target.parent)
     write_text(target, text)
     print(text)
