@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from iosvd.correction.work import CorrectionWork, PlannedModel
 from iosvd.errors import ConfigError, exit_in_one_line
 from iosvd.factorization import Factorization
 from iosvd.linalg import CholeskyRoot
@@ -100,6 +101,9 @@ def plan(overrides: list[str]) -> str:
     repeated = max(1, len(passes))  # Every pass repeats what goes through the model.
     factorization = factorization_work(shapes) / speed.factorization
     evaluation = 100 * run.eval.seq_len * shapes.forward / speed.model
+    # Rounding plans its ranks by rules of its own; no more is kept than everything.
+    kept = 1.0 if run.goal.ratio is None or run.method.quantization.rounds else run.goal.ratio
+    corrected = run.method.correction.work(PlannedModel(shapes, kept, length))
     rows = [
         ("model", f"{run.model.name}, {len(shapes.sites)} sites, {run.label}, on {place}"),
         ("weights", _gib(shapes.weight_bytes)),
@@ -118,6 +122,7 @@ def plan(overrides: list[str]) -> str:
         ("cache", f"{_gib(sum(passes))} of statistics, {_gib(shapes.spectra_bytes)} of spectra"),
         ("statistics", f"{about} {_time(repeated * model + sums)} for {tokens:,} tokens"),
         ("factorization", f"{about} {_time(factorization)}"),
+        *_correction(corrected, speed, tokens, factorization, about),
         ("evaluation", f"{about} {_time(evaluation)} for 100 windows of {run.eval.seq_len}"),
     ]
     width = max(len(name) for name, _ in rows)
@@ -128,6 +133,20 @@ def plan(overrides: list[str]) -> str:
             " runtime.batch_tokens, or set runtime.metrics_on_cpu=true"
         )
     return "\n".join(lines)
+
+
+def _correction(
+    work: CorrectionWork | None, speed: Speed, tokens: int, factorization: float, about: str
+) -> list[tuple[str, str]]:
+    """Return the lines of a correction; `factorization` is the seconds of one of every site."""
+    if work is None:
+        return [("correction", "not counted")]
+    seconds = tokens * (work.passes.model / speed.model + work.passes.sums / speed.sums)
+    seconds += work.factorizations * factorization
+    if seconds == 0:
+        return []
+    trained = f", {_gib(work.training_bytes)} for what is trained" if work.training_bytes else ""
+    return [("correction", f"{about} {_time(seconds)}{trained}")]
 
 
 def _with_memory(run: Run, card: Card) -> Run:

@@ -35,6 +35,7 @@ from iosvd.evaluation.divergence import divergence
 from iosvd.layers.replacement import low_rank_layers
 from iosvd.method import Method
 from iosvd.pipeline import compress
+from iosvd.system.machine import GIB
 from iosvd.whitening import InputOutput
 
 MANY = torch.randint(0, 31, (96, 12), generator=torch.Generator().manual_seed(2))
@@ -115,6 +116,21 @@ def test_a_rate_that_diverges_leaves_the_rungs_below(caplog: pytest.LogCaptureFi
         "the training of KL divergence, end to end diverges; lower"
         " correction.end_to_end.learning_rate"
     ]
+
+
+def test_a_training_that_does_not_fit_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In float32 masters, gradients twice, and moments: five; in the model's dtype three more."""
+    blocks = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24)
+    needed = 4 * 8 * blocks  # At the ratio 1 all sites stay dense.
+    monkeypatch.setattr("iosvd.correction.end_to_end.free_bytes", lambda _: needed - GIB // 2)
+    monkeypatch.setattr("iosvd.correction.ladder.correct_blocks", lambda *_: pytest.fail("worked"))
+    ladder = Ladder(RefitOptions(), end_to_end=LAST)
+    with pytest.raises(ConfigError, match=r"keeps 0\.00 GiB .*, and 0\.50 GiB are missing; take"):
+        run(ladder, 1.0)
+    monkeypatch.setattr("iosvd.correction.end_to_end.free_bytes", lambda _: needed)
+    run(Ladder(end_to_end=LAST), 1.0)
 
 
 def test_the_whole_ladder_is_saved(tmp_path: Path) -> None:

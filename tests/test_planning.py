@@ -216,6 +216,17 @@ def test_architectures_are_planned_without_values(kind: str) -> None:
     assert len(set(planned.shared.values())) >= len(set(exact.values()))  # At most too much.
 
 
+def test_a_plan_counts_the_correction() -> None:
+    lines = plan.plan(["method=io_svd_full", "card=h100"]).splitlines()
+    (line,) = [line for line in lines if line.startswith("correction")]
+    assert re.fullmatch(
+        r"correction +at least [0-9.]+ (s|min), [0-9.]+ GiB for what is trained", line
+    )
+    assert not any(line.startswith("correction") for line in plan.plan([]).splitlines())
+    uncounted = plan.plan(["method=asvd_public", "card=h100"])
+    assert re.search("correction +not counted", uncounted)
+
+
 def test_a_plan_says_what_a_ratio_refers_to() -> None:
     lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in plan.plan([]).splitlines())
     assert lines["what a ratio refers to"] == "100.0% of the weights of the decoder blocks"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.correction.blockwise import BlockSteps, correct_blocks
 from iosvd.correction.refit_options import RefitOptions
+from iosvd.correction.work import CorrectionWork, PlannedModel
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Anchored(RefitOptions, Correction):
     @property
     def adds_bias(self) -> bool:
         return self.bias
+
+    def work(self, planned: PlannedModel) -> CorrectionWork:
+        return self.closed_form_work(planned)
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         return correct_blocks(inputs, BlockSteps(closed_form=self))

@@ -11,6 +11,7 @@ from torch import Tensor
 from iosvd.allocation import Allocation
 from iosvd.cache.calibration import Calibration
 from iosvd.cache.keys import SpectrumKeys
+from iosvd.correction.work import CorrectionWork, PlannedModel
 from iosvd.factorization import Factorization
 from iosvd.statistics.needs import SiteStatistics
 from iosvd.system.timing import Stage
@@ -77,6 +78,10 @@ class Correction(Protocol):
     def libraries(self) -> tuple[str, ...]:
         """Optional libraries that it imports; checked before any work is done."""
         return ()
+
+    def work(self, planned: PlannedModel) -> CorrectionWork | None:
+        """Return what it computes and holds; None if nobody has counted it."""
+        return None
 
     def check(self, calibration: Calibration) -> None:
         """Raise ConfigError if it cannot correct this model on these windows; before any work."""

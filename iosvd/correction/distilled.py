@@ -16,10 +16,12 @@ from iosvd.correction.adapters import FACTORS, Loss, Training, as_two_layers, si
 from iosvd.correction.anchored import Anchored
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.correction.seeding import seeded
+from iosvd.correction.work import CorrectionWork, PlannedModel
 from iosvd.errors import ConfigError, NumericalError
 from iosvd.evaluation.divergence import divergence
 from iosvd.layers.replacement import install_, twin_of
 from iosvd.models.predictions import log_probabilities, summed_kl
+from iosvd.statistics.planning import Work
 from iosvd.types import Site
 from iosvd.windows import Windows
 
@@ -65,6 +67,14 @@ class Distilled(Training, Correction):
     @property
     def adds_bias(self) -> bool:
         return self.anchored.adds_bias
+
+    def work(self, planned: PlannedModel) -> CorrectionWork:
+        shapes, compressed = planned.shapes, planned.compressed + planned.shapes.head
+        # Backward to the activations alone; the adapters' own products are small.
+        step = shapes.forward + 2 * compressed
+        judged = 2 * self.held_out * (shapes.forward + compressed)
+        model = self.epochs * (1 - self.held_out) * step + judged
+        return self.anchored.work(planned) + CorrectionWork(Work(model, 0))
 
     def check(self, calibration: Calibration) -> None:
         if len(calibration.windows) < 2:

@@ -12,15 +12,22 @@ from torch import Tensor, nn
 
 from iosvd.cache.calibration import Calibration
 from iosvd.cache.store import Key, get_or_compute
-from iosvd.correction.base import CorrectionResult
-from iosvd.correction.distilled import kl_from
+from iosvd.correction.base import CorrectionInputs, CorrectionResult
+from iosvd.correction.distilled import Distilled, kl_from
 from iosvd.correction.epochs import Trail, forget
 from iosvd.correction.stored_block import tensors_of, update_from
 from iosvd.correction.training import Fit, Optimization, own_parameters_, update_of
+from iosvd.correction.work import CorrectionWork, PlannedModel, training_bytes
+from iosvd.errors import ConfigError
 from iosvd.layers.replacement import install_, set_parameters_, twin_of
 from iosvd.models.blocks import checkpointed
-from iosvd.models.sites import named_blocks, names_within
+from iosvd.models.sites import decoder_blocks, named_blocks, names_within
+from iosvd.models.visiting import device_of
+from iosvd.statistics.planning import Work
+from iosvd.system.machine import GIB, free_bytes
 from iosvd.types import Site
+
+_ADAPTER_FLOATS = 4  # Of an adapter's parameter: itself, its gradient, AdamW's moments.
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,40 @@ class EndToEnd(Optimization):
 
     def rate(self, start: float) -> float:
         return self.learning_rate * math.sqrt(max(start, 0.0))
+
+    def work(self, planned: PlannedModel) -> CorrectionWork:
+        """Return the work of training all blocks together."""
+        shapes, (trained, judged) = planned.shapes, self.epoch_shares()
+        # The head is not trained: no product for its weight.
+        step = 3 * planned.compressed + 2 * shapes.head
+        look = planned.compressed + shapes.head
+        model = self.epochs * trained * (shapes.forward + step)
+        model += (self.epochs + 1) * judged * (shapes.forward + look)
+        entry_bytes = shapes.activations.entry_bytes
+        return CorrectionWork(
+            Work(model, 0), training_bytes=training_bytes(planned.compressed, entry_bytes)
+        )
+
+    def check_room(self, inputs: CorrectionInputs) -> None:
+        """Raise ConfigError if what is trained does not fit with its optimiser; before any work."""
+        model, ranks = inputs.calibration.model, inputs.factorised
+        entry_bytes = model.dtype.itemsize
+        shapes = inputs.sites.budget.shapes
+        kept = sum(s.entries_at(ranks[n]) if n in ranks else s.entries for n, s in shapes.items())
+        needed = training_bytes(kept, entry_bytes)
+        devices = {device_of(block) for block in decoder_blocks(model)}
+        free = sum(map(free_bytes, devices))
+        if needed <= free:
+            return
+        rank = Distilled().rank
+        adapted = sum(rank * (s.m + s.n + 2 * ranks.get(n, 0)) for n, s in shapes.items())
+        instead = entry_bytes * kept + 4 * _ADAPTER_FLOATS * adapted
+        raise ConfigError(
+            f"end-to-end training keeps {needed / GIB:.2f} GiB beside the dense model, and"
+            f" {(needed - free) / GIB:.2f} GiB are missing; take adapters, which keep"
+            f" {instead / GIB:.2f} (correction=distilled), or leave it out"
+            " (correction.end_to_end=null)"
+        )
 
     def train(
         self, calibration: Calibration, start: CorrectionResult, key: Callable[[int], Key]

@@ -12,9 +12,11 @@ from iosvd.correction.blockwise import BlockSteps, correct_blocks
 from iosvd.correction.end_to_end import EndToEnd
 from iosvd.correction.refinement import Refinement
 from iosvd.correction.refit_options import RefitOptions
+from iosvd.correction.work import CorrectionWork, PlannedModel
 from iosvd.errors import ConfigError
 from iosvd.models.sites import decoder_blocks
 from iosvd.models.visiting import device_of
+from iosvd.statistics.planning import Work
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,17 @@ class Ladder(Correction):
     def adds_bias(self) -> bool:
         return self.closed_form is not None and self.closed_form.bias
 
+    def work(self, planned: PlannedModel) -> CorrectionWork:
+        found = CorrectionWork()
+        if self.closed_form is not None:
+            found += self.closed_form.closed_form_work(planned)
+        elif self.refinement is not None:  # Both models still pass from block to block.
+            found += CorrectionWork(Work(planned.dense + planned.compressed, 0))
+        for training in (self.refinement, self.end_to_end):
+            if training is not None:
+                found += training.work(planned)
+        return found
+
     def check(self, calibration: Calibration) -> None:
         for training in (self.refinement, self.end_to_end):
             if training is not None:
@@ -58,6 +71,8 @@ class Ladder(Correction):
             )
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
+        if self.end_to_end is not None:
+            self.end_to_end.check_room(inputs)
         result = CorrectionResult(inputs.sites, inputs.sites.ranks)
         if self.closed_form is not None or self.refinement is not None:
             result = correct_blocks(inputs, BlockSteps(self.closed_form, self.refinement))

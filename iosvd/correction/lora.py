@@ -10,8 +10,10 @@ from torch import Tensor
 from iosvd.correction.adapters import FACTORS, Loss, Training, as_two_layers, sites_of
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.correction.seeding import seeded
+from iosvd.correction.work import CorrectionWork, PlannedModel
 from iosvd.layers.replacement import install_, twin_of
 from iosvd.models.losses import summed_loss
+from iosvd.statistics.planning import Work
 from iosvd.windows import Windows
 
 if TYPE_CHECKING:  # Importing transformers' models takes seconds.
@@ -34,6 +36,11 @@ class Lora(Training, Correction):
     epochs: int = 2
     batch_windows: int = 8
     seed: int = 0  # Of the adapters and of the order of the windows.
+
+    def work(self, planned: PlannedModel) -> CorrectionWork:
+        # Forward, and backward to the activations alone, for each of the two factors.
+        compressed = planned.compressed + planned.shapes.head
+        return CorrectionWork(Work(4 * self.epochs * compressed, 0))
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         model = twin_of(inputs.calibration.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
+from iosvd.correction.work import CorrectionWork, PlannedModel
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,9 @@ class NoCorrection(Correction):
     @property
     def works_on_visits(self) -> bool:
         return True
+
+    def work(self, planned: PlannedModel) -> CorrectionWork:
+        return CorrectionWork()
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         return CorrectionResult(inputs.sites, inputs.sites.ranks)

@@ -12,6 +12,7 @@ from torch import Tensor
 from iosvd.allocation import CalibrationObjective
 from iosvd.allocation.objective import Predictions
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
+from iosvd.correction.work import CorrectionWork, PlannedModel
 from iosvd.errors import ConfigError, check_at_least
 from iosvd.layers.replacement import replaced_weights, truncated_weights
 from iosvd.scoring import with_loss_change
@@ -46,6 +47,13 @@ class ProjectedGradient(Correction):
     @property
     def needs_metrics(self) -> bool:
         return not self.reprofile
+
+    def work(self, planned: PlannedModel) -> CorrectionWork | None:
+        if self.reprofile:  # Whatever the whitening collects.
+            return None
+        needs = Needs(gradient_windows=self.gradient_windows or ALL_WINDOWS)
+        passes = planned.shapes.statistics(needs, planned.length)
+        return sum([CorrectionWork(passes, factorizations=1)] * self.rounds, start=CorrectionWork())
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         sites = inputs.sites

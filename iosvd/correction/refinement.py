@@ -12,11 +12,14 @@ from torch import Tensor
 from iosvd.correction.pair import BlockPair
 from iosvd.correction.stored_block import BlockUpdate
 from iosvd.correction.training import Fit, Optimization, own_parameters_, update_of
+from iosvd.correction.work import CorrectionWork, PlannedModel, training_bytes
 from iosvd.errors import ConfigError, check_at_least
-from iosvd.grams import wide
+from iosvd.grams import GRAM_SHARE, wide
 from iosvd.linalg import shrunk
 from iosvd.models.visiting import device_of
 from iosvd.statistics.kl_metric import KLMetric
+from iosvd.statistics.needs import Needs
+from iosvd.statistics.planning import Work
 from iosvd.types import Site
 
 
@@ -53,6 +56,27 @@ class Refinement(Optimization):
     def curvature(self) -> KLMetric | None:
         """The KL metric that weighs errors, if one does."""
         return KLMetric(self.top_k) if self.loss is BlockLoss.kl else None
+
+    def work(self, planned: PlannedModel) -> CorrectionWork:
+        """Return the work of training every block."""
+        shapes, (trained, judged) = planned.shapes, self.epoch_shares()
+        hidden = shapes.activations.hidden
+        # A training step is three forward passes. The metric weighs errors forward and backward.
+        weighing = 0 if self.curvature is None else len(shapes.blocks) * hidden**2
+        step, look = 3 * planned.compressed + 2 * weighing, planned.compressed + weighing
+        model = self.epochs * trained * step + (self.epochs + 1) * judged * look
+        work = CorrectionWork(
+            Work(model, 0),
+            training_bytes=training_bytes(
+                planned.compressed / len(shapes.blocks), shapes.activations.entry_bytes
+            ),
+        )
+        if self.curvature is None:
+            return work
+        needs = Needs(kl_metric=self.curvature)
+        backward = shapes.statistics(needs, planned.length).model
+        sums = GRAM_SHARE * len(shapes.blocks) * hidden**2
+        return work + CorrectionWork(Work(backward, sums))
 
     def refine_(self, pair: BlockPair, sites: Mapping[str, Site]) -> BlockUpdate:
         """Train the twin of a block; return its sites and other parameters as they are then.

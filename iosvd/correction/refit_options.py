@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iosvd.correction.adaptive_trust import AdaptiveTrust
+from iosvd.correction.work import CorrectionWork, PlannedModel
 from iosvd.errors import ConfigError, check_at_least
+from iosvd.grams import GRAM_SHARE
+from iosvd.statistics.planning import Work
 
 
 @dataclass(frozen=True)
@@ -30,3 +33,21 @@ class RefitOptions:
             )
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out:g} is outside [0, 1)")
+
+    def closed_form_work(self, planned: PlannedModel) -> CorrectionWork:
+        """Return the work of refitting every site of every block."""
+        shapes = planned.shapes
+        # The dense block runs once, its twin once with all sites refitted.
+        model, sums = planned.dense + planned.compressed, 0.0
+        for block in range(len(shapes.blocks)):
+            before, written = 0, 0
+            for group in shapes.groups(block):
+                first, entries = group[0], sum(shape.entries for shape in group)
+                model += planned.ratio * before  # The twin runs up to the group's input.
+                sums += (GRAM_SHARE + 1) * first.n**2
+                if self.stream and len(group) == 1 and first.m == shapes.activations.hidden:
+                    model += written  # The dense stream, from the inputs of earlier writers.
+                    sums += first.entries
+                    written += entries
+                before += entries
+        return CorrectionWork(Work(model, sums), factorizations=1)

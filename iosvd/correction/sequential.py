@@ -8,6 +8,7 @@ from iosvd.correction.adaptive_trust import AdaptiveTrust
 from iosvd.correction.base import Correction, CorrectionInputs, CorrectionResult
 from iosvd.correction.blockwise import BlockSteps, correct_blocks
 from iosvd.correction.refit_options import RefitOptions
+from iosvd.correction.work import CorrectionWork, PlannedModel
 from iosvd.errors import ConfigError, check_at_least
 
 
@@ -32,6 +33,9 @@ class Sequential(Correction):
         if self.anchored and self.adaptive is not None:
             raise ConfigError("correction.anchored and correction.adaptive both choose the target")
         self._options()
+
+    def work(self, planned: PlannedModel) -> CorrectionWork:
+        return self._options().closed_form_work(planned)
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         return correct_blocks(inputs, BlockSteps(closed_form=self._options()))

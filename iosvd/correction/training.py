@@ -57,6 +57,10 @@ class Optimization:
         """Return the learning rate of a training whose loss is `start` before it."""
         return self.learning_rate
 
+    def epoch_shares(self) -> tuple[float, float]:
+        """Return the shares of the windows that an epoch trains on, and that it is judged by."""
+        return 1 - self.held_out, self.held_out or 1.0
+
     def trained_windows(self, windows: int) -> int:
         """Return how many windows are trained on; the others are held out.
 

@@ -22,6 +22,8 @@ from iosvd.models.sites import (
     covered_share,
     decoder_blocks,
     find_linears,
+    named_blocks,
+    names_within,
     shared_inputs,
 )
 from iosvd.statistics.kl_metric import Estimator
@@ -54,6 +56,7 @@ class Outline:
     sites: Mapping[str, Shape]
     shared: Mapping[str, str]  # Site to the first site that reads the same tensor.
     active: tuple[str, ...]  # Sites that compute for one token: not all experts do.
+    blocks: tuple[tuple[str, ...], ...]  # Those of each decoder block.
     covered_share: float  # Of the decoder blocks' weights, that the sites hold.
     activations: Activations
     weight_bytes: int
@@ -75,8 +78,19 @@ class Outline:
     @property
     def forward(self) -> int:
         """Multiplications of a forward pass through the linear layers, per token."""
-        head = self.activations.hidden * self.activations.vocabulary
-        return head + sum(self.sites[name].entries for name in self.active)
+        return self.head + sum(self.sites[name].entries for name in self.active)
+
+    @property
+    def head(self) -> int:
+        """Those of the head alone."""
+        return self.activations.hidden * self.activations.vocabulary
+
+    def groups(self, block: int) -> list[list[Shape]]:
+        """Return the active sites of a decoder block, those that read the same tensor together."""
+        found: dict[str, list[Shape]] = {}
+        for name in self.blocks[block]:
+            found.setdefault(self.shared[name], []).append(self.sites[name])
+        return list(found.values())
 
     def statistics(self, needs: Needs, length: int) -> Work:
         """Return the work of collecting all statistics once, per token.
@@ -139,10 +153,12 @@ def outline_of(model: PreTrainedModel, selection: SiteSelection, tokens: int) ->
     """Return the shapes of a loaded model, also on the meta device."""
     sites = find_linears(model, selection)
     few = Windows(torch.zeros(1, 8, dtype=torch.long))
+    active = active_sites(model, sites)
     return Outline(
         sites={name: Shape(*site.weight.shape) for name, site in sites.items()},
         shared=_shared_inputs(model, few, sites),
-        active=tuple(active_sites(model, sites)),
+        active=tuple(active),
+        blocks=tuple(tuple(names_within(x, active).values()) for x in named_blocks(model)),
         covered_share=covered_share(model, sites),
         activations=activations_of(model, selection, tokens),
         weight_bytes=_bytes(model),
