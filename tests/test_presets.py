@@ -26,7 +26,9 @@ CELLS = [(name, 0.3) for name in preset_names()] + [("zs_svd", 0.4), ("zs_svd", 
 
 @pytest.mark.parametrize(("name", "ratio"), CELLS)
 def test_a_preset_is_what_hydra_composes(name: str, ratio: float) -> None:
-    assert preset(name, ratio) == compose_run([f"method={name}", f"ratio={ratio}"]).method
+    run = compose_run([f"method={name}", f"ratio={ratio}"])
+    assert preset(name, ratio) == run.method
+    assert run.label == name
 
 
 def test_a_preset_that_does_not_exist_names_its_neighbours() -> None:
