@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import os
 import pkgutil
@@ -50,6 +51,15 @@ _LONGEST = ("test_order_on_tiny", "test_order_on_babyllama", "test_faults", "tes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {stem: number for number, stem in enumerate(_LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Spare what is imported now, a million objects, from every later search for garbage.
+
+    A compression ends with one, which takes longer than compressing a model of two small blocks.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 SHARED = Path(os.environ.get("IOSVD_SHARED", Path(__file__).parents[2] / "shared")).resolve()
