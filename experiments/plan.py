@@ -23,7 +23,7 @@ from iosvd.factorization import Factorization
 from iosvd.linalg import CholeskyRoot
 from iosvd.runs.config import compose_run, own_option
 from iosvd.runs.run import Run
-from iosvd.runs.steps import device_for, plan_statistics
+from iosvd.runs.steps import Planned, device_for, plan_statistics
 from iosvd.statistics.memory import SPARE
 from iosvd.statistics.planning import Outline
 from iosvd.system.commands import arguments
@@ -90,21 +90,27 @@ def plan(overrides: list[str]) -> str:
         speed = card.speed(run.model.dtype.torch, precision)
         place, free = name, f"{card.memory_gib:g} GiB"
         run = _with_memory(run, card)
-    length = run.data.calibration.seq_len
     planned = plan_statistics(run, device)
-    shapes, passes, limit = planned.outline, planned.passes, planned.limit
-    held = place if planned.where == device else planned.where
     about = "about" if name is None else "at least"
-    tokens, batch = run.data.calibration.windows * length, shapes.activations.tokens
-    work = shapes.statistics(planned.needs, length)
-    model, sums = work.model * tokens / speed.model, work.sums * tokens / speed.sums
-    repeated = max(1, len(passes))  # Every pass repeats what goes through the model.
-    factorization = factorization_work(shapes) / speed.factorization
-    evaluation = 100 * run.eval.seq_len * shapes.forward / speed.model
-    # Rounding plans its ranks by rules of its own; no more is kept than everything.
-    kept = 1.0 if run.goal.ratio is None or run.method.quantization.rounds else run.goal.ratio
-    corrected = run.method.correction.work(PlannedModel(shapes, kept, length))
-    rows = [
+    rows = [*_memory(run, planned, device, place, free), *_times(run, planned, speed, about)]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    if planned.largest > planned.limit:
+        lines.append(
+            "the sums of one site exceed what is left; raise runtime.memory_gib, lower"
+            " runtime.batch_tokens, or set runtime.metrics_on_cpu=true"
+        )
+    return "\n".join(lines)
+
+
+def _memory(
+    run: Run, planned: Planned, device: torch.device, place: str, free: str
+) -> list[tuple[str, str]]:
+    """Return the lines about bytes and passes."""
+    shapes, passes = planned.outline, planned.passes
+    held = place if planned.where == device else planned.where
+    batch, limit = shapes.activations.tokens, planned.limit
+    return [
         ("model", f"{run.model.name}, {len(shapes.sites)} sites, {run.label}, on {place}"),
         ("weights", _gib(shapes.weight_bytes)),
         (
@@ -120,25 +126,33 @@ def plan(overrides: list[str]) -> str:
             f"{_gib(planned.peak)} ({free})",
         ),
         ("cache", f"{_gib(sum(passes))} of statistics, {_gib(shapes.spectra_bytes)} of spectra"),
+    ]
+
+
+def _times(run: Run, planned: Planned, speed: Speed, about: str) -> list[tuple[str, str]]:
+    """Return the lines about seconds."""
+    shapes, length = planned.outline, run.data.calibration.seq_len
+    tokens = run.data.calibration.windows * length
+    work = shapes.statistics(planned.needs, length)
+    model, sums = work.model * tokens / speed.model, work.sums * tokens / speed.sums
+    repeated = max(1, len(planned.passes))  # Every pass repeats what goes through the model.
+    factorization = factorization_work(shapes) / speed.factorization
+    # Rounding plans its ranks by rules of its own; no more is kept than everything.
+    kept = 1.0 if run.goal.ratio is None or run.method.quantization.rounds else run.goal.ratio
+    corrected = run.method.correction.work(PlannedModel(shapes, kept, length))
+    evaluation = 100 * run.eval.seq_len * shapes.forward / speed.model
+    return [
         ("statistics", f"{about} {_time(repeated * model + sums)} for {tokens:,} tokens"),
         ("factorization", f"{about} {_time(factorization)}"),
         *_correction(corrected, speed, tokens, factorization, about),
         ("evaluation", f"{about} {_time(evaluation)} for 100 windows of {run.eval.seq_len}"),
     ]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    if planned.largest > limit:
-        lines.append(
-            "the sums of one site exceed what is left; raise runtime.memory_gib, lower"
-            " runtime.batch_tokens, or set runtime.metrics_on_cpu=true"
-        )
-    return "\n".join(lines)
 
 
 def _correction(
     work: CorrectionWork | None, speed: Speed, tokens: int, factorization: float, about: str
 ) -> list[tuple[str, str]]:
-    """Return the lines of a correction; `factorization` is the seconds of one of every site."""
+    """Return the line of a correction; `factorization` is the seconds of one of every site."""
     if work is None:
         return [("correction", "not counted")]
     seconds = tokens * (work.passes.model / speed.model + work.passes.sums / speed.sums)

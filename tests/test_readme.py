@@ -98,6 +98,23 @@ def test_the_table_of_corrections_is_the_measured_one() -> None:
             assert cells[columns.index((model, text))].strip() == f"{expected:.2f}", (name, model)
 
 
+def test_the_ladder_is_the_measured_one() -> None:
+    table = ROOT / "results" / "tables" / "beyond-babyllama-1.0M-tok361.csv"
+    measured = pandas.read_csv(table).set_index(["label", "ratio"])["tinystories_ppl"]
+    loss = numpy.log(measured / measured["dense", 1.0])
+    section = page("beyond").partition("## The ladder")[2].partition("\n## ")[0]
+    head, *rows = rows_of(section)
+    assert len(rows) == 9
+    ratios = [float(ratio) for ratio in head[1:5]]
+    for label, *found, removed in rows:
+        assert found == [f"{measured[label, ratio]:.2f}" for ratio in ratios], label
+        shares = (round(100 * (1 - loss[label, r] / loss["io_svd", r])) for r in ratios[1:])
+        assert removed == ", ".join(map(str, shares)) + " %", label
+    sixteen_bit = measured[~measured.index.get_level_values("label").str.endswith("_plus")]
+    for ratio in (0.6, 0.4, 0.3):
+        assert sixteen_bit.xs(ratio, level="ratio").idxmin() == "io_svd_full"
+
+
 def test_the_speed_of_generation_is_the_measured_one() -> None:
     tables = {
         ratio: pandas.read_csv(
