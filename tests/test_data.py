@@ -13,6 +13,7 @@ import torch
 from conftest import shared
 from transformers import PreTrainedTokenizerBase
 
+from experiments.mix import mix
 from iosvd.data.pydoc import pydoc_documents, split_of
 from iosvd.data.texts import Dataset, Split, read_documents
 from iosvd.data.windows import (
@@ -24,6 +25,7 @@ from iosvd.data.windows import (
 )
 from iosvd.errors import ConfigError, DataError, StorageError
 from iosvd.models.loading import Model, load_tokenizer
+from iosvd.runs.config import compose_run
 from iosvd.windows import Windows
 
 DOCUMENTS = ["One day a cat sat.", "", "Then it ran away, and nobody\nsaw it again."]
@@ -48,6 +50,23 @@ def write(folder: Path, suffix: str, split: str = "train", field: str = "text") 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_documents_are_read_as_they_were_written(suffix: str, tmp_path: Path) -> None:
     assert read_documents(write(tmp_path, suffix), Split("train")) == DOCUMENTS
+
+
+def test_a_mixture_is_equal_parts_of_texts_as_each_is_joined(tmp_path: Path) -> None:
+    ptb, c4 = ("no it was", "n't black"), ("A long text.", "And more.")
+    for name, field, rows in (("ptb", "sentence", ptb), ("c4", "text", c4)):
+        (tmp_path / name).mkdir()
+        lines = "".join(json.dumps({field: row}) + "\n" for row in rows)
+        (tmp_path / name / "train.jsonl").write_text(lines)
+    into = tmp_path / "mixed"
+    said = mix([f"data={tmp_path}", "texts=ptb,c4", f"into={into}"])
+    assert said == f"{into / 'train.jsonl'}: 19 characters each of ptb,c4"
+    mixed = compose_run(["dataset=mixed", f"dataset.path={into}"]).data.text
+    found = read_documents(mixed, mixed.calibration)
+    assert found == ["no it was n't black", "A long text. And mo"]
+    for wrong in (["texts=ptb"], [f"into={into}"], ["texts=ptb", f"into={into}", "more=1"]):
+        with pytest.raises(ConfigError, match="give texts=NAME,NAME and into=FOLDER"):
+            mix(wrong)
 
 
 def test_txt_has_a_document_a_line(tmp_path: Path) -> None:

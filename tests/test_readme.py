@@ -248,7 +248,17 @@ def test_the_page_of_the_language_model_is_of_rendered_tables() -> None:
     stabilisers = [row for row in stabilised if row[1] not in apart]
     accuracies = [[*row[:2], *row[5:10]] for row in tasks]
     trained = trained_rows()
-    assert rows_of(shown) == [*rows_of(topk), *trained, *accuracies, *stabilisers]
+    sources = rows_of((tables / "smollm2_text-smollm2_135m.md").read_text())
+    texts = [row[:5] for row in sources if row[2] != "–"]
+    assert rows_of(shown) == [*rows_of(topk), *trained, *texts, *accuracies, *stabilisers]
+    dense, io_svd, mixed = (
+        numpy.log([float(cell) for cell in row[2:]]) for row in (texts[1], texts[2], texts[-1])
+    )
+    removed = [f"{100 * share:.0f}" for share in 1 - (mixed - dense) / (io_svd - dense)]
+    assert f"removes {removed[0]}, {removed[1]} and {removed[2]} % of the gap" in shown.replace(
+        "\n", " "
+    )
+    assert f"at {' / '.join(texts[-1][2:])}" in README
     for start in (2, 5):  # The rows of IO-SVD at 0.8 and at 0.6.
         dense, io_svd, _, last = (
             numpy.log([float(cell) for cell in trained[row][2:5]])
