@@ -1,4 +1,4 @@
-"""What a correction is planned to compute, against the multiplications that it carries out."""
+"""The planned cost of a correction, against the multiplications in a real run."""
 
 from __future__ import annotations
 

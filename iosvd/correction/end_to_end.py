@@ -58,15 +58,13 @@ class EndToEnd(Optimization):
 
     def work(self, planned: PlannedModel) -> CorrectionWork:
         """Return the work of training all blocks together."""
-        shapes, (trained, judged) = planned.shapes, self.epoch_shares()
+        shapes = planned.shapes
         # The head is not trained: no product for its weight.
-        step = 3 * planned.compressed + 2 * shapes.head
-        look = planned.compressed + shapes.head
-        model = self.epochs * trained * (shapes.forward + step)
-        model += (self.epochs + 1) * judged * (shapes.forward + look)
-        entry_bytes = shapes.activations.entry_bytes
+        step = shapes.forward + 3 * planned.compressed + 2 * shapes.head
+        loss = shapes.forward + planned.compressed + shapes.head
         return CorrectionWork(
-            Work(model, 0), training_bytes=training_bytes(planned.compressed, entry_bytes)
+            Work(self.multiplications(step, loss), 0),
+            training_bytes=training_bytes(planned.compressed, shapes.activations.entry_bytes),
         )
 
     def check_room(self, inputs: CorrectionInputs) -> None:

@@ -49,7 +49,7 @@ class Ladder(Correction):
         if self.closed_form is not None:
             found += self.closed_form.closed_form_work(planned)
         elif self.refinement is not None:  # Both models still pass from block to block.
-            found += CorrectionWork(Work(planned.dense + planned.compressed, 0))
+            found += CorrectionWork(Work(planned.shapes.body + planned.compressed, 0))
         for training in (self.refinement, self.end_to_end):
             if training is not None:
                 found += training.work(planned)

@@ -17,6 +17,7 @@ from iosvd.errors import ConfigError, check_at_least
 from iosvd.layers.replacement import replaced_weights, truncated_weights
 from iosvd.scoring import with_loss_change
 from iosvd.statistics.needs import ALL_WINDOWS, Needs, SiteStatistics
+from iosvd.statistics.planning import Work
 from iosvd.system.progress import track
 from iosvd.truncation import TruncatedSites, collect_in_groups, with_gradient
 from iosvd.types import Site, Spectrum
@@ -52,8 +53,9 @@ class ProjectedGradient(Correction):
         if self.reprofile:  # Whatever the whitening collects.
             return None
         needs = Needs(gradient_windows=self.gradient_windows or ALL_WINDOWS)
-        passes = planned.shapes.statistics(needs, planned.length)
-        return sum([CorrectionWork(passes, factorizations=1)] * self.rounds, start=CorrectionWork())
+        once = planned.shapes.statistics(needs, planned.length)
+        passes = Work(self.rounds * once.model, self.rounds * once.sums)
+        return CorrectionWork(passes, factorizations=self.rounds)
 
     def __call__(self, inputs: CorrectionInputs) -> CorrectionResult:
         sites = inputs.sites

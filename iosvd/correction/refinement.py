@@ -59,24 +59,21 @@ class Refinement(Optimization):
 
     def work(self, planned: PlannedModel) -> CorrectionWork:
         """Return the work of training every block."""
-        shapes, (trained, judged) = planned.shapes, self.epoch_shares()
-        hidden = shapes.activations.hidden
+        shapes, hidden = planned.shapes, planned.shapes.activations.hidden
         # A training step is three forward passes. The metric weighs errors forward and backward.
         weighing = 0 if self.curvature is None else len(shapes.blocks) * hidden**2
-        step, look = 3 * planned.compressed + 2 * weighing, planned.compressed + weighing
-        model = self.epochs * trained * step + (self.epochs + 1) * judged * look
+        step, loss = 3 * planned.compressed + 2 * weighing, planned.compressed + weighing
         work = CorrectionWork(
-            Work(model, 0),
+            Work(self.multiplications(step, loss), 0),
             training_bytes=training_bytes(
                 planned.compressed / len(shapes.blocks), shapes.activations.entry_bytes
             ),
         )
         if self.curvature is None:
             return work
-        needs = Needs(kl_metric=self.curvature)
-        backward = shapes.statistics(needs, planned.length).model
+        passes = shapes.statistics(Needs(kl_metric=self.curvature), planned.length).model
         sums = GRAM_SHARE * len(shapes.blocks) * hidden**2
-        return work + CorrectionWork(Work(backward, sums))
+        return work + CorrectionWork(Work(passes, sums))
 
     def refine_(self, pair: BlockPair, sites: Mapping[str, Site]) -> BlockUpdate:
         """Train the twin of a block; return its sites and other parameters as they are then.

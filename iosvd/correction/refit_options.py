@@ -38,10 +38,10 @@ class RefitOptions:
         """Return the work of refitting every site of every block."""
         shapes = planned.shapes
         # The dense block runs once, its twin once with all sites refitted.
-        model, sums = planned.dense + planned.compressed, 0.0
-        for block in range(len(shapes.blocks)):
+        model, sums = shapes.body + planned.compressed, 0.0
+        for groups in shapes.groups:
             before, written = 0, 0
-            for group in shapes.groups(block):
+            for group in groups:
                 first, entries = group[0], sum(shape.entries for shape in group)
                 model += planned.ratio * before  # The twin runs up to the group's input.
                 sums += (GRAM_SHARE + 1) * first.n**2

@@ -57,9 +57,15 @@ class Optimization:
         """Return the learning rate of a training whose loss is `start` before it."""
         return self.learning_rate
 
-    def epoch_shares(self) -> tuple[float, float]:
-        """Return the shares of the windows that an epoch trains on, and that it is judged by."""
-        return 1 - self.held_out, self.held_out or 1.0
+    def multiplications(self, step: float, loss: float) -> float:
+        """Return the multiplications of the training per calibration token.
+
+        Args:
+            step: those of a training step, per token of its windows.
+            loss: those of measuring the loss, at the start and after each epoch.
+        """
+        judged = self.held_out or 1.0
+        return self.epochs * (1 - self.held_out) * step + (self.epochs + 1) * judged * loss
 
     def trained_windows(self, windows: int) -> int:
         """Return how many windows are trained on; the others are held out.

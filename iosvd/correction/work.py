@@ -1,4 +1,4 @@
-"""What a correction computes and holds, counted from the shapes of a model before it is loaded."""
+"""The cost of a correction, estimated from a model's shapes before the model is loaded."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ class PlannedModel:
     length: int  # Tokens of a calibration window.
 
     @property
-    def dense(self) -> float:
-        """Multiplications of the dense blocks per token, forward."""
-        return self.shapes.forward - self.shapes.head
-
-    @property
     def compressed(self) -> float:
-        """Those of the compressed blocks."""
-        return self.ratio * self.dense
+        """Multiplications of the compressed sites per token, forward."""
+        return self.ratio * self.shapes.body
 
 
 @dataclass(frozen=True)
@@ -38,9 +33,8 @@ class CorrectionWork:
     training_bytes: int = 0  # Of trained parameters and what their optimiser keeps.
 
     def __add__(self, other: CorrectionWork) -> CorrectionWork:
-        model, sums = (self.passes.model + other.passes.model, self.passes.sums + other.passes.sums)
         return CorrectionWork(
-            Work(model, sums),
+            self.passes + other.passes,
             self.factorizations + other.factorizations,
             max(self.training_bytes, other.training_bytes),  # One after the other.
         )

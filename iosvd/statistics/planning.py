@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,9 @@ class Work:
     def total(self) -> float:
         return self.model + self.sums
 
+    def __add__(self, other: Work) -> Work:
+        return Work(self.model + other.model, self.sums + other.sums)
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -78,17 +81,26 @@ class Outline:
     @property
     def forward(self) -> int:
         """Multiplications of a forward pass through the linear layers, per token."""
-        return self.head + sum(self.sites[name].entries for name in self.active)
+        return self.body + self.head
+
+    @property
+    def body(self) -> int:
+        """Multiplications of the sites alone."""
+        return sum(self.sites[name].entries for name in self.active)
 
     @property
     def head(self) -> int:
-        """Those of the head alone."""
+        """Multiplications of the head alone."""
         return self.activations.hidden * self.activations.vocabulary
 
-    def groups(self, block: int) -> list[list[Shape]]:
-        """Return the active sites of a decoder block, those that read the same tensor together."""
+    @property
+    def groups(self) -> list[list[list[Shape]]]:
+        """The active sites of every decoder block, grouped by the tensor that they read."""
+        return [self._grouped(names) for names in self.blocks]
+
+    def _grouped(self, names: Iterable[str]) -> list[list[Shape]]:
         found: dict[str, list[Shape]] = {}
-        for name in self.blocks[block]:
+        for name in names:
             found.setdefault(self.shared[name], []).append(self.sites[name])
         return list(found.values())
 
@@ -110,18 +122,17 @@ class Outline:
         backward = probes + sampled + needs.true_loss * passes
         weighed = (needs.gradient_windows > 0) + needs.every_gradient * passes
         shapes = [self.sites[name] for name in self.active]
-        products = float(weighed * sum(shape.entries for shape in shapes))
+        products = float(weighed * self.body)
         readers = {self.shared[name] for name in self.active}
         grams = needs.input_metric * sum(self.sites[name].n ** 2 for name in readers)
         grams += (probes + (needs.fisher_metric is not None)) * sum(s.m**2 for s in shapes)
         products += GRAM_SHARE * grams
         if needs.kronecker_passes:  # G A Gᵀ or Gᵀ B G, once a window.
             products += passes * sum(s.m * s.n * (s.m + s.n) for s in shapes) / length
-        blocks = sum(shape.entries for shape in shapes)
         if not backward:  # No logits are needed.
-            return Work(passes * blocks, products)
+            return Work(passes * self.body, products)
         # The blocks run forward once more on the way back.
-        return Work((passes + backward) * self.forward + passes * blocks, products)
+        return Work((passes + backward) * self.forward + passes * self.body, products)
 
     @property
     def spectra_bytes(self) -> int:
